@@ -1,0 +1,287 @@
+"""Augmentation: from one image to what each network sees.
+
+    image (3, H, W) uint8 --> MultiCrop: G large and L small crops, flips   geometry, in loader workers
+                                     |   + the drawn colours (V, 8)
+                              uint8 crops, one transfer to the device
+                                     |
+                              photometry(crops, parameters)                 colour, on the device, in batches
+                                     |
+                              normalised floats: teacher sees G, student sees G + L
+
+Idea     A network that gives two crops of one image the same answer, whatever their colours, must
+         have understood what stays: the thing itself. Small crops must be recognised as parts.
+Paper    SwAV (Caron 2020) multi-crop; BYOL (Grill 2020) appendix B photometry; DINO sec. 3.1 and A
+Try      python augment.py [PHOTO]      draws the ten views of an image into views.png
+Change   the chances of each operation stand in PHOTOMETRY; a new operation is one column of COLUMNS
+Tests    pytest tests/test_augment.py
+
+Letters  G global, L local crops, V = G + L; B images, H W and h w pixels, n crops of one size.
+
+All randomness enters as numbers drawn beforehand, so that the device part is a pure function. The
+draws are a function of (seed, epoch, image): workers, batches and processes do not change them.
+"""
+
+import itertools
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as everywhere in the papers
+GRAY = (0.2989, 0.587, 0.114)  # luma weights of torchvision
+
+# Chances of (first global, second global, local) crops. DINO appendix A; the same as BYOL's.
+PHOTOMETRY = {
+    "dino": dict(jitter=(0.8, 0.8, 0.8), gray=(0.2, 0.2, 0.2), blur=(1.0, 0.1, 0.5),
+                 solarize=(0.0, 0.2, 0.0)),
+    "none": dict(jitter=(0.0,) * 3, gray=(0.0,) * 3, blur=(0.0,) * 3, solarize=(0.0,) * 3),
+}
+STRENGTH = dict(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+BLUR_TAPS, BLUR_SIGMA = 9, (0.1, 2.0)
+SOLARIZE_THRESHOLD = 128 / 255
+
+# One row of photometry parameters, drawn in the worker, applied on the device. `order` counts the 24
+# orders of the four jitter operations; -1 stands for "no jitter", sigma 0 for "no blur".
+COLUMNS = ("order", "brightness", "contrast", "saturation", "hue", "gray", "sigma", "solarize")
+ORDERS = tuple(itertools.permutations(range(4)))  # of brightness, contrast, saturation, hue
+HUE = 3
+
+# ------------------------------------------------------------------------------------------------
+# Geometry: one image at a time, on bytes, in the loader's workers
+
+
+def crop_box(height: int, width: int, scale: tuple[float, float], draws: np.ndarray):
+    """A random box (top, left, h, w) covering a share of the image drawn from `scale`.
+
+    The rule of torchvision's RandomResizedCrop: area uniform, aspect ratio log-uniform in
+    (3/4, 4/3), ten tries, else the largest centred box. draws (10, 4) uniform in [0, 1).
+    """
+    for area, ratio, y, x in draws:
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
+        ratio = math.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * ratio)
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(y * (height - h + 1)), int(x * (width - w + 1)), h, w
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def draw_photometry(kind: str, view: int, rng: np.random.Generator) -> np.ndarray:
+    """One row of COLUMNS for a view: 0 first global, 1 further globals, 2 local."""
+    chance = {name: p[view] for name, p in PHOTOMETRY[kind].items()}
+    u = rng.random(len(COLUMNS) + 3)  # always as many draws, whatever comes of them
+
+    def around(strength, draw, centre=1.0):
+        return centre + strength * (2 * draw - 1)
+
+    return np.array([
+        int(u[0] * 24) if u[8] < chance["jitter"] else -1,
+        around(STRENGTH["brightness"], u[1]),
+        around(STRENGTH["contrast"], u[2]),
+        around(STRENGTH["saturation"], u[3]),
+        around(STRENGTH["hue"], u[4], centre=0.0),
+        u[5] < chance["gray"],
+        BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * u[6] if u[9] < chance["blur"] else 0.0,
+        u[7] < chance["solarize"],
+    ], dtype=np.float32)
+
+
+class MultiCrop:
+    """One image -> global crops, local crops and the colours they will get. DINO sec. 3.1.
+
+    Called with a uint8 image (3, H, W) and a generator; returns a dictionary with global_crops
+    (G, 3, s, s), local_crops (L, 3, t, t), both uint8, and photometry (G + L, 8) float32.
+    """
+
+    def __init__(
+        self,
+        global_crops_size: int = 224,
+        local_crops_size: int = 96,
+        global_crops_number: int = 2,
+        local_crops_number: int = 8,
+        global_crops_scale: tuple[float, float] = (0.4, 1.0),
+        local_crops_scale: tuple[float, float] = (0.05, 0.4),
+        photometry: str = "dino",
+    ):
+        self.views = [(global_crops_size, global_crops_scale, min(i, 1))
+                      for i in range(global_crops_number)]
+        self.views += [(local_crops_size, local_crops_scale, 2)] * local_crops_number
+        self.global_crops_number, self.local_crops_size = global_crops_number, local_crops_size
+        self.photometry = photometry
+
+    def crop(self, image: Tensor, size: int, scale, rng: np.random.Generator) -> Tensor:
+        top, left, h, w = crop_box(*image.shape[-2:], scale, rng.random((10, 4)))
+        out = TF.resize(image[:, top:top + h, left:left + w], [size, size],
+                        interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
+        return out.flip(-1) if rng.random() < 0.5 else out
+
+    def __call__(self, image: Tensor, rng: np.random.Generator) -> dict:
+        crops = [self.crop(image, size, scale, rng) for size, scale, _ in self.views]
+        colours = [draw_photometry(self.photometry, view, rng) for _, _, view in self.views]
+        G, t = self.global_crops_number, self.local_crops_size
+        none = torch.empty(0, len(image), t, t, dtype=torch.uint8)
+        return {
+            "global_crops": torch.stack(crops[:G]),
+            "local_crops": torch.stack(crops[G:]) if crops[G:] else none,
+            "photometry": torch.from_numpy(np.stack(colours)),
+        }
+
+
+def center_crop(image: Tensor, size: int) -> Tensor:
+    """How features are judged: short side to 8/7 of size, then the centre (256 -> 224). uint8."""
+    height, width = image.shape[-2:]
+    short = round(size * 8 / 7)
+    h, w = (short, max(short, int(short * width / height))) if height <= width else (
+        max(short, int(short * height / width)), short)
+    image = TF.resize(image, [h, w], interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
+    return TF.center_crop(image, [size, size])
+
+
+def collate(samples: list[dict]) -> dict:
+    """Samples -> one batch, crop-major: crop 0 of all images, then crop 1, ... (V, B, ...)."""
+    batch = {key: torch.stack([s[key] for s in samples], 1)
+             for key in ("global_crops", "local_crops", "photometry")}
+    batch["index"] = torch.tensor([s["index"] for s in samples])
+    batch["broken"] = [name for s in samples for name in s.get("broken", ())]
+    return batch
+
+
+# ------------------------------------------------------------------------------------------------
+# Photometry: whole batches, on the device, each image with its own draw
+
+
+def luma(images: Tensor) -> Tensor:
+    """(n, 3, h, w) -> grey (n, 1, h, w)."""
+    weights = images.new_tensor(GRAY)[None, None]  # (1, 1, 3)
+    return (weights @ images.flatten(2)).view(len(images), 1, *images.shape[-2:])  # (n, 1, h, w)
+
+
+def rotate_hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turn the colour circle by `shift` (n, 1, 1) turns; saturation and value stay."""
+    r, g, b = images.unbind(1)
+    value, low = images.amax(1), images.amin(1)  # (n, h, w)
+    spread = value - low
+    safe = torch.where(spread > 0, spread, 1.0)
+    hue = torch.where(value == r, (g - b) / safe,
+                      torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    hue = torch.remainder(hue / 6 + shift, 1.0) * 6  # in sixths of a turn
+    # Closed form of HSV -> RGB: each channel is the value less a trapezoid of the hue.
+    offset = images.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)
+    k = torch.remainder(offset + hue[:, None], 6)  # (n, 3, h, w)
+    trapezoid = torch.minimum(k, 4 - k).clamp_(0, 1)
+    return value[:, None] - spread[:, None] * trapezoid  # (n, 3, h, w)
+
+
+def around_hue(order: tuple) -> tuple:
+    """Three places before hue and three after it, filled with the blends in their order."""
+    before, after = order[:order.index(HUE)], order[order.index(HUE) + 1:]
+    return tuple((*part, HUE, HUE, HUE)[:3] for part in (before, after))  # HUE: nothing to blend
+
+
+SLOTS = torch.tensor([around_hue(order) for order in ORDERS]).flatten(1)  # (24, 6)
+
+
+def jitter(images: Tensor, params: Tensor) -> Tensor:
+    """Brightness, contrast, saturation and hue, in the order that each image drew.
+
+    Three of the four are blends with something grey, so one step serves images that are at different
+    operations. Only hue is costly, and each image has it once: up to three blends come before it, up
+    to three after, and a place that an image leaves empty blends with factor 1.
+    """
+    slots = SLOTS[params[:, 0].long()]  # (n, 6)
+    nothing = torch.ones(len(params), 1)
+    factors = torch.cat([params[:, 1:4], nothing], 1).gather(1, slots)  # (n, 6)
+    on_device = torch.stack([factors, slots == 1, slots == 2]).to(images.device)  # (3, n, 6)
+    for i in range(6):
+        if i == 3:
+            images = rotate_hue(images, params[:, 4].to(images.device)[:, None, None])
+        if (slots[:, i] == HUE).all():
+            continue
+        factor, contrast, saturation = on_device[:, :, i, None, None, None]  # (n, 1, 1, 1) each
+        gray = luma(images)
+        other = contrast * gray.mean((2, 3), keepdim=True) + saturation * gray  # (n, 1, h, w)
+        images = torch.lerp(other, images, factor).clamp_(0, 1)
+    return images
+
+
+def grayscale(images: Tensor, params: Tensor) -> Tensor:
+    return luma(images).expand_as(images)
+
+
+def blur(images: Tensor, params: Tensor) -> Tensor:
+    """Gaussian blur with reflected borders, each image with its own sigma, in pixels."""
+    sigma, pad = params[:, 6, None].to(images.device), BLUR_TAPS // 2
+    reach = torch.arange(-pad, pad + 1, device=images.device)
+    kernel = torch.exp(-0.5 * (reach / sigma) ** 2)  # (n, taps)
+    kernel = kernel / kernel.sum(1, keepdim=True)
+    n, c, h, w = images.shape
+    kernel = kernel.repeat_interleave(c, 0)  # (n*c, taps)
+    x = F.pad(images, (pad, pad, pad, pad), mode="reflect")  # (n, c, h + 2*pad, w + 2*pad)
+    x = x.reshape(1, n * c, h + 2 * pad, w + 2 * pad)
+    # A Gaussian in two dimensions is one along rows, then one along columns.
+    x = F.conv2d(x, kernel[:, None, None, :], groups=n * c)  # (1, n*c, h + 2*pad, w)
+    x = F.conv2d(x, kernel[:, None, :, None], groups=n * c)  # (1, n*c, h, w)
+    return x.view(n, c, h, w)
+
+
+def solarize(images: Tensor, params: Tensor) -> Tensor:
+    """Invert everything at least half bright."""
+    return torch.where(images >= SOLARIZE_THRESHOLD, 1 - images, images)
+
+
+def photometry(crops: Tensor, params: Tensor, mean=MEAN, std=STD) -> Tensor:
+    """uint8 crops (n, 3, h, w) on any device, their params (n, 8) on the CPU -> normalised floats.
+
+    Equal, image by image, to torchvision's functionals in the order that was drawn. Which images
+    need what is read from the parameters on the CPU, so that the device is never waited for.
+    """
+    mean, std = (torch.tensor(v, device=crops.device).view(1, 3, 1, 1) for v in (mean, std))
+    # A cache holds some 1.5 MB of pixels well; on a GPU the whole batch goes at once.
+    step = max(1, 393216 // crops[0].numel()) if crops.device.type == "cpu" else len(crops)
+    out = torch.empty(crops.shape, device=crops.device)
+    for x, p, y in zip(crops.split(step), params.split(step), out.split(step)):
+        y.copy_(x).div_(255)
+        wanted = {jitter: p[:, 0] >= 0, grayscale: p[:, 5] > 0, blur: p[:, 6] > 0,
+                  solarize: p[:, 7] > 0}
+        for op, some in wanted.items():
+            rows = some.nonzero()[:, 0]
+            if len(rows):
+                where = rows.to(y.device)
+                y.index_copy_(0, where, op(y.index_select(0, where), p[rows]))
+        y.sub_(mean).div_(std)
+    return out
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 (n, 3, h, w) -> floats with ImageNet's mean and spread; what evaluations feed."""
+    return photometry(images, torch.tensor([[-1.0] + [0.0] * 7]).expand(len(images), -1))
+
+
+if __name__ == "__main__":
+    import sys
+
+    import matplotlib.pyplot as plt
+    from torchvision.io import ImageReadMode, decode_image
+
+    if sys.argv[1:]:
+        image = decode_image(sys.argv[1], mode=ImageReadMode.RGB)
+    else:  # no photograph at hand: a disc on a slope of colours
+        y, x = torch.meshgrid(torch.linspace(-1, 1, 256), torch.linspace(-1, 1, 256), indexing="ij")
+        image = torch.stack([128 + 100 * x, 128 + 100 * y, 200 - 60 * x]).clamp(0, 255)
+        image = torch.where(x**2 + y**2 < 0.4, 255 - image.flip(0), image).byte()
+    sample = MultiCrop()(image, np.random.default_rng(0))
+    colours = sample["photometry"]
+    views = [*photometry(sample["global_crops"], colours[:2]),
+             *photometry(sample["local_crops"], colours[2:])]
+    names = ["image", "global 1", "global 2"] + [f"local {i + 1}" for i in range(8)]
+    fig, axes = plt.subplots(1, 11, figsize=(16, 1.9))
+    for axis, name, view in zip(axes, names, [normalise(image[None])[0], *views]):
+        view = view * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+        axis.imshow(view.permute(1, 2, 0).clamp(0, 1))
+        axis.set_title(f"{name}\n{view.shape[1]} px", fontsize=8)
+        axis.axis("off")
+    fig.savefig("views.png", dpi=120, bbox_inches="tight")
+    print("wrote views.png: what the teacher (globals) and the student (all) are shown")
