@@ -1,0 +1,262 @@
+"""Data: images by name, in an order that can be taken up again anywhere.
+
+    "shapes" | "folder:PATH" | a torchvision class --> Images: read(i) -> (3, H, W) uint8, labels, names
+                                                          |
+    Sampler: (epoch, step, index) from the seed ----> Views: read, crop, draw colours --> DataLoader
+
+Idea     Nothing random has a history. The order of an epoch follows from (seed, epoch), the crops of
+         an image from (seed, epoch, index). A resumed run just starts counting at a later step, with
+         any number of workers, and another number of processes sees the same images in turn.
+Paper    none; DINOv2's released loader reseeds itself on resume, which changes the order
+Try      python data.py [NAME ...]      what a data set holds, by name
+Change   a new data set is one function and one line in DATASETS
+Tests    pytest tests/test_data.py
+"""
+
+import inspect
+import os
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from augment import MultiCrop, collate
+from shapes import Shapes
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+
+
+@dataclass
+class Images:
+    """A set of images. `labels` is None where there are none; `names` tell the images apart."""
+
+    name: str
+    read: Callable[[int], Tensor]  # index -> (3, H, W) uint8; raises for an image it cannot decode
+    names: list[str]
+    labels: list[int] | None = None
+    classes: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def subset(self, indices) -> "Images":
+        indices = [int(i) for i in indices]
+        return replace(
+            self,
+            read=partial(_read_through, self.read, indices),
+            names=[self.names[i] for i in indices],
+            labels=self.labels and [self.labels[i] for i in indices],
+        )
+
+
+def _read_through(read, indices, i):
+    return read(indices[i])
+
+
+# ------------------------------------------------------------------------------------------------
+# Data sets by name: argument, split, root, download -> Images
+
+
+def read_file(path: Path) -> Tensor:
+    """Any image file -> (3, H, W) uint8 RGB, turned upright as its EXIF says."""
+    if path.suffix.lower() in (".jpg", ".jpeg", ".png"):
+        try:
+            return decode_image(str(path), mode=ImageReadMode.RGB, apply_exif_orientation=True)
+        except RuntimeError:
+            pass  # a rare kind, or a wrong suffix: Pillow reads more, and says better what is wrong
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as image:
+        return pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def _read_path(root: Path, names: list[str], i: int) -> Tensor:
+    return read_file(root / names[i])
+
+
+def open_folder(argument: str, split: str, root: str, download: bool) -> Images:
+    """folder:PATH. Where all images lie in folders, the first one is the label; else no labels."""
+    path = Path(argument).expanduser()
+    if not argument or not path.is_dir():
+        raise ValueError(f"folder:{argument}: there is no such folder")
+    names = sorted(
+        os.path.relpath(os.path.join(where, file), path)
+        for where, _, files in os.walk(path, followlinks=True)
+        for file in files
+        if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
+    )
+    if not names:
+        raise ValueError(f"folder:{argument}: found 0 images under it; "
+                         f"expected {', '.join(EXTENSIONS)} files, or folders of them")
+    tops = [Path(name).parts[0] for name in names]
+    classes = sorted(set(tops))
+    if any(top == name for top, name in zip(tops, names)) or len(classes) < 2:
+        return Images("folder", partial(_read_path, path, names), names)
+    number = {name: i for i, name in enumerate(classes)}
+    labels = [number[top] for top in tops]
+    return Images("folder", partial(_read_path, path, names), names, labels, classes)
+
+
+def _read_shape(world: Shapes, i: int) -> Tensor:
+    return torch.from_numpy(world[i][0])
+
+
+def open_shapes(argument: str, split: str, root: str, download: bool) -> Images:
+    """shapes, or shapes:N for N images: the world of shapes.py."""
+    if argument and not argument.isdigit():
+        raise ValueError(f"shapes:{argument}: expected a number of images, or nothing")
+    world = Shapes(split, int(argument or 0) or None)
+    names = [f"{split}-{i:06d}" for i in range(len(world))]
+    return Images("shapes", partial(_read_shape, world), names, world.labels, world.classes)
+
+
+def _read_torchvision(dataset, i: int) -> Tensor:
+    return pil_to_tensor(dataset[i][0].convert("RGB"))
+
+
+def open_torchvision(argument: str, split: str, root: str, download: bool) -> Images:
+    """Any classification set of torchvision, by its class name: CIFAR10, ImageNet, Flowers102, ..."""
+    cls = getattr(torchvision.datasets, argument)
+    takes = inspect.signature(cls).parameters
+    options = [{}]
+    if "train" in takes:
+        options = [{"train": split == "train"}]
+    elif "split" in takes:
+        options = [{"split": s} for s in (["train"] if split == "train" else ["val", "test"])]
+    more = {"download": download} if "download" in takes else {}
+    errors = []
+    for option in options:
+        try:
+            dataset = cls(root, **option, **more)
+            break
+        except Exception as error:  # every set complains in its own way
+            errors.append(str(error).split("\n")[0])
+    else:
+        raise ValueError(f"{argument} under --data_root {root}: {errors[0]} (--download fetches it)")
+    labels = next((list(map(int, getattr(dataset, a))) for a in ("targets", "labels", "_labels", "y")
+                   if hasattr(dataset, a)), None)
+    if labels is None:
+        labels = [int(dataset[i][1]) for i in range(len(dataset))]
+    names = [f"{argument}-{split}-{i:07d}" for i in range(len(dataset))]
+    return Images(argument, partial(_read_torchvision, dataset), names, labels,
+                  getattr(dataset, "classes", None))
+
+
+DATASETS = {"shapes": open_shapes, "folder": open_folder}
+
+
+def open_images(spec: str, root: str = "data", download: bool = False, flag: str = "--data") -> Images:
+    """NAME[:ARGUMENT][:val] -> Images. ValueError names the flag and the choices."""
+    body, _, tail = spec.rpartition(":")
+    spec, split = (body, tail) if body and tail in ("train", "val") else (spec, "train")
+    name, _, argument = spec.partition(":")
+    try:
+        if name in DATASETS:
+            return DATASETS[name](argument, split, root, download)
+        if inspect.isclass(getattr(torchvision.datasets, name, None)):
+            return open_torchvision(name, split, root, download)
+    except ValueError as error:
+        raise ValueError(f"{flag} {error}") from None
+    raise ValueError(f"{flag} {spec!r}: choose from {', '.join(DATASETS)} (as in folder:PATH), "
+                     "or a torchvision class name such as CIFAR10")
+
+
+def held_out(name: str, share: int = 20) -> bool:
+    """One image in `share`, chosen by a hash of its name: the same ones whatever else is there."""
+    return zlib.crc32(name.encode()) % share == 0
+
+
+# ------------------------------------------------------------------------------------------------
+# Order, and the loader of training batches
+
+
+class Sampler:
+    """Batches of keys (epoch, step, index) for one process, from `start` up to `steps`.
+
+    An epoch here is one pass over the data: floor(length / global batch) steps, the rest left out.
+    Step s of the pass takes the s-th global batch of its permutation, process r the r-th slice.
+    """
+
+    def __init__(self, length: int, batch_size: int, steps: int, start: int = 0, seed: int = 0,
+                 rank: int = 0, world_size: int = 1):
+        self.length, self.batch_size, self.steps, self.start = length, batch_size, steps, start
+        self.seed, self.rank, self.global_batch = seed, rank, batch_size * world_size
+        self.steps_per_pass = length // self.global_batch
+        if not self.steps_per_pass:
+            raise ValueError(f"--batch_size_per_gpu {batch_size}: a global batch of "
+                             f"{self.global_batch} is larger than the data set of {length} images")
+
+    def __len__(self) -> int:
+        return self.steps - self.start
+
+    def __iter__(self):
+        epoch, order = None, None
+        for step in range(self.start, self.steps):
+            if epoch != step // self.steps_per_pass:
+                epoch = step // self.steps_per_pass
+                order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
+            first = step % self.steps_per_pass * self.global_batch + self.rank * self.batch_size
+            yield [(epoch, step, int(i)) for i in order[first:first + self.batch_size]]
+
+
+class Views(torch.utils.data.Dataset):
+    """Key (epoch, step, index) -> the crops of one image and the colours they will get."""
+
+    def __init__(self, images: Images, multi_crop: MultiCrop, seed: int = 0):
+        self.images, self.multi_crop, self.seed = images, multi_crop, seed
+
+    def __getitem__(self, key: tuple[int, int, int]) -> dict:
+        epoch, _, index = key
+        image, broken = self.read(epoch, index)
+        rng = np.random.default_rng([self.seed, epoch, index])
+        return dict(self.multi_crop(image, rng), index=index, broken=broken)
+
+    def read(self, epoch: int, index: int) -> tuple[Tensor, list[str]]:
+        """The image, or one chosen from the seed in place of a broken one, which is named."""
+        broken, others = [], np.random.default_rng([self.seed, epoch, index, 1])
+        for _ in range(10):
+            try:
+                return self.images.read(index), broken
+            except Exception as error:  # whatever a decoder raises
+                broken.append(f"{self.images.names[index]}: {str(error).splitlines()[0]}")
+                index = int(others.integers(len(self.images)))
+        raise RuntimeError(f"ten images in a row do not decode, the last: {broken[-1]}")
+
+
+def _one_thread(worker: int):
+    torch.set_num_threads(1)  # workers are the parallelism
+
+
+def training_loader(views: Views, sampler: Sampler, num_workers: int, pin_memory: bool = False):
+    """An iterator over the batches of augment.collate, from the sampler's start to its end."""
+    return torch.utils.data.DataLoader(
+        views,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_one_thread,
+        prefetch_factor=4 if num_workers else None,
+    )
+
+
+if __name__ == "__main__":
+    import sys
+
+    for spec in sys.argv[1:] or ["shapes", "shapes:val"]:
+        images = open_images(spec)
+        kinds = f"{len(set(images.labels))} classes" if images.labels else "no labels"
+        print(f"{spec}: {len(images):,d} images, {kinds}, the first {tuple(images.read(0).shape)}, "
+              f"{sum(map(held_out, images.names)):,d} of them held out by name")
+    print("step 0 of two processes with batch 3:",
+          *([i for _, _, i in next(iter(Sampler(100, 3, 9, rank=r, world_size=2)))] for r in (0, 1)))
+    print("step 0 of one process with batch 6:  ",
+          [i for _, _, i in next(iter(Sampler(100, 6, 9)))])

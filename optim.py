@@ -1,0 +1,145 @@
+"""Optimisation: everything that changes weights, or how fast they change, over time.
+
+    step --> schedules: lr, weight decay, teacher momentum, teacher temperature
+    gradients --> clip --> freeze prototypes --> AdamW | SGD | LARS --> student
+                                                                          |
+                                      teacher <-- m * teacher + (1 - m) * student
+
+Idea     The teacher is no second model to train: it is the student's own recent past, averaged.
+         Averages are better than their parts, so there is always something to learn from it.
+Paper    DINO sec. 3.1 (EMA teacher) and A (schedules); LARS (You 2017) for convnets
+Try      python optim.py        the schedules of a run, drawn as text
+Change   a new optimiser is one line in OPTIMIZERS
+Tests    pytest tests/test_optim.py
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+# ------------------------------------------------------------------------------------------------
+# Schedules: pure functions of the step
+
+
+def cosine(step: int, base: float, final: float, total: int, warmup: int = 0) -> float:
+    """Linear from 0 to `base` over `warmup` steps, then half a cosine down (or up) to `final`.
+
+    The first step has the value 0 and `final` is approached, not reached, both as in the papers' code.
+    """
+    if step < warmup:
+        return base * step / max(warmup - 1, 1)
+    progress = (step - warmup) / max(total - warmup, 1)
+    return final + 0.5 * (base - final) * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def linear(step: int, start: float, end: float, steps: int) -> float:
+    """From `start` at step 0 to `end` at step steps - 1, then constant: teacher temperature."""
+    return end if step >= steps - 1 else start + (end - start) * step / (steps - 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Which parameters, with which optimiser
+
+
+def parameter_groups(model: nn.Module) -> list[dict]:
+    """Two groups: weights decay, biases and other vectors (norms, LayerScale) do not. DINO A.
+
+    Class token and positions have three dimensions and do decay, as in the official code. Frozen
+    parameters are left out.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    plain = [p for name, p in named if p.ndim == 1 or name.endswith(".bias")]
+    decayed = [p for name, p in named if not (p.ndim == 1 or name.endswith(".bias"))]
+    return [{"params": decayed, "decay": 1.0}, {"params": plain, "decay": 0.0}]
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD whose step per tensor is proportional to the tensor's own norm. You 2017, eq. 6.
+
+    Vectors (biases, norms) get neither the adaptation nor weight decay.
+    """
+
+    def __init__(self, params, lr: float = 0.0, weight_decay: float = 0.0, momentum: float = 0.9,
+                 trust: float = 0.001):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust))
+
+    @torch.no_grad()
+    def step(self):
+        # The name and meaning that torch's fused optimisers use: above 0 nothing moves.
+        skip = getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                update = p.grad
+                if p.ndim > 1:
+                    update = update + group["weight_decay"] * p
+                    size, change = p.norm(), update.norm()
+                    ratio = group["trust"] * size / change
+                    update = update * torch.where((size > 0) & (change > 0), ratio, 1.0)
+                old = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                new = group["momentum"] * old + update
+                moved = p - group["lr"] * new
+                if skip is not None:
+                    new, moved = torch.where(skip > 0, old, new), torch.where(skip > 0, p, moved)
+                old.copy_(new)
+                p.copy_(moved)
+
+
+OPTIMIZERS = {
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.0, fused=True),
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True),
+    "lars": LARS,
+}
+
+
+def set_schedule(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float):
+    for group in optimizer.param_groups:
+        group["lr"], group["weight_decay"] = lr, weight_decay * group["decay"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Between backward and the next forward
+
+
+def clip_gradients(networks: list[nn.Module], max_norm: float, mode: str) -> Tensor:
+    """Scale gradients in place; returns the norm of all of them before that, on the device.
+
+    mode "parameter": each tensor by itself to at most max_norm (DINO). "network": each network as a
+    whole (DINOv2). max_norm 0: measure only. Nothing here waits for the device.
+    """
+    norms = []
+    for network in networks:
+        grads = [p.grad for p in network.parameters() if p.grad is not None]
+        each = torch._foreach_norm(grads)
+        norms += each
+        if not max_norm:
+            continue
+        limits = each if mode == "parameter" else [torch.stack(each).norm()] * len(grads)
+        factors = (max_norm / (torch.stack(limits) + 1e-6)).clamp(max=1)
+        torch._foreach_mul_(grads, list(factors.unbind()))
+    return torch.stack(norms).norm()
+
+
+def freeze_prototypes(model: nn.Module):
+    """Forget the gradients of the last layer: the optimiser skips it. DINO A, first epoch."""
+    for name, p in model.named_parameters():
+        if "last_layer" in name:
+            p.grad = None
+
+
+@torch.no_grad()
+def ema_update(teacher: nn.Module, student: nn.Module, momentum: float, ok: Tensor | float = 1.0):
+    """teacher <- m * teacher + (1 - m) * student, over parameters in order. ok = 0: no change."""
+    pairs = list(teacher.parameters()), list(student.parameters())
+    weight = torch.as_tensor((1 - momentum) * ok, dtype=torch.float32, device=pairs[0][0].device)
+    torch._foreach_lerp_(*pairs, [weight] * len(pairs[0]))
+
+
+if __name__ == "__main__":
+    total, warmup = 1000, 100
+    print("  step       lr   weight decay   momentum   teacher temp   (lr as a bar)")
+    for step in range(0, total + 1, 50):
+        lr = cosine(step, 1e-3, 1e-6, total, warmup)
+        print(f"{step:6d}  {lr:.5f}   {cosine(step, 0.04, 0.4, total):12.3f} "
+              f"{cosine(step, 0.996, 1.0, total):10.5f} {linear(step, 0.04, 0.07, 300):14.4f}   "
+              + "#" * round(40 * lr / 1e-3))
