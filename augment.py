@@ -264,10 +264,10 @@ if __name__ == "__main__":
     import sys
 
     import matplotlib.pyplot as plt
-    from torchvision.io import ImageReadMode, decode_image
+    from PIL import Image
 
     if sys.argv[1:]:
-        image = decode_image(sys.argv[1], mode=ImageReadMode.RGB)
+        image = TF.pil_to_tensor(Image.open(sys.argv[1]).convert("RGB"))
     else:  # no photograph at hand: a disc on a slope of colours
         y, x = torch.meshgrid(torch.linspace(-1, 1, 256), torch.linspace(-1, 1, 256), indexing="ij")
         image = torch.stack([128 + 100 * x, 128 + 100 * y, 200 - 60 * x]).clamp(0, 255)

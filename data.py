@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
+from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from augment import MultiCrop, collate
@@ -67,13 +67,6 @@ def _read_through(read, indices, i):
 
 def read_file(path: Path) -> Tensor:
     """Any image file -> (3, H, W) uint8 RGB, turned upright as its EXIF says."""
-    if path.suffix.lower() in (".jpg", ".jpeg", ".png"):
-        try:
-            return decode_image(str(path), mode=ImageReadMode.RGB, apply_exif_orientation=True)
-        except RuntimeError:
-            pass  # a rare kind, or a wrong suffix: Pillow reads more, and says better what is wrong
-    from PIL import Image, ImageOps
-
     with Image.open(path) as image:
         return pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
 

@@ -45,7 +45,7 @@ def petals(u, v, count, depth):
 
 
 def heart(u, v):
-    x, y = 1.15 * np.abs(u), 1.2 * v + 0.1
+    x, y = 1.15 * np.abs(u), 0.1 - 1.2 * v
     return np.hypot(x, y + 0.15 - 0.75 * np.sqrt(x + 1e-6)) - 0.9
 
 
@@ -69,14 +69,14 @@ def wave(x):
     return 0.5 + 0.5 * np.tanh(3 * np.sin(2 * math.pi * x))
 
 
-TEXTURES = {
-    "stripes": lambda u, v, f: wave(f * u),
-    "dots": lambda u, v, f: 0.5 + 0.5 * np.tanh(
-        5 * (np.cos(2 * math.pi * f * u) + np.cos(2 * math.pi * f * v) - 0.7)),
-    "checks": lambda u, v, f: 0.5 + 0.5 * np.tanh(
-        6 * np.sin(math.pi * f * u) * np.sin(math.pi * f * v)),
-    "rings": lambda u, v, f: wave(f * np.hypot(u, v)),
-    "rays": lambda u, v, f: wave(2 * f * np.arctan2(v, u) / math.pi),
+TEXTURES = {  # of f periods per unit, shifted by p and q periods
+    "stripes": lambda u, v, f, p, q: wave(f * u + p),
+    "dots": lambda u, v, f, p, q: 0.5 + 0.5 * np.tanh(
+        5 * (np.cos(2 * math.pi * (f * u + p)) + np.cos(2 * math.pi * (f * v + q)) - 0.7)),
+    "checks": lambda u, v, f, p, q: 0.5 + 0.5 * np.tanh(
+        6 * np.sin(math.pi * (f * u + p)) * np.sin(math.pi * (f * v + q))),
+    "rings": lambda u, v, f, p, q: wave(f * np.hypot(u, v) + p),
+    "rays": lambda u, v, f, p, q: wave(2 * np.floor(2 * f) * np.arctan2(v, u) / math.pi / 2 + p),
 }
 
 # (silhouette, texture, hue it leans to, in turns). Every texture serves two kinds.
@@ -88,7 +88,9 @@ KINDS = [
     ("hexagon", "rays", 0.40), ("flower", "rays", 0.90),
 ]
 NAMES = [f"{texture} {silhouette}" for silhouette, texture, _ in KINDS]
-PALETTE_SPREAD = 0.25  # turns; at 0.5 the palette says nothing
+PALETTE_SPREAD = 0.18  # turns; at 0.5 the palette says nothing
+TILT = 0.7  # radians to either side
+HILLS = 0.9  # how much the ground varies
 
 
 # ------------------------------------------------------------------------------------------------
@@ -106,21 +108,22 @@ def draw_scene(*seed: int, kind: int) -> dict:
     dark = colorsys.hsv_to_rgb(hue % 1, uniform(0.5, 1.0), uniform(0.15, 0.45))
     light = colorsys.hsv_to_rgb((hue + uniform(-0.12, 0.12)) % 1, uniform(0.15, 0.7),
                                 uniform(0.7, 1.0))
-    ground = [colorsys.hsv_to_rgb(uniform(0, 1), uniform(0.1, 0.6), uniform(0.25, 0.85))
-              for _ in range(2)]
+    ground = [colorsys.hsv_to_rgb(uniform(0, 1), uniform(0.0, 0.15), value + uniform(-0.1, 0.1))
+              for value in (0.25, 0.75)]
     return {
         "kind": kind,
-        "center": (uniform(0.38, 0.62), uniform(0.38, 0.62)),  # x, y as shares of the image
-        "radius": uniform(0.27, 0.42),
-        "angle": uniform(0, 2 * math.pi),
+        "center": (uniform(0.33, 0.67), uniform(0.33, 0.67)),  # x, y as shares of the image
+        "radius": uniform(0.27, 0.4),
+        "angle": uniform(-TILT, TILT),
         "squash": uniform(0.85, 1.18),  # seen a little from the side
-        "frequency": uniform(1.7, 2.5),
-        "colors": np.array([dark, light] if rng.random() < 0.7 else [light, dark]),
+        "frequency": uniform(1.8, 2.3),
+        "phase": (uniform(0, 1), uniform(0, 1)),  # where the texture starts, in periods
+        "colors": np.array([dark, light] if rng.random() < 0.5 else [light, dark]),
         "ground": np.array(ground),
-        "ground_angle": uniform(0, 2 * math.pi),
-        "bumps": rng.normal(size=(4, 4)),  # waviness of the ground
+        "waves": rng.normal(0, 1.3, size=(6, 2)),  # of the ground, in periods across the image
+        "wave_phases": rng.uniform(0, 2 * math.pi, size=6),
         "light": uniform(0, 2 * math.pi),
-        "exposure": uniform(0.75, 1.15),
+        "exposure": uniform(0.8, 1.15),
         "distance": uniform(1.5, 2.5),
         "noise": int(rng.integers(2**31)),
     }
@@ -139,19 +142,18 @@ def render(scene: dict, size: int = SIZE) -> tuple[np.ndarray, np.ndarray, np.nd
     cover = np.clip(0.5 - edge * radius * size, 0, 1)[..., None]  # one pixel of soft border
 
     # The thing: two colours, a dome that is lit from one side.
-    pattern = TEXTURES[texture](u, v, scene["frequency"])[..., None]
+    pattern = TEXTURES[texture](u, v, scene["frequency"], *scene["phase"])[..., None]
     dark, light = scene["colors"]
     towards = (math.cos(scene["light"]), math.sin(scene["light"]))
     dome = np.clip(1 - u**2 - v**2, 0, 1)
     shade = 0.8 + 0.3 * (dx * towards[0] + dy * towards[1]) / radius + 0.2 * dome
     thing = (dark + (light - dark) * pattern) * shade[..., None]
 
-    # The ground: a slope between two colours, some waves, and a soft shadow away from the light.
-    slope = 0.5 + (math.cos(scene["ground_angle"]) * (x - 0.5)
-                   + math.sin(scene["ground_angle"]) * (y - 0.5))
-    waves = sum(a * np.sin(2 * math.pi * (b * x + c * y) + 3 * d) for a, b, c, d in scene["bumps"])
+    # The ground: hills of light and dark, which no two crops share, and a soft shadow.
+    hills = sum(np.sin(2 * math.pi * (across * x + down * y) + phase)
+                for (across, down), phase in zip(scene["waves"], scene["wave_phases"])) / 6
     first, second = scene["ground"]
-    ground = first + (second - first) * np.clip(slope + 0.08 * waves, 0, 1)[..., None]
+    ground = first + (second - first) * np.clip(0.5 + HILLS * hills, 0, 1)[..., None]
     sx, sy = dx + 0.05 * towards[0], dy + 0.05 * towards[1]
     shadow_u = (cos * sx + sin * sy) / radius * squash
     shadow_v = (cos * sy - sin * sx) / radius / squash
@@ -160,7 +162,7 @@ def render(scene: dict, size: int = SIZE) -> tuple[np.ndarray, np.ndarray, np.nd
 
     image = (ground + (thing - ground) * cover) * scene["exposure"]
     image = image + np.random.default_rng(scene["noise"]).normal(0, 0.02, image.shape)
-    wall = 3.0 + 0.8 * slope
+    wall = 3.0 + 0.4 * hills + 0.5 * y
     depth = np.where(cover[..., 0] > 0.5, scene["distance"] - 0.4 * dome, wall)
     pixels = (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(2, 0, 1)
     return pixels, cover[..., 0] > 0.5, depth.astype(np.float32)

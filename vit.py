@@ -261,10 +261,9 @@ class VisionTransformer(nn.Module):
         self.patch_size, self.embed_dim, self.depth = patch_size, embed_dim, depth
         self.num_heads, self.num_register_tokens = num_heads, num_register_tokens
         self.pos_embed_resize = pos_embed_resize
-        ramp = range(depth)
         self.drop_path_rates = [
             drop_path_rate if drop_path_uniform else drop_path_rate * i / max(depth - 1, 1)
-            for i in ramp
+            for i in range(depth)
         ]
 
         def token(count):
@@ -307,6 +306,7 @@ class VisionTransformer(nn.Module):
 
     def prepare_tokens(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W), masks (B, P) bool or None -> tokens (B, N, D)."""
+        grid = self.grid(images)
         x = self.patch_embed(images)  # (B, P, D)
         if masks is not None:  # iBOT sec. 3.1: content hidden, position kept
             if self.mask_token is None:
@@ -314,7 +314,7 @@ class VisionTransformer(nn.Module):
             x = torch.where(masks[:, :, None], self.mask_token.to(x.dtype), x)  # (B, P, D)
         cls = self.cls_token.expand(len(x), -1, -1)  # (B, 1, D)
         x = torch.cat([cls, x], 1)  # (B, 1 + P, D)
-        x = x + resize_pos_embed(self.pos_embed, self.grid(images), self.pos_embed_resize)
+        x = x + resize_pos_embed(self.pos_embed, grid, self.pos_embed_resize)
         if self.register_tokens is not None:  # after the positions: registers are nowhere
             registers = self.register_tokens.expand(len(x), -1, -1)  # (B, R, D)
             x = torch.cat([x[:, :1], registers, x[:, 1:]], 1)  # (B, N, D)

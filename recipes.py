@@ -1,0 +1,148 @@
+"""Recipes: every setting of a training run, and the papers as short dictionaries of what differs.
+
+    Config's defaults  <--  PRESETS[name]  <--  flags on the command line
+    (DINO, ViT-S/16)        what differs        what you say wins
+
+Idea     A paper's recipe is a difference to another one. Read side by side, the presets show what
+         each run changed; the comment above each tells hardware, time and result, or whose they are.
+Paper    DINO A, and the README of its code (numbers marked "the paper's")
+Try      python recipes.py      the presets, side by side
+Change   a new recipe is one entry in PRESETS; a new setting one field of Config
+Tests    pytest tests/test_recipes.py
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class Config:
+    preset: str = ""
+    # -- data
+    data: str = "shapes"  # shapes | folder:PATH | a torchvision class such as CIFAR10
+    val_data: str = ""  # labelled images to judge with; empty: 5 % of --data held out by name
+    data_root: str = "data"  # where torchvision keeps its data sets
+    download: bool = False  # let torchvision fetch them
+    # -- network
+    arch: Literal["vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2"] = "vit_small"  # fmt: skip
+    patch_size: int = 16  # pixels; crops must be multiples of it
+    drop_path_rate: float = 0.1  # stochastic depth of the student's last block
+    drop_path_uniform: bool = False  # the same rate in all blocks instead of a ramp from 0
+    pos_embed_resize: Literal["offset", "antialias"] = "offset"  # rule for other image sizes
+    # -- head
+    n_prototypes: int = 65536  # K, the size of the answer
+    head_hidden_dim: int = 2048  # width of the head's MLP
+    head_bottleneck_dim: int = 256  # width before the prototypes
+    head_nlayers: int = 3  # linear layers of the MLP
+    use_bn_in_head: bool = False  # BatchNorm in the head (convnets)
+    norm_last_layer: bool = True  # keep prototypes at length 1; False is better for small ViTs
+    # -- crops
+    global_crops_number: int = 2  # seen by teacher and student
+    global_crops_size: int = 224  # pixels
+    global_crops_scale: tuple[float, float] = (0.4, 1.0)  # share of the image's area
+    local_crops_number: int = 8  # seen by the student only
+    local_crops_size: int = 96  # pixels
+    local_crops_scale: tuple[float, float] = (0.05, 0.4)  # share of the image's area
+    photometry: Literal["dino", "none"] = "dino"  # colour augmentation
+    # -- loss
+    centering: Literal["ema", "none"] = "ema"  # what keeps the teacher from one answer for all
+    center_momentum: float = 0.9  # of the EMA centre
+    student_temp: float = 0.1  # softmax temperature of the student
+    teacher_temp: float = 0.04  # and of the teacher: lower is sharper
+    warmup_teacher_temp: float = 0.04  # its value at the start
+    warmup_teacher_temp_epochs: int = 0  # epochs to rise over
+    momentum_teacher: float = 0.996  # of the teacher's average, at the start
+    final_momentum_teacher: float = 1.0  # and at the end
+    # -- optimisation
+    epochs: int = 100  # passes over the data, or stretches of --epoch_length
+    epoch_length: int = 0  # steps an epoch; 0: what one pass over the data takes
+    batch_size_per_gpu: int = 64  # images per process
+    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
+    lr: float = 5e-4  # peak, for the reference batch of --lr_scaling
+    lr_scaling: Literal["linear_256", "none"] = "linear_256"  # lr * global batch / 256, or as given
+    min_lr: float = 1e-6  # at the end
+    warmup_epochs: int = 10  # linear rise of the learning rate
+    weight_decay: float = 0.04  # at the start
+    weight_decay_end: float = 0.4  # at the end
+    clip_grad: float = 3.0  # largest gradient norm; 0: no clipping
+    clip_mode: Literal["parameter", "network"] = "parameter"  # of each tensor, or of each network
+    freeze_last_layer_epochs: int = 1  # the prototypes rest this long
+    seed: int = 0  # everything random follows from it
+    # -- machine
+    device: str = "auto"  # auto | cpu | cuda | mps
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; losses are float32
+    num_workers: int = 2  # loader processes
+    # -- run
+    output_dir: str = ""  # the run; empty: runs/PRESET
+    resume: bool = True  # continue the run that is there; --no_resume starts anew
+    save_every: int = 500  # steps between checkpoints
+    log_every: int = 20  # steps between log lines
+    knn_every: int = 10  # epochs between k-NN evaluations of the teacher; 0: first and last only
+
+
+# Fields that do not change the result: a run may be continued with others.
+NEUTRAL = {"output_dir", "resume", "save_every", "log_every", "knn_every", "num_workers", "device",
+           "data_root", "download"}
+
+# Small worlds: a small network, few prototypes, a fast teacher.
+SMALL = dict(
+    arch="vit_nano", n_prototypes=512, head_hidden_dim=256, head_bottleneck_dim=128,
+    local_crops_number=4, drop_path_rate=0.0, lr_scaling="none", weight_decay_end=0.1,
+    momentum_teacher=0.99, norm_last_layer=True, clip_grad=3.0,
+)
+
+PRESETS = {
+    "shapes_dino": dict(
+        SMALL, data="shapes", val_data="shapes:val", patch_size=8,
+        global_crops_size=40, local_crops_size=24, local_crops_scale=(0.1, 0.4),
+        batch_size_per_gpu=32, lr=1e-3, epochs=4, warmup_epochs=1, freeze_last_layer_epochs=0,
+    ),
+    "cifar10_dino": dict(
+        SMALL, data="CIFAR10", val_data="CIFAR10:val", arch="vit_tiny", patch_size=4,
+        n_prototypes=4096, head_hidden_dim=1024,
+        global_crops_size=32, local_crops_size=16, local_crops_number=6,
+        local_crops_scale=(0.2, 0.5), batch_size_per_gpu=128, lr=5e-4, epochs=100,
+        warmup_epochs=10, momentum_teacher=0.996, drop_path_rate=0.1,
+    ),
+    "imagenette_dino": dict(
+        SMALL, data="Imagenette", val_data="Imagenette:val", arch="vit_small", patch_size=16,
+        n_prototypes=4096, head_hidden_dim=2048, head_bottleneck_dim=256,
+        global_crops_size=128, local_crops_size=64, local_crops_number=6,
+        global_crops_scale=(0.3, 1.0), local_crops_scale=(0.05, 0.3),
+        batch_size_per_gpu=128, lr=5e-4, epochs=200, warmup_epochs=20, momentum_teacher=0.996,
+        drop_path_rate=0.1,
+    ),
+    # 8 GPUs of 64 images, 1.75 days on V100s: k-NN 69.3, linear 74.0 (the paper's code's README).
+    "dino_vits16": dict(data="ImageNet", val_data="ImageNet:val"),
+    # 16 GPUs of 64, 2.6 days: k-NN 73.3, linear 76.0 (the README's).
+    "dino_vits16_300ep": dict(
+        data="ImageNet", val_data="ImageNet:val", epochs=300, norm_last_layer=False,
+        teacher_temp=0.07, warmup_teacher_temp_epochs=30,
+    ),
+    # The released weights. 16 GPUs of 64: k-NN 74.5, linear 77.0 (the README's).
+    "dino_vits16_800ep": dict(
+        data="ImageNet", val_data="ImageNet:val", epochs=800, norm_last_layer=False,
+        teacher_temp=0.07, warmup_teacher_temp_epochs=30, min_lr=1e-5, clip_grad=0.0,
+        local_crops_number=10, global_crops_scale=(0.25, 1.0), local_crops_scale=(0.05, 0.25),
+        precision="fp32",
+    ),
+    # 64 GPUs of 16; small patches are unstable in half precision: k-NN 78.3, linear 79.7 (the README's).
+    "dino_vits8": dict(
+        data="ImageNet", val_data="ImageNet:val", patch_size=8, epochs=800, norm_last_layer=False,
+        batch_size_per_gpu=16, teacher_temp=0.07, warmup_teacher_temp_epochs=30, min_lr=1e-5,
+        local_crops_number=10, global_crops_scale=(0.25, 1.0), local_crops_scale=(0.05, 0.25),
+        precision="fp32",
+    ),
+    # 32 GPUs of 32: k-NN 76.1, linear 78.2 (the README's).
+    "dino_vitb16": dict(
+        data="ImageNet", val_data="ImageNet:val", arch="vit_base", epochs=400, lr=7.5e-4,
+        batch_size_per_gpu=32, min_lr=2e-6, teacher_temp=0.07, warmup_teacher_temp_epochs=50,
+        clip_grad=0.3, freeze_last_layer_epochs=3, local_crops_number=10,
+        global_crops_scale=(0.25, 1.0), local_crops_scale=(0.05, 0.25), precision="fp32",
+    ),
+}
+
+
+if __name__ == "__main__":
+    for name, preset in PRESETS.items():
+        print(f"{name}\n    " + ", ".join(f"{k}={v}" for k, v in preset.items()))

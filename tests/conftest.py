@@ -1,0 +1,28 @@
+"""What several test modules share: small configurations and a folder of images."""
+
+import pytest
+import torch
+from torchvision.transforms.v2.functional import to_pil_image
+
+# A run of seconds: every part of a real one, nothing large.
+TINY = ("shapes_dino --data shapes:64 --val_data shapes:32:val --epochs 2 --warmup_epochs 0 "
+        "--batch_size_per_gpu 8 --n_prototypes 32 --head_hidden_dim 32 --head_bottleneck_dim 16 "
+        "--local_crops_number 2 --log_every 2 --save_every 4 --num_workers 0 --device cpu "
+        "--precision fp32 --drop_path_rate 0.2 --global_crops_size 24 --local_crops_size 16").split()
+
+
+@pytest.fixture
+def tiny():
+    return list(TINY)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two classes of noisy images, JPEG and PNG, of odd sizes: 24 files."""
+    generator = torch.Generator().manual_seed(0)
+    for i in range(24):
+        folder = tmp_path / "photos" / ("cats" if i % 2 else "dogs")
+        folder.mkdir(parents=True, exist_ok=True)
+        image = torch.randint(0, 256, (3, 40 + i, 50), generator=generator, dtype=torch.uint8)
+        to_pil_image(image).save(folder / f"{i:02d}.{'png' if i % 3 else 'jpg'}")
+    return tmp_path / "photos"

@@ -1,0 +1,109 @@
+"""Claims
+1. Batched photometry equals torchvision's functionals, image by image, in the order that was drawn.
+2. Photometry of a batch does not depend on what else is in it.
+3. Crop boxes lie in the image and follow RandomResizedCrop's rule for area and ratio.
+4. Views are functions of the generator alone; the batch is crop-major.
+5. The chances of the operations are the paper's.
+"""
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as TF
+
+from augment import (MEAN, ORDERS, PHOTOMETRY, SOLARIZE_THRESHOLD, STD, MultiCrop, center_crop,
+                     collate, crop_box, draw_photometry, normalise, photometry)
+
+
+def one_by_one(crops, params):
+    """torchvision's functionals on one image after another; the reference, and the loop to beat."""
+    jitters = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+    out = []
+    for x, p in zip(crops, params.tolist()):
+        x = TF.to_dtype(x, torch.float32, scale=True)
+        if p[0] >= 0:
+            for op in ORDERS[int(p[0])]:
+                x = jitters[op](x, p[1 + op])
+        if p[5]:
+            x = TF.rgb_to_grayscale(x, 3)
+        if p[6]:
+            x = TF.gaussian_blur(x, [9, 9], [p[6], p[6]])
+        if p[7]:
+            x = TF.solarize(x, SOLARIZE_THRESHOLD)
+        out.append(TF.normalize(x, MEAN, STD))
+    return torch.stack(out)
+
+
+def draw(view, n, seed=0):
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(np.stack([draw_photometry("dino", view, rng) for _ in range(n)]))
+
+
+@pytest.mark.parametrize("view", [0, 1, 2])
+def test_photometry_equals_torchvision(view):
+    crops = torch.randint(0, 256, (48, 3, 24, 20), dtype=torch.uint8,
+                          generator=torch.Generator().manual_seed(view))
+    params = draw(view, 48)
+    params[:24, 0] = torch.arange(24)  # every order of the four jitters
+    ours, theirs = photometry(crops, params), one_by_one(crops, params)
+    # A pixel within rounding of the threshold may be solarized by one and not by the other.
+    apart = ((ours - theirs).abs() > 1e-4).sum().item()  # in units of the normalised image
+    assert apart <= (0.0005 * ours.numel() if view == 1 else 0)
+
+
+def test_a_pixel_does_not_depend_on_the_batch():
+    crops = torch.randint(0, 256, (40, 3, 96, 96), dtype=torch.uint8)
+    params = draw(1, 40)
+    together = photometry(crops, params)
+    alone = torch.cat([photometry(crops[i:i + 1], params[i:i + 1]) for i in range(40)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+def test_normalise():
+    image = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
+    expected = TF.normalize(TF.to_dtype(image, torch.float32, scale=True), MEAN, STD)
+    torch.testing.assert_close(normalise(image), expected)
+
+
+def test_crop_boxes():
+    rng, areas = np.random.default_rng(0), []
+    for _ in range(2000):
+        top, left, h, w = crop_box(60, 80, (0.2, 0.5), rng.random((10, 4)))
+        assert 0 <= top <= 60 - h and 0 <= left <= 80 - w
+        assert 0.7 < w / h < 1.4
+        areas.append(h * w / 4800)
+    assert 0.18 < min(areas) and max(areas) < 0.52
+    assert abs(np.mean(areas) - 0.35) < 0.01  # uniform in area
+    top, left, h, w = crop_box(10, 400, (0.9, 1.0), rng.random((10, 4)))  # nothing fits: centred
+    assert (h, w) == (10, 13) and left == (400 - 13) // 2
+
+
+def test_views_follow_from_the_generator():
+    image = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
+    crops = MultiCrop(32, 16, 2, 3)
+    one, same, other = (crops(image, np.random.default_rng([0, 0, s])) for s in (1, 1, 2))
+    assert one["global_crops"].shape == (2, 3, 32, 32) and one["local_crops"].shape == (3, 3, 16, 16)
+    assert one["photometry"].shape == (5, 8)
+    assert all(torch.equal(one[k], same[k]) for k in one)
+    assert not torch.equal(one["global_crops"], other["global_crops"])
+    batch = collate([dict(one, index=4), dict(other, index=7)])
+    assert torch.equal(batch["global_crops"][:, 1], other["global_crops"])  # (G, B, ...): crop-major
+    assert batch["index"].tolist() == [4, 7]
+    assert MultiCrop(32, 16, 2, 0)(image, np.random.default_rng(0))["local_crops"].shape[0] == 0
+
+
+@pytest.mark.parametrize("view", [0, 1, 2])
+def test_chances(view):
+    params = draw(view, 4000)
+    chance = {k: v[view] for k, v in PHOTOMETRY["dino"].items()}
+    seen = dict(jitter=params[:, 0] >= 0, gray=params[:, 5] > 0, blur=params[:, 6] > 0,
+                solarize=params[:, 7] > 0)
+    for name, p in chance.items():
+        assert abs(seen[name].float().mean().item() - p) < 0.03, name
+    assert params[:, 1].min() >= 0.6 and params[:, 1].max() <= 1.4
+    assert params[:, 4].abs().max() <= 0.1
+
+
+def test_center_crop_keeps_the_middle():
+    assert center_crop(torch.zeros(3, 300, 500, dtype=torch.uint8), 224).shape == (3, 224, 224)
+    assert center_crop(torch.zeros(3, 30, 20, dtype=torch.uint8), 48).shape == (3, 48, 48)

@@ -1,0 +1,140 @@
+"""Claims
+1. Two processes move as one would on the joined batch: centre, loss, one whole DDP step.
+2. A run saved by two processes goes on with one, on the same images in the same order.
+3. Features and k-NN of two processes are exactly those of one, for odd sizes too.
+
+Every claim is checked in one spawn: starting processes is what costs time.
+"""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import train
+from augment import collate
+from data import open_images
+from features import extract
+from losses import EMACenter, all_sum, entropies
+from recipes import PRESETS, Config
+from runtime import Place, UsageError, load_checkpoint, parse
+from vit import VisionTransformer
+
+
+def one_step(config, place, batch):
+    """A whole step on one batch: (loss, student's and teacher's weights, centre)."""
+    student, teacher = train.build(config, place)
+    maker = EMACenter(config.n_prototypes)
+    optimizer = train.OPTIMIZERS["sgd"](train.parameter_groups(student))
+    network = student if place.world_size == 1 else train.DistributedDataParallel(student)
+    now = dict(lr=0.5, weight_decay=0.1, momentum=0.9, teacher_temp=0.05, freeze=False, generator=None)
+    out = train.train_step(network, teacher, maker, optimizer, batch, now, config, place,
+                           train.ema_update)
+    return out["loss"], dict(student.state_dict()), dict(teacher.state_dict()), maker.center
+
+
+def batch_of(config, indices):
+    images, _ = train.open_data(config)
+    views = train.Views(images, train.MultiCrop(24, 16, 2, 2), seed=0)
+    return collate([views[0, 0, i] for i in indices])
+
+
+def process(rank, port, flags, folder):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
+    torch.manual_seed(100 + rank)  # nothing may depend on it
+    torch.set_num_threads(1)
+    config = parse(Config, flags, PRESETS)
+    place = train.runtime.start("cpu")
+    out = {"sum": all_sum(torch.tensor(float(rank + 1)))}
+    maker = EMACenter(8)
+    rows = torch.randn(7, 8, generator=torch.Generator().manual_seed(0))
+    maker.update(rows[:3] if rank == 0 else rows[3:])  # unequal counts
+    out["center"] = maker.center
+    out["mean_entropy"] = entropies((rows[:3] if rank == 0 else rows[3:]).softmax(-1))[1]
+    out["step"] = one_step(config, place, batch_of(config, range(4 * rank, 4 * rank + 4)))
+    model = VisionTransformer(16, 8, embed_dim=64, depth=1, num_heads=1)
+    model.load_state_dict(torch.load(f"{folder}/backbone.pt"))
+    out["features"] = extract(model, open_images("shapes:11"), 16, place)
+    config.batch_size_per_gpu, config.output_dir, config.epochs = 4, f"{folder}/run", 1
+    # killed after step 4, where the first checkpoint was written
+    calls, step = [], train.train_step
+
+    def stops(*args):
+        calls.append(1)
+        if len(calls) > 4:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    train.train_step = stops
+    dist.destroy_process_group()
+    os.environ["MASTER_PORT"] = str(port + 1)
+    try:
+        train.run(config)
+    except KeyboardInterrupt:
+        pass
+    torch.save(out, f"{folder}/{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def spawned(tmp_path_factory):
+    from conftest import TINY
+
+    folder = tmp_path_factory.mktemp("two")
+    flags = [*TINY, "--drop_path_rate", "0"]
+    torch.manual_seed(0)
+    backbone = VisionTransformer(16, 8, embed_dim=64, depth=1, num_heads=1)
+    torch.save(backbone.state_dict(), folder / "backbone.pt")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(process, (port, flags, str(folder)), nprocs=2)
+    outs = [torch.load(folder / f"{r}.pt", weights_only=False) for r in (0, 1)]
+    return folder, flags, outs, backbone
+
+
+def test_sums_and_centre(spawned):
+    _, _, outs, _ = spawned
+    rows = torch.randn(7, 8, generator=torch.Generator().manual_seed(0))
+    for out in outs:
+        assert out["sum"] == 3
+        torch.testing.assert_close(out["center"], 0.1 * rows.mean(0))
+        mean = rows.softmax(-1).mean(0)
+        torch.testing.assert_close(out["mean_entropy"], torch.special.entr(mean).sum())
+
+
+def test_a_step_of_two_is_a_step_of_one(spawned):
+    _, flags, outs, _ = spawned
+    config = parse(Config, flags, PRESETS)
+    loss, student, teacher, center = one_step(config, Place(torch.device("cpu")),
+                                              batch_of(config, range(8)))
+    for out in outs:
+        torch.testing.assert_close(out["step"][0], loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(out["step"][3], center, rtol=1e-5, atol=1e-6)
+        for ours, theirs in ((student, out["step"][1]), (teacher, out["step"][2])):
+            for k in ours:
+                # float32 sums in another order; the step is large on purpose
+                torch.testing.assert_close(ours[k], theirs[k], rtol=1e-4, atol=2e-6, msg=k)
+
+
+def test_features_of_two_are_those_of_one(spawned):
+    _, _, outs, backbone = spawned
+    alone = extract(backbone, open_images("shapes:11"), 16, Place(torch.device("cpu")))
+    for out in outs:
+        torch.testing.assert_close(out["features"], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_saved_by_two_continued_by_one(spawned, capsys):
+    folder, flags, _, _ = spawned
+    assert load_checkpoint(folder / "run/checkpoint")["step"] == 4
+    config = parse(Config, [*flags, "--batch_size_per_gpu", "4", "--epochs", "1",
+                            "--output_dir", str(folder / "run")], PRESETS)
+    summary = train.run(config)
+    assert "continuing from step 4" in capsys.readouterr().out
+    assert summary["steps"] == 8  # 64 images in global batches of 8
+    config.batch_size_per_gpu = 5
+    with pytest.raises(UsageError, match="--batch_size_per_gpu"):
+        train.run(config)

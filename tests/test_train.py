@@ -1,0 +1,193 @@
+"""Claims
+1. One step equals DINO's Alg. 1 written out plainly: loss, gradients, teacher, centre (float32).
+2. Killed anywhere and run again gives the same weights, bit for bit, with 0 or 2 workers.
+3. A run writes what the README says, and a finished one says so.
+4. Bad input is one line that names the flag, exit code 2, and leaves no run directory behind.
+5. A step that is not finite stops the run, names step and images, and the checkpoint stays good.
+6. The algorithm fits on one screen.
+"""
+
+import inspect
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train
+from augment import collate, photometry
+from recipes import PRESETS, Config
+from runtime import UsageError, parse
+
+
+def config_of(flags, tmp_path, *more):
+    return parse(Config, [*flags, "--output_dir", str(tmp_path / "run"), *more], PRESETS)
+
+
+def weights(folder):
+    return torch.load(folder / "teacher.pt", weights_only=True)
+
+
+def test_a_step_is_algorithm_1(tiny, tmp_path):
+    """Against the algorithm as printed: one forward per view, one loss per pair."""
+    config = config_of(tiny, tmp_path, "--drop_path_rate", "0", "--clip_grad", "0")
+    place = train.runtime.start("cpu")
+    student, teacher = train.build(config, place)
+    with torch.no_grad():  # apart from each other, as in the middle of training
+        for p in teacher.parameters():
+            p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    maker = train.CENTERING["ema"](config.n_prototypes)
+    maker.center.copy_(0.1 * torch.randn(config.n_prototypes))
+    plain_student, plain_teacher = (train.copy.deepcopy(x) for x in (student, teacher))
+    center = maker.center.clone()
+    images, _ = train.open_data(config)
+    views = train.Views(images, train.MultiCrop(24, 16, 2, 2), seed=0)
+    batch = collate([views[0, 0, i] for i in range(6)])
+    now = dict(lr=1e-3, weight_decay=0.1, momentum=0.9, teacher_temp=0.05, freeze=False, generator=None)
+    optimizer = train.OPTIMIZERS["adamw"](train.parameter_groups(student))
+    out = train.train_step(student, teacher, maker, optimizer, batch, now, config, place,
+                           train.ema_update)
+
+    crops = [photometry(c, p) for key, first in (("global_crops", 0), ("local_crops", 2))
+             for c, p in zip(batch[key], batch["photometry"][first:])]
+    with torch.no_grad():
+        t = [plain_teacher.dino_head(plain_teacher.backbone(x)) for x in crops[:2]]
+    s = [plain_student.dino_head(plain_student.backbone(x)) for x in crops]
+    pairs = [-(F.softmax((t[i] - center) / 0.05, -1) * F.log_softmax(s[v] / 0.1, -1)).sum(-1).mean()
+             for i in range(2) for v in range(4) if v != i]
+    loss = sum(pairs) / len(pairs)
+    torch.testing.assert_close(out["loss"], loss.detach(), rtol=1e-5, atol=1e-5)
+    loss.backward()
+    # AdamW's first step is the sign of the gradient: compare gradients, then the teacher's move
+    for (name, p), q in zip(student.named_parameters(), plain_student.parameters()):
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-6, msg=name)
+    for p, q, s_ in zip(teacher.parameters(), plain_teacher.parameters(), student.parameters()):
+        torch.testing.assert_close(p, 0.9 * q + 0.1 * s_, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(maker.center, 0.9 * center + 0.1 * torch.cat(t).mean(0))
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_killed_and_resumed_equals_uninterrupted(workers, tiny, tmp_path, monkeypatch):
+    whole = config_of(tiny, tmp_path / "whole", "--num_workers", "0")
+    train.run(whole)
+    broken = config_of(tiny, tmp_path / "broken", "--num_workers", workers)
+    step, calls = train.train_step, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 7:  # the last save was after step 4
+            raise Killed
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", dies)
+    with pytest.raises(Killed):
+        train.run(broken)
+    monkeypatch.setattr(train, "train_step", step)
+    train.run(broken)
+    a, b = (weights(tmp_path / name / "run") for name in ("whole", "broken"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    states = [train.runtime.load_checkpoint(tmp_path / n / "run/checkpoint") for n in ("whole", "broken")]
+    for k in states[0]["student"]:
+        assert torch.equal(states[0]["student"][k], states[1]["student"][k]), k
+    logged = [[json.loads(x) for x in open(tmp_path / n / "run/metrics.jsonl")] for n in ("whole", "broken")]
+    assert [(r["step"], r.get("loss")) for r in logged[0]] == [(r["step"], r.get("loss")) for r in logged[1]]
+
+
+def test_a_run_and_its_directory(tiny, tmp_path, capsys):
+    config = config_of(tiny, tmp_path)
+    summary = train.run(config)
+    run = tmp_path / "run"
+    assert {p.name for p in run.iterdir()} >= {
+        "config.json", "metrics.jsonl", "checkpoint", "teacher.pt", "heads.pt", "summary.json",
+        "curves.png", "attention.png", "code"}
+    assert {"knn", "knn_untrained", "knn_pixels", "minutes", "peak_memory_gb", "collapsed", "steps",
+            "images_per_second", "loss", "preset", "seed"} <= set(summary)
+    assert summary["steps"] == 16 and 0 < summary["loss"] < 2 * math.log(32)
+    assert json.loads((run / "summary.json").read_text()) == summary
+    assert "next:  python visualize.py attention" in capsys.readouterr().out
+    before = weights(run)
+    assert train.run(config)["knn"] == summary["knn"]
+    assert "is finished" in capsys.readouterr().out
+    # another configuration in the same place is refused, whatever does not change the result is not
+    with pytest.raises(UsageError, match="--lr 0.5 .*--no_resume"):
+        train.run(config_of(tiny, tmp_path, "--lr", "0.5"))
+    train.run(config_of(tiny, tmp_path, "--num_workers", "1", "--log_every", "3"))
+    train.run(config_of(tiny, tmp_path, "--lr", "0.5", "--no_resume", "--epochs", "1"))
+    assert any(not torch.equal(v, before[k]) for k, v in weights(run).items())
+
+
+def test_unlabelled_photos(tiny, tmp_path, photos):
+    flags = tiny[:1] + ["--data", f"folder:{photos / 'cats'}"] + tiny[3:]
+    flags = [f for i, f in enumerate(flags) if f != "--val_data" and flags[i - 1] != "--val_data"]
+    config = config_of(flags + ["--val_data", f"folder:{photos / 'dogs'}"], tmp_path, "--epochs", "1")
+    summary = train.run(config)
+    assert summary["knn_protocol"] == "other-view retrieval" and 0 <= summary["knn"] <= 1
+
+
+@pytest.mark.parametrize("line, words", [
+    ("dino_vit16", "did you mean"), ("--dta shapes", "did you mean --data"), ("--epochs many", "--epochs"),
+    ("--data nothing", "--data"), ("--data folder:EMPTY", "found 0 images"),
+    ("--data folder:ONE", "--batch_size_per_gpu"), ("--batch_size_per_gpu 1000000", "--batch_size_per_gpu"),
+    ("--local_crops_size 4", "--local_crops_size"), ("--global_crops_size 33", "try 32"),
+    ("--val_data folder:/none", "--val_data"), ("--device tpu", "--device"),
+    ("--teacher_temp 0", "--teacher_temp"), ("--local_crops_scale 0.5 0.1", "--local_crops_scale"),
+    ("--centering both", "--centering"), ("--warmup_epochs 99", "--warmup_epochs"),
+    ("--local_crops_number 0 --global_crops_number 1", "at least two"),
+])
+def test_misuse(line, words, tmp_path, photos, capsys):
+    (tmp_path / "empty").mkdir()
+    one = tmp_path / "one"
+    one.mkdir()
+    (photos / "cats/01.png").rename(one / "1.png")
+    line = line.replace("EMPTY", str(tmp_path / "empty")).replace("ONE", str(one))
+    with pytest.raises(SystemExit) as stop:
+        train.main([*line.split(), "--output_dir", str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_step_that_is_not_finite(tiny, tmp_path, monkeypatch):
+    config = config_of(tiny, tmp_path)
+    loss, calls = train.view_pair_loss, []
+
+    def breaks(*args):
+        calls.append(1)
+        return loss(*args) * (float("nan") if len(calls) == 7 else 1.0)
+
+    monkeypatch.setattr(train, "view_pair_loss", breaks)
+    with pytest.raises(UsageError, match="step 6: the loss is not finite.*train-0"):
+        train.run(config)
+    state = train.runtime.load_checkpoint(tmp_path / "run/checkpoint")
+    assert state["step"] == 4 and all(v.isfinite().all() for v in state["student"].values())
+
+
+def test_too_many_broken_images(tiny, tmp_path, photos):
+    for name in ("01", "03", "05", "07", "09"):
+        (photos / "cats" / f"{name}.png").write_bytes(b"no")
+    flags = [f"folder:{photos}" if f == "shapes:64" else f for f in tiny]
+    flags[flags.index("--val_data") + 1] = f"folder:{photos / 'dogs'}"
+    with pytest.raises(UsageError, match="did not decode"):
+        train.run(config_of(flags, tmp_path))
+
+
+@pytest.mark.parametrize("row, name", [
+    (dict(entropy=6.93, kl=0.001, mean_entropy=6.93, loss=6.931), "uniform collapse"),
+    (dict(entropy=0.0, kl=0.01, mean_entropy=0.05, loss=0.01), "one prototype"),
+    (dict(entropy=0.5, kl=6.43, mean_entropy=5.0, loss=6.93), "ignored teacher"),
+    (dict(entropy=0.2, kl=1.0, mean_entropy=6.0, loss=1.2), None),
+    (dict(entropy=6.0, kl=0.5, mean_entropy=6.8, loss=6.5), None),
+])
+def test_diagnosis(row, name):
+    found = train.diagnose(row, Config(n_prototypes=1024))
+    assert (found and found[0]) == name
+
+
+def test_the_algorithm_fits_on_one_screen():
+    assert len(inspect.getsource(train.train_step).splitlines()) <= 60

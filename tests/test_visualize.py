@@ -1,0 +1,53 @@
+"""Claims
+1. The mask of the top mass is the smallest set of patches that holds it.
+2. Registers and the class token are left out of a map.
+3. The figures are drawn for any photo; misuse is one line, exit code 2.
+"""
+
+import pytest
+import torch
+
+import visualize
+from data import read_file
+from vit import VisionTransformer
+
+
+def test_top_mass_is_the_smallest_set():
+    torch.manual_seed(0)
+    for maps in (torch.rand(3, 4, 5), torch.rand(1, 7, 7) ** 8):
+        mask = visualize.top_mass(maps, 0.6)
+        for a, m in zip(maps, mask):
+            held = a[m].sum() / a.sum()
+            assert held >= 0.6 - 1e-5 and (a[m].sum() - a[m].min()) / a.sum() < 0.6
+            assert a[m].min() >= a[~m].max()
+
+
+def test_maps_skip_registers():
+    model = VisionTransformer(16, 8, embed_dim=128, depth=2, num_heads=2, num_register_tokens=3)
+    images = torch.randint(0, 256, (2, 3, 24, 16), dtype=torch.uint8)
+    maps = visualize.class_attention(model, images)
+    assert maps.shape == (2, 2, 3, 2)
+    full = model.get_attention(visualize.normalise(images))[:, :, 0]
+    torch.testing.assert_close(maps.flatten(2), full[..., 4:])
+
+
+def test_photo(tmp_path, photos):
+    model = VisionTransformer(16, 8, embed_dim=64, depth=1, num_heads=1)
+    torch.save(model.state_dict(), tmp_path / "b.pth")
+    out = tmp_path / "a.png"
+    visualize.main(["attention", str(photos / "cats/01.png"), "--weights", str(tmp_path / "b.pth"),
+                    "--image_size", "37", "--output", str(out)])
+    assert read_file(out).float().std() > 10  # not an empty page
+
+
+@pytest.mark.parametrize("line, words", [
+    ("", "usage"), ("attention", "usage"), ("attention x.jpg", "--weights"), ("curves /none", "metrics"),
+    ("attention /none.jpg --weights W", "not a readable image"), ("attention x --weights W --share 2", "--share"),
+])
+def test_misuse(line, words, tmp_path, capsys):
+    model = VisionTransformer(16, 8, embed_dim=64, depth=1, num_heads=1)
+    torch.save(model.state_dict(), tmp_path / "b.pth")
+    with pytest.raises(SystemExit) as stop:
+        visualize.main(line.replace("W", str(tmp_path / "b.pth")).split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.count("\n") == 1

@@ -1,0 +1,524 @@
+"""Train: self-distillation with no labels. A student learns to say what its own past average says.
+
+    images --> crops --+--> teacher (large crops) --> targets -------+
+                       |       ^                                     +--> loss --> student
+                       |       | average of the student's past       |
+                       +--> student (all crops, packed) --> logits --+
+
+Idea     Both networks see different crops of one image and must agree. Only the student learns; the
+         teacher follows it slowly. Centering and sharpening keep them from agreeing on nothing.
+Paper    DINO (Caron 2021) Alg. 1; every line of `train_step` below is one of its lines
+Try      python train.py                                 the embedded world, minutes on a laptop
+         python train.py dino_vits16 --data folder:PATH  a paper's recipe on your images
+         torchrun --nproc_per_node=8 train.py ...        the same on eight GPUs
+Change   a new loss: add it to `loss` in train_step, its weight to recipes.Config
+Tests    pytest tests/test_train.py
+
+Letters  G global, L local crops, V = G + L; B images per process, K prototypes, D width.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import runtime
+import visualize
+from augment import MultiCrop, photometry
+from data import Images, Sampler, Views, held_out, open_images, training_loader
+from features import extract, knn_accuracy, top_neighbours
+from heads import DINOHead
+from losses import CENTERING, all_sum, effective_rank, entropies, make_targets, view_pair_loss
+from optim import (OPTIMIZERS, clip_gradients, cosine, ema_update, freeze_prototypes, linear,
+                   parameter_groups, set_schedule)
+from recipes import NEUTRAL, PRESETS, Config
+from runtime import UsageError
+from vit import ARCHS, VisionTransformer
+
+# ------------------------------------------------------------------------------------------------
+# The two networks and the algorithm
+
+
+class Network(nn.Module):
+    """Backbone and head; called once a step with all crops, so that DDP sees one forward."""
+
+    def __init__(self, config: Config, drop_path_rate: float = 0.0):
+        super().__init__()
+        self.backbone = VisionTransformer(
+            config.global_crops_size, config.patch_size, drop_path_rate=drop_path_rate,
+            drop_path_uniform=config.drop_path_uniform, pos_embed_resize=config.pos_embed_resize,
+            **ARCHS[config.arch],
+        )
+        self.dino_head = DINOHead(
+            self.backbone.embed_dim, config.n_prototypes, config.head_hidden_dim,
+            config.head_bottleneck_dim, config.head_nlayers, config.use_bn_in_head,
+            config.norm_last_layer,
+        )
+
+    def forward(self, views: list[Tensor], plan=None) -> tuple[Tensor, Tensor]:
+        """A list of crop sizes -> class tokens (V*B, D) and logits (V*B, K), views in order."""
+        features = torch.cat(self.backbone(views, plan=plan))  # (V*B, D)
+        return features, self.dino_head(features)
+
+
+def build(config: Config, place: runtime.Place) -> tuple[nn.Module, nn.Module]:
+    """The student, and a teacher that starts as its copy and never gets a gradient."""
+    torch.manual_seed(config.seed)
+    student = Network(config, config.drop_path_rate).to(place.device)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    return student, teacher
+
+
+def train_step(student, teacher, maker, optimizer, batch, now, config, place, update) -> dict:
+    """One step of DINO, Alg. 1. Returns figures as tensors on the device; nothing here waits for it.
+
+    `now` holds this step's values of the schedules, `maker` makes targets (losses.CENTERING),
+    `update` moves the teacher. `batch` is augment.collate's.
+    """
+    B = len(batch["index"])
+    # Two views of everything: colours are applied here, in batches, with the draws of the workers.
+    views, first = [], 0
+    for crops in (batch["global_crops"], batch["local_crops"]):
+        if len(crops):
+            draws = batch["photometry"][first:first + len(crops)].flatten(0, 1)
+            pixels = crops.flatten(0, 1).to(place.device, non_blocking=True)
+            views.append(photometry(pixels, draws))
+            first += len(crops)
+
+    # The teacher sees the large crops and says, sharply and in balance, what it sees.
+    with torch.no_grad(), runtime.autocast(config.precision, place.device):
+        teacher_features, teacher_logits = teacher(views[:1])
+    teacher_logits = teacher_logits.unflatten(0, (-1, B))  # (G, B, K)
+    bias = maker(teacher_logits, now["teacher_temp"])
+    targets = make_targets(teacher_logits, now["teacher_temp"], bias)  # (G, B, K)
+
+    # The student sees all crops, and has to say the same of each.
+    plan = unwrap(student).backbone.draw_plan(views, now["generator"])
+    with runtime.autocast(config.precision, place.device):
+        _, student_logits = student(views, plan)
+    student_logits = student_logits.unflatten(0, (-1, B))  # (V, B, K)
+    loss = view_pair_loss(targets, student_logits, config.student_temp)
+
+    # Only the student learns.
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = clip_gradients(list(unwrap(student).children()), config.clip_grad, config.clip_mode)
+    if now["freeze"]:
+        freeze_prototypes(student)
+    # Should anything not be finite, on any process, nothing below moves, and the log will hear of it.
+    mean_loss = all_sum(loss.detach()) / place.world_size
+    ok = (mean_loss + norm).isfinite().float()
+    set_schedule(optimizer, now["lr"], now["weight_decay"])
+    optimizer.found_inf = 1 - ok
+    optimizer.step()
+
+    # The teacher follows, and the centre learns what the teacher tends to say.
+    update(teacher, unwrap(student), now["momentum"], ok)
+    maker.update(teacher_logits, ok > 0)
+    entropy, mean_entropy = entropies(targets)
+    return dict(loss=mean_loss, entropy=entropy, mean_entropy=mean_entropy, grad_norm=norm, ok=ok,
+                features=teacher_features)
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    return network.module if isinstance(network, DistributedDataParallel) else network
+
+
+def schedules(step: int, epoch_steps: int, total: int, config: Config, place: runtime.Place) -> dict:
+    """Everything that depends on the step. Teacher temperature changes by the epoch, as in DINO."""
+    scale = {"linear_256": config.batch_size_per_gpu * place.world_size / 256, "none": 1.0}
+    peak, warmup = config.lr * scale[config.lr_scaling], config.warmup_epochs * epoch_steps
+    seed = np.random.SeedSequence([config.seed, step, place.rank]).generate_state(1)[0]
+    return dict(
+        lr=cosine(step, peak, config.min_lr, total, warmup),
+        weight_decay=cosine(step, config.weight_decay, config.weight_decay_end, total),
+        momentum=cosine(step, config.momentum_teacher, config.final_momentum_teacher, total),
+        teacher_temp=linear(step // epoch_steps, config.warmup_teacher_temp, config.teacher_temp,
+                            config.warmup_teacher_temp_epochs),
+        freeze=step < config.freeze_last_layer_epochs * epoch_steps,
+        generator=torch.Generator().manual_seed(int(seed)),  # of stochastic depth
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# Judging the teacher while it learns
+
+
+class Judge:
+    """k-NN(20) of the teacher's class token: at most 10,000 images vote on at most 5,000 others.
+
+    Without labels: how often an image's other random view is its nearest neighbour.
+    """
+
+    def __init__(self, train: Images, val: Images, config: Config, place: runtime.Place):
+        def evenly(images, most):
+            return images.subset(np.linspace(0, len(images) - 1, min(len(images), most)).astype(int))
+
+        self.bank, self.queries = evenly(train, 10_000), evenly(val, 5_000)
+        self.config, self.place = config, place
+        self.labelled = bool(train.labels and val.labels)
+        self.protocol = "k-NN(20)" if self.labelled else "other-view retrieval"
+
+    def __call__(self, backbone: nn.Module) -> float | None:
+        config = self.config
+        if len(self.queries) < 2:
+            return None
+        if not self.labelled:
+            return self.retrieve_other_view(backbone)
+        bank, queries = (
+            extract(backbone, images, config.global_crops_size, self.place,
+                    num_workers=config.num_workers, precision=config.precision)
+            for images in (self.bank, self.queries))
+        k = min(20, len(bank))
+        return knn_accuracy(bank, self.bank.labels, queries, self.queries.labels, (k,))[k]
+
+    @torch.no_grad()
+    def retrieve_other_view(self, backbone: nn.Module) -> float:
+        config, device = self.config, self.place.device
+        crops = MultiCrop(config.global_crops_size, config.local_crops_size, 2, 0,
+                          config.global_crops_scale, photometry=config.photometry)
+        views, out = Views(self.queries, crops, seed=0), []
+        for i in range(len(self.queries)):
+            sample = views[0, 0, i]
+            pixels = photometry(sample["global_crops"].to(device), sample["photometry"])
+            out.append(backbone(pixels).float().cpu())  # (2, D)
+        first, second = torch.stack(out).unbind(1)
+        nearest = top_neighbours(first, second, 1)[1][:, 0]
+        return (nearest == torch.arange(len(nearest))).float().mean().item()
+
+
+def pixels_as_features() -> nn.Module:
+    """What any network has to beat: the image itself, at 32 x 32."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten())
+
+
+# ------------------------------------------------------------------------------------------------
+# The log: what the numbers mean
+
+
+def diagnose(row: dict, config: Config) -> tuple[str, str] | None:
+    """(name, sentence with a remedy) if the targets show one of the three known illnesses."""
+    ln_k, entropy = math.log(config.n_prototypes), row["entropy"]
+    if entropy > 0.99 * ln_k and row["kl"] < 0.01 * ln_k:
+        return "uniform collapse", (
+            "uniform collapse: every answer is 1/K (H is ln K); lower --teacher_temp, or raise --lr")
+    if row["mean_entropy"] < 0.05 * ln_k:
+        return "one prototype", (
+            "one prototype answers for all images (entropy of the mean target near 0); "
+            "use --centering ema, or raise --teacher_temp")
+    if abs(row["loss"] - ln_k) < 0.01 * ln_k and entropy < 0.5 * ln_k:
+        return "ignored teacher", (
+            "the student ignores a teacher that has something to say (loss is ln K, H is not); "
+            "raise --lr, or lower --freeze_last_layer_epochs")
+    return None
+
+
+def log_line(row: dict, total: int, config: Config, clock: runtime.Clock) -> str:
+    return (
+        f"step {row['step']:6d}/{total}  {row['step'] / total:5.1%}  loss {row['loss']:.3f} = "
+        f"H {row['entropy']:.3f} + KL {row['kl']:.3f} (ln K {math.log(config.n_prototypes):.2f})  "
+        f"mean H {row['mean_entropy']:.2f}  rank {row['rank']:.0f}  lr {row['lr']:.1e}  "
+        f"m {row['momentum']:.4f}  {row['images_per_second']:.0f} img/s  wait {clock.waiting:.0%}  "
+        f"{row['memory_gb']:.1f} GB  eta {clock.eta}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# A run is its directory
+
+
+def check(config: Config):
+    """Refuse what cannot work, before anything is written."""
+    sizes = ["global_crops_size"] + ["local_crops_size"] * (config.local_crops_number > 0)
+    for name in sizes:
+        size, p = getattr(config, name), config.patch_size
+        if p < 1 or size < p:
+            raise UsageError(f"--{name} {size} is smaller than one patch of --patch_size {p}")
+        if size % p:
+            raise UsageError(f"--{name} {size} is not a multiple of --patch_size {p}; "
+                             f"try {size // p * p}")
+    for name in ("epochs", "batch_size_per_gpu", "save_every", "log_every", "global_crops_number",
+                 "n_prototypes"):
+        if getattr(config, name) < 1:
+            raise UsageError(f"--{name} {getattr(config, name)}: expected at least 1")
+    for name in ("teacher_temp", "warmup_teacher_temp", "student_temp"):
+        if getattr(config, name) <= 0:
+            raise UsageError(f"--{name} {getattr(config, name)}: expected a positive number")
+    for name in ("global_crops_scale", "local_crops_scale"):
+        low, high = getattr(config, name)
+        if not 0 < low <= high <= 1:
+            raise UsageError(f"--{name} {low} {high}: expected 0 < low <= high <= 1")
+    if config.global_crops_number + config.local_crops_number < 2:
+        raise UsageError("--global_crops_number 1 --local_crops_number 0: one view has no other to "
+                         "match; give at least two crops")
+    if config.warmup_epochs >= config.epochs:
+        raise UsageError(f"--warmup_epochs {config.warmup_epochs} leaves nothing of "
+                         f"--epochs {config.epochs}")
+
+
+def adopt(config: Config, folder: Path, place: runtime.Place) -> Config:
+    """Make `config` continue the run in `folder`, or say which flags stand in the way."""
+    stored_file = folder / "config.json"
+    global_batch = config.batch_size_per_gpu * place.world_size
+    config = dataclasses.replace(config)
+    if not (config.resume and stored_file.exists()):
+        config.precision = runtime.resolve_precision(config.precision, place.device)
+        return config
+    stored = json.loads(stored_file.read_text())
+    if config.precision == "auto":
+        config.precision = stored["precision"]
+    if config.batch_size_per_gpu == stored["batch_size_per_gpu"]:
+        global_batch = stored["global_batch"]
+    if global_batch % place.world_size:
+        raise UsageError(f"the run's global batch of {global_batch} does not divide over "
+                         f"{place.world_size} processes")
+    config.batch_size_per_gpu = global_batch // place.world_size
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    free = NEUTRAL | {"batch_size_per_gpu", "preset"}
+    differ = [f"--{k} {now[k]} (the run has {stored.get(k)})" for k in now
+              if k not in free and now[k] != stored.get(k)]
+    if global_batch != stored["global_batch"]:
+        differ.append(f"--batch_size_per_gpu {config.batch_size_per_gpu} on {place.world_size} "
+                      f"processes (the run has a global batch of {stored['global_batch']})")
+    if differ:
+        raise UsageError(f"{folder} holds a run of another configuration: {', '.join(differ)}; "
+                         "give the same flags, another --output_dir, or --no_resume to start anew")
+    return config
+
+
+def open_data(config: Config) -> tuple[Images, Images]:
+    """(images to learn from, images to judge with). Without --val_data 5 % are held out by name."""
+    images = open_images(config.data, config.data_root, config.download)
+    if config.val_data:
+        return images, open_images(config.val_data, config.data_root, config.download, "--val_data")
+    out = [held_out(name) for name in images.names]
+    parts = [images.subset([i for i, o in enumerate(out) if o == want]) for want in (False, True)]
+    return parts[0], parts[1]
+
+
+def prepare(folder: Path, config: Config, place: runtime.Place):
+    """Write what a run directory holds from the start. A new run clears an old one of its name."""
+    if not config.resume:
+        for old in ("checkpoint", "code"):
+            shutil.rmtree(folder / old, ignore_errors=True)
+        for old in ("metrics.jsonl", "summary.json", "config.json", "teacher.pt", "heads.pt"):
+            (folder / old).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "config.json").exists():
+        stored = dict(dataclasses.asdict(config),
+                      global_batch=config.batch_size_per_gpu * place.world_size)
+        runtime.write_json(folder / "config.json", stored)
+        (folder / "code").mkdir(exist_ok=True)
+        for file in Path(__file__).resolve().parent.glob("*.py"):
+            shutil.copy(file, folder / "code")
+
+
+# ------------------------------------------------------------------------------------------------
+# The run
+
+
+def run(config: Config, build=build, update=ema_update) -> dict:
+    """Train as `config` says; returns the summary. Continues what is in its directory.
+
+    The seam for other ways to learn from a teacher: `build` brings the two networks, `update` moves
+    the second after each step. Distillation brings its own.
+    """
+    # -- everything that can be refused, before anything is written
+    check(config)
+    place = runtime.start(config.device)
+    folder = Path(config.output_dir or f"runs/{config.preset}")
+    config = adopt(config, folder, place)
+    with runtime.usage():
+        images, val = open_data(config)
+        probe = Sampler(len(images), config.batch_size_per_gpu, 1, world_size=place.world_size)
+        epoch_steps = config.epoch_length or probe.steps_per_pass
+        total = config.epochs * epoch_steps
+        state = runtime.load_checkpoint(folder / "checkpoint", place.print) if config.resume else None
+        if state and state["step"] >= total and (folder / "summary.json").exists():
+            place.print(f"{folder} is finished; --no_resume would start it anew")
+            return json.loads((folder / "summary.json").read_text())
+        student, teacher = build(config, place)
+        maker_options = {"momentum": config.center_momentum} if config.centering == "ema" else {}
+        maker = CENTERING[config.centering](config.n_prototypes, **maker_options).to(place.device)
+    optimizer = OPTIMIZERS[config.optimizer](parameter_groups(student))
+    judge = Judge(images, val, config, place)
+    if place.main:
+        prepare(folder, config, place)
+    place.print(f"{config.preset or 'run'} -> {folder}: {len(images):,d} images, {total:,d} steps of "
+                f"{config.batch_size_per_gpu} x {place.world_size}, {place.device}, "
+                f"{config.precision}, {sum(p.numel() for p in student.parameters()):,d} parameters")
+
+    # -- where we are: the beginning, or a checkpoint
+    parts = {"student": student, "teacher": teacher, "maker": maker, "optimizer": optimizer}
+    figures = {"seconds": 0.0, "broken": 0, "untrained": None, "pixels": None, "knn": None}
+    step = 0
+    if state:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        step, figures = state["step"], state["figures"]
+        place.print(f"continuing from step {step}")
+    forget_metrics_after(folder / "metrics.jsonl", step, place)
+    begun = time.time() - figures["seconds"]
+    if step == 0:
+        figures["pixels"] = judge(pixels_as_features())
+        figures["untrained"] = judge(teacher.backbone)
+        if figures["pixels"] is not None:
+            place.print(f"{judge.protocol}: raw pixels {figures['pixels']:.1%}, "
+                        f"untrained network {figures['untrained']:.1%}")
+
+    def save():
+        figures["seconds"] = time.time() - begun
+        if place.main:
+            runtime.save_checkpoint(folder / "checkpoint", step, {
+                **{name: part.state_dict() for name, part in parts.items()},
+                "step": step, "figures": figures})
+            runtime.save(folder / "teacher.pt", teacher.backbone.state_dict())
+            runtime.save(folder / "heads.pt", {"dino_head": teacher.dino_head.state_dict(),
+                                               "maker": maker.state_dict()})
+
+    # -- the loop
+    sampler = Sampler(len(images), config.batch_size_per_gpu, total, step, config.seed, place.rank,
+                      place.world_size)
+    crops = MultiCrop(config.global_crops_size, config.local_crops_size, config.global_crops_number,
+                      config.local_crops_number, config.global_crops_scale, config.local_crops_scale,
+                      config.photometry)
+    batches = iter(training_loader(Views(images, crops, config.seed), sampler, config.num_workers,
+                                   pin_memory=place.device.type == "cuda"))
+    network = student
+    if place.world_size > 1:
+        network = DistributedDataParallel(student, gradient_as_bucket_view=True)
+    clock, recent, warned, last = runtime.Clock(step, total), Recent(images), set(), {}
+    while step < total:
+        batch = clock.wait(batches)
+        now = schedules(step, epoch_steps, total, config, place)
+        out = train_step(network, teacher, maker, optimizer, batch, now, config, place, update)
+        recent.add(step, batch, out)
+        step += 1
+        clock.tick()
+
+        saving = step % config.save_every == 0 or step == total
+        if step % config.log_every == 0 or saving:
+            # The one place where the host waits for the device.
+            last = recent.read(figures, step * config.batch_size_per_gpu * place.world_size)
+            rate = config.batch_size_per_gpu * place.world_size / max(clock.step_seconds, 1e-9)
+            last |= dict(step=step, lr=now["lr"], momentum=now["momentum"],
+                         weight_decay=now["weight_decay"], teacher_temp=now["teacher_temp"],
+                         images_per_second=rate, waiting=clock.waiting,
+                         memory_gb=runtime.peak_memory_gb(place.device))
+            place.print(log_line(last, total, config, clock))
+            record(folder, last, place)
+            illness = diagnose(last, config)
+            if illness and illness[0] not in warned and step > config.warmup_epochs * epoch_steps:
+                warned.add(illness[0])
+                place.print(f"warning: {illness[1]}")
+        with clock.pause():
+            due = config.knn_every and step % (config.knn_every * epoch_steps) == 0
+            if due or step == total:
+                figures["knn"] = judge(teacher.backbone)
+                if figures["knn"] is not None:
+                    place.print(f"epoch {step // epoch_steps}: {judge.protocol} of the teacher "
+                                f"{figures['knn']:.1%} (untrained {figures['untrained']:.1%}, "
+                                f"pixels {figures['pixels']:.1%})")
+                    record(folder, dict(step=step, knn=figures["knn"]), place)
+            if saving:
+                save()
+
+    # -- what came of it
+    illness = diagnose(last, config)
+    summary = dict(
+        preset=config.preset, seed=config.seed, steps=total, loss=last["loss"],
+        knn=figures["knn"], knn_untrained=figures["untrained"], knn_pixels=figures["pixels"],
+        knn_protocol=judge.protocol, minutes=(time.time() - begun) / 60,
+        images_per_second=last["images_per_second"],
+        peak_memory_gb=runtime.peak_memory_gb(place.device),
+        collapsed=bool(illness and illness[0] in ("uniform collapse", "one prototype")),
+        device=str(place.device), precision=config.precision, broken_images=figures["broken"],
+    )
+    if place.main:
+        visualize.draw_curves(folder)
+        some = [val.read(int(i)) for i in np.linspace(0, len(val) - 1, 6)] if len(val) else []
+        if some:
+            visualize.draw_attention_page(teacher.backbone, some, config.global_crops_size,
+                                          folder / "attention.png")
+        runtime.write_json(folder / "summary.json", summary)
+        print(f"\nfinished in {summary['minutes']:.1f} minutes; wrote {folder}/curves.png, "
+              f"attention.png and teacher.pt\nnext:  python visualize.py attention PHOTO "
+              f"--weights {folder}")
+    return summary
+
+
+class Recent:
+    """Figures of the steps since the last look, kept on the device until read."""
+
+    def __init__(self, images: Images):
+        self.images, self.rows = images, []
+
+    def add(self, step: int, batch: dict, out: dict):
+        self.rows.append((step, batch["index"], batch["broken"], out))
+
+    def read(self, figures: dict, seen: int) -> dict:
+        """Means over the interval. Stops the run over a step that was not finite or bad images."""
+        names = ("loss", "entropy", "mean_entropy", "grad_norm", "ok")
+        table = torch.stack([torch.stack([out[n].float() for n in names])
+                             for *_, out in self.rows]).tolist()
+        for (step, index, _, _), row in zip(self.rows, table):
+            if not row[-1]:
+                term = "the loss" if not math.isfinite(row[0]) else "a gradient"
+                names = ", ".join(self.images.names[i] for i in index[:8].tolist())
+                raise UsageError(
+                    f"step {step}: {term} is not finite; weights are as before it, the last checkpoint "
+                    f"is good. Images of this process: {names}, ... Lower --lr, or use "
+                    "--precision fp32")
+        means = dict(zip(names, (sum(column) / len(table) for column in zip(*table))))
+        means["kl"] = means["loss"] - means["entropy"]
+        means["rank"] = effective_rank(self.rows[-1][-1]["features"]).item()
+        del means["ok"]
+        self.count_broken(figures, seen)
+        self.rows.clear()
+        return means
+
+    def count_broken(self, figures: dict, seen: int):
+        broken = [name for _, _, names, _ in self.rows for name in names]
+        for name in broken:
+            print(f"replaced an image that does not decode: {name}", flush=True)
+        device = self.rows[-1][-1]["loss"].device
+        figures["broken"] += int(all_sum(torch.tensor(float(len(broken)), device=device)))
+        if figures["broken"] > max(3, 0.01 * seen):
+            raise UsageError(f"--data: {figures['broken']} of {seen} images did not decode, more than "
+                             "one in a hundred; the last are named above")
+
+
+def record(folder: Path, row: dict, place: runtime.Place):
+    if place.main:
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def forget_metrics_after(file: Path, step: int, place: runtime.Place):
+    """A run that was killed had logged steps which the checkpoint does not have."""
+    if place.main and file.exists():
+        lines = file.read_text().splitlines()
+        kept = []
+        for line in lines:
+            with contextlib.suppress(json.JSONDecodeError):  # the last line may be half written
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+        runtime.write_text(file, "".join(kept))
+
+
+@runtime.command
+def main(argv):
+    return run(runtime.parse(Config, argv, PRESETS, usage="python train.py [PRESET] [--flag value ...]"))
+
+
+if __name__ == "__main__":
+    main()
