@@ -1,10 +1,10 @@
 """Augmentation: from one image to what each network sees.
 
-    image (3, H, W) uint8 --> MultiCrop: G large and L small crops, flips   geometry, in loader workers
+    image (3, H, W) uint8 --> MultiCrop: G large and L small crops, flips   geometry, in workers
                                      |   + the drawn colours (V, 8)
                               uint8 crops, one transfer to the device
                                      |
-                              photometry(crops, parameters)                 colour, on the device, in batches
+                              photometry(crops, parameters)                 colour, on the device
                                      |
                               normalised floats: teacher sees G, student sees G + L
 
@@ -43,8 +43,8 @@ STRENGTH = dict(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
 BLUR_TAPS, BLUR_SIGMA = 9, (0.1, 2.0)
 SOLARIZE_THRESHOLD = 128 / 255
 
-# One row of photometry parameters, drawn in the worker, applied on the device. `order` counts the 24
-# orders of the four jitter operations; -1 stands for "no jitter", sigma 0 for "no blur".
+# One row of photometry parameters, drawn in the worker, applied on the device. `order` counts the
+# 24 orders of the four jitter operations; -1 stands for "no jitter", sigma 0 for "no blur".
 COLUMNS = ("order", "brightness", "contrast", "saturation", "hue", "gray", "sigma", "solarize")
 ORDERS = tuple(itertools.permutations(range(4)))  # of brightness, contrast, saturation, hue
 HUE = 3
@@ -187,9 +187,9 @@ SLOTS = torch.tensor([around_hue(order) for order in ORDERS]).flatten(1)  # (24,
 def jitter(images: Tensor, params: Tensor) -> Tensor:
     """Brightness, contrast, saturation and hue, in the order that each image drew.
 
-    Three of the four are blends with something grey, so one step serves images that are at different
-    operations. Only hue is costly, and each image has it once: up to three blends come before it, up
-    to three after, and a place that an image leaves empty blends with factor 1.
+    Three of the four are blends with something grey, so one step serves images that are at
+    different operations. Only hue is costly, and each image has it once: up to three blends come
+    before it, up to three after, and a place that an image leaves empty blends with factor 1.
     """
     slots = SLOTS[params[:, 0].long()]  # (n, 6)
     nothing = torch.ones(len(params), 1)

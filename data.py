@@ -1,11 +1,11 @@
 """Data: images by name, in an order that can be taken up again anywhere.
 
-    "shapes" | "folder:PATH" | a torchvision class --> Images: read(i) -> (3, H, W) uint8, labels, names
+    "shapes" | "folder:PATH" | a torchvision class --> Images: read(i) -> (3, H, W), labels, names
                                                           |
     Sampler: (epoch, step, index) from the seed ----> Views: read, crop, draw colours --> DataLoader
 
-Idea     Nothing random has a history. The order of an epoch follows from (seed, epoch), the crops of
-         an image from (seed, epoch, index). A resumed run just starts counting at a later step, with
+Idea     Nothing random has a history. The order of an epoch follows from (seed, epoch), the crops
+         of an image from (seed, epoch, index). A resumed run starts counting at a later step, with
          any number of workers, and another number of processes sees the same images in turn.
 Paper    none; DINOv2's released loader reseeds itself on resume, which changes the order
 Try      python data.py [NAME ...]      what a data set holds, by name
@@ -116,7 +116,7 @@ def _read_torchvision(dataset, i: int) -> Tensor:
 
 
 def open_torchvision(argument: str, split: str, root: str, download: bool) -> Images:
-    """Any classification set of torchvision, by its class name: CIFAR10, ImageNet, Flowers102, ..."""
+    """Any classification set of torchvision, by its class name: CIFAR10, Flowers102, ..."""
     cls = getattr(torchvision.datasets, argument)
     takes = inspect.signature(cls).parameters
     options = [{}]
@@ -133,9 +133,9 @@ def open_torchvision(argument: str, split: str, root: str, download: bool) -> Im
         except Exception as error:  # every set complains in its own way
             errors.append(str(error).split("\n")[0])
     else:
-        raise ValueError(f"{argument} under --data_root {root}: {errors[0]} (--download fetches it)")
-    labels = next((list(map(int, getattr(dataset, a))) for a in ("targets", "labels", "_labels", "y")
-                   if hasattr(dataset, a)), None)
+        raise ValueError(f"{argument} in --data_root {root}: {errors[0]} (--download fetches it)")
+    homes = [a for a in ("targets", "labels", "_labels", "y") if hasattr(dataset, a)]
+    labels = list(map(int, getattr(dataset, homes[0]))) if homes else None
     if labels is None:
         labels = [int(dataset[i][1]) for i in range(len(dataset))]
     names = [f"{argument}-{split}-{i:07d}" for i in range(len(dataset))]
@@ -146,7 +146,9 @@ def open_torchvision(argument: str, split: str, root: str, download: bool) -> Im
 DATASETS = {"shapes": open_shapes, "folder": open_folder}
 
 
-def open_images(spec: str, root: str = "data", download: bool = False, flag: str = "--data") -> Images:
+def open_images(
+    spec: str, root: str = "data", download: bool = False, flag: str = "--data"
+) -> Images:
     """NAME[:ARGUMENT][:val] -> Images. ValueError names the flag and the choices."""
     body, _, tail = spec.rpartition(":")
     spec, split = (body, tail) if body and tail in ("train", "val") else (spec, "train")
@@ -250,6 +252,6 @@ if __name__ == "__main__":
         print(f"{spec}: {len(images):,d} images, {kinds}, the first {tuple(images.read(0).shape)}, "
               f"{sum(map(held_out, images.names)):,d} of them held out by name")
     print("step 0 of two processes with batch 3:",
-          *([i for _, _, i in next(iter(Sampler(100, 3, 9, rank=r, world_size=2)))] for r in (0, 1)))
+          *([i for *_, i in next(iter(Sampler(100, 3, 9, rank=r, world_size=2)))] for r in (0, 1)))
     print("step 0 of one process with batch 6:  ",
           [i for _, _, i in next(iter(Sampler(100, 6, 9)))])

@@ -1,6 +1,6 @@
 """Evaluate: how good are frozen features? One command per protocol of the papers.
 
-    --weights --> backbone, frozen --> features of --data and --val_data --> a figure, in results.json
+    --weights --> backbone, frozen --> features of --data and --val_data --> results.json
 
 Idea     A network is judged by what can be read off its features without changing them.
 Paper    DINO sec. 4.1; protocol in features.py
@@ -84,7 +84,7 @@ def knn(config: Config, place: runtime.Place) -> dict:
         raise UsageError(f"--val_data has classes that --data has not: {', '.join(odd[:5])}")
     ks = tuple(k for k in config.nb_knn if 0 < k <= len(bank))
     if not ks:
-        raise UsageError(f"--nb_knn {config.nb_knn}: no k between 1 and the {len(bank)} images of --data")
+        raise UsageError(f"--nb_knn {config.nb_knn}: none fits the {len(bank)} images of --data")
     features = Features(config, place)
     labels = torch.tensor(queries.labels)
     if bank.classes and queries.classes:  # a split may lack a class: go by names, not by numbers
@@ -124,7 +124,8 @@ def main(argv):
     if argv[:1] and argv[0] in ("-h", "--help"):
         return runtime.parse(Config, argv, usage=usage)
     if not argv or argv[0] not in TASKS:
-        raise UsageError(f"task {argv[0] if argv else ''!r}: choose from {', '.join(TASKS)}; {usage}")
+        given = argv[0] if argv else ""
+        raise UsageError(f"task {given!r}: choose from {', '.join(TASKS)}; {usage}")
     config = runtime.parse(Config, argv[1:], usage=usage)
     if not config.weights:
         raise UsageError("--weights: give a run directory or a weights file")

@@ -1,6 +1,6 @@
 """Projection heads: from a feature of the backbone to a distribution over K prototypes.
 
-    feature (n, D) --> MLP, GELU --> bottleneck (n, d) --> L2 norm --> cosine with K prototypes (n, K)
+    feature (n, D) --> MLP, GELU --> bottleneck (n, d) --> L2 norm --> cosines with K prototypes
                                                                        (unit rows, times a gain g)
 
 Idea     The loss is taken on scores against K learned directions. Both sides of each score are
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 class Prototypes(nn.Module):
     """K directions of width d, weight-normalised: row k is g_k * v_k / |v_k|.
 
-    Written out rather than taken from torch.nn.utils, so that the keys are the official weight_g and
-    weight_v, and so that the module can be copied, sharded and compiled like any other.
+    Written out rather than taken from torch.nn.utils, so that the keys are the official weight_g
+    and weight_v, and so that the module can be copied, sharded and compiled like any other.
     """
 
     def __init__(self, dim: int, n_prototypes: int, learn_gain: bool):

@@ -2,9 +2,10 @@
 
     teacher logits (G, B, K) --> softmax(. / teacher_temp + bias) --> targets (G, B, K) --+
                                           ^                                              |
-                       target maker: one bias per prototype                              +--> cross-entropy of
-                                                                                         |    every view pair
-    student logits (V, B, K) ------------> softmax(. / student_temp) --------------------+    but the same view
+                       target maker: one bias per prototype          cross-entropy of all view pairs
+                                                                         but those of the same view
+                                                                                         |
+    student logits (V, B, K) ---------> softmax(. / student_temp) -----------------------+
 
 Idea     The teacher's softmax is sharpened (low temperature) so that it says something, and biased
          against prototypes used too often so that it does not always say the same. One alone
@@ -14,7 +15,7 @@ Try      python losses.py       the two collapses and the balance between them, 
 Change   a new centering is one class that returns a bias, and one line in CENTERING
 Tests    pytest tests/test_losses.py
 
-Letters  G global views, V = G + L views, B images, K prototypes, n rows (views and images together).
+Letters  G global views, V = G + L views, B images, K prototypes, n rows (views times images).
 """
 
 import torch
@@ -92,13 +93,13 @@ def view_pair_loss(targets: Tensor, student_logits: Tensor, student_temp: float 
     targets (G, B, K), probabilities; student_logits (V, B, K), V >= G, the first G views being the
     teacher's. There are G*V - G ordered pairs: a view is never asked to match itself.
 
-    A student view meets its teachers' *sum* q of mass m (2 for a local crop with 2 globals, 1 for a
-    global one), and -<q, log softmax(s)> = m logsumexp(s) - <q, s>: one pass per view, not per pair.
+    A student view meets its teachers' *sum* q of mass m (2 for a local crop with 2 globals, 1 for
+    a global one); -<q, log softmax(s)> = m logsumexp(s) - <q, s>: a pass per view, not per pair.
     Value in nats; ln K when nobody knows anything.
     """
     G, V = len(targets), len(student_logits)
     if V < G or G * (V - 1) == 0:
-        raise ValueError(f"{G} teacher views and {V} student views leave no pair of different views")
+        raise ValueError(f"{G} teacher and {V} student views leave no pair of different views")
     everyone = targets.sum(0)  # (B, K)
     total = 0.0
     for v, logits in enumerate(student_logits):
@@ -117,7 +118,7 @@ def entropies(targets: Tensor) -> tuple[Tensor, Tensor]:
     """(mean entropy of the targets, entropy of their mean over all processes), in nats.
 
     The first near ln K: the teacher says nothing (uniform collapse). The second near 0: it says the
-    same of every image (one-prototype collapse). Between a small first and a large second lies health.
+    same of every image (one-prototype collapse). A small first and a large second mean health.
     """
     rows = targets.flatten(0, -2)  # (n, K)
     each = torch.special.entr(rows).sum(-1).mean()

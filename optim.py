@@ -25,7 +25,7 @@ from torch import Tensor, nn
 def cosine(step: int, base: float, final: float, total: int, warmup: int = 0) -> float:
     """Linear from 0 to `base` over `warmup` steps, then half a cosine down (or up) to `final`.
 
-    The first step has the value 0 and `final` is approached, not reached, both as in the papers' code.
+    The first step has the value 0 and `final` is approached, not reached: as in the papers' code.
     """
     if step < warmup:
         return base * step / max(warmup - 1, 1)
@@ -62,7 +62,8 @@ class LARS(torch.optim.Optimizer):
 
     def __init__(self, params, lr: float = 0.0, weight_decay: float = 0.0, momentum: float = 0.9,
                  trust: float = 0.001):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust))
+        defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust)
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self):

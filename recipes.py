@@ -4,7 +4,7 @@
     (DINO, ViT-S/16)        what differs        what you say wins
 
 Idea     A paper's recipe is a difference to another one. Read side by side, the presets show what
-         each run changed; the comment above each tells hardware, time and result, or whose they are.
+         each run changed; the comment above tells hardware, time and result, or whose they are.
 Paper    DINO A, and the README of its code (numbers marked "the paper's")
 Try      python recipes.py      the presets, side by side
 Change   a new recipe is one entry in PRESETS; a new setting one field of Config
@@ -13,6 +13,9 @@ Tests    pytest tests/test_recipes.py
 
 from dataclasses import dataclass
 from typing import Literal
+
+
+Arch = Literal["vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2"]
 
 
 @dataclass
@@ -24,7 +27,7 @@ class Config:
     data_root: str = "data"  # where torchvision keeps its data sets
     download: bool = False  # let torchvision fetch them
     # -- network
-    arch: Literal["vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2"] = "vit_small"  # fmt: skip
+    arch: Arch = "vit_small"  # size of the Vision Transformer, see vit.ARCHS
     patch_size: int = 16  # pixels; crops must be multiples of it
     drop_path_rate: float = 0.1  # stochastic depth of the student's last block
     drop_path_uniform: bool = False  # the same rate in all blocks instead of a ramp from 0
@@ -126,7 +129,7 @@ PRESETS = {
         local_crops_number=10, global_crops_scale=(0.25, 1.0), local_crops_scale=(0.05, 0.25),
         precision="fp32",
     ),
-    # 64 GPUs of 16; small patches are unstable in half precision: k-NN 78.3, linear 79.7 (the README's).
+    # 64 GPUs of 16: k-NN 78.3, linear 79.7 (the README's). Unstable in half precision.
     "dino_vits8": dict(
         data="ImageNet", val_data="ImageNet:val", patch_size=8, epochs=800, norm_last_layer=False,
         batch_size_per_gpu=16, teacher_temp=0.07, warmup_teacher_temp_epochs=30, min_lr=1e-5,

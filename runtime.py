@@ -1,11 +1,11 @@
-"""Runtime: what every program needs and no paper mentions. Nothing to learn here; do not think about it.
+"""Runtime: what every program needs and no paper mentions. Do not think about it.
 
     flags --> Config (a dataclass) --> device, precision, processes --> the program
-                                                                          |
-                                                 checkpoint/step-N  <--> state, written aside and renamed
+                                                                       |
+                                            checkpoint/step-N  <--> state, written aside, renamed
 
-Idea     A checkpoint exists when its manifest does, and the manifest is written last. So a run that is
-         killed at any moment finds either the old checkpoint or the new one, never half of one.
+Idea     A checkpoint exists when its manifest does, and the manifest is written last. So a run that
+         is killed at any moment finds the old checkpoint or the new one, never half of one.
 Paper    none
 Try      python runtime.py      what this machine would run with
 Change   flags are fields of a program's Config: there is no second list of them
@@ -41,7 +41,7 @@ class UsageError(Exception):
 
 @contextlib.contextmanager
 def usage():
-    """Inside, a ValueError is about the user's input; outside it would be a bug and keep its trace."""
+    """Inside, a ValueError is about the user's input; elsewhere it is a bug and keeps its trace."""
     try:
         yield
     except ValueError as error:
@@ -98,7 +98,7 @@ def to_bool(text: str) -> bool:
 
 
 def parse(config_class, argv: list[str], presets: dict[str, dict] | None = None, usage: str = ""):
-    """argv -> config. Order of authority: the field's default, the preset (first word), the flags."""
+    """argv -> config. Rising authority: the field's default, the preset (first word), flags."""
     parser = Parser(allow_abbrev=False, usage=usage or None,
                     formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100))
     if presets:
@@ -238,7 +238,7 @@ def digest(path: Path) -> str:
 
 
 def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 2):
-    """state -> folder/step-N/. Complete when manifest.json is there; older ones beyond `keep` go."""
+    """state -> folder/step-N/. Complete with its manifest.json; older ones beyond `keep` go."""
     aside, final = folder / f"tmp-{step}", folder / f"step-{step}"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -281,7 +281,7 @@ def load_checkpoint(folder: Path, say=print) -> dict | None:
 
 
 class Clock:
-    """Rate and time left, from the steps alone: evaluations, saves and the first steps do not count."""
+    """Rate and time left, from steps alone: evaluations, saves and first steps do not count."""
 
     def __init__(self, step: int, total: int, skip: int = 5):
         self.step, self.total, self.skip = step, total, skip

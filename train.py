@@ -41,7 +41,7 @@ from losses import CENTERING, all_sum, effective_rank, entropies, make_targets, 
 from optim import (OPTIMIZERS, clip_gradients, cosine, ema_update, freeze_prototypes, linear,
                    parameter_groups, set_schedule)
 from recipes import NEUTRAL, PRESETS, Config
-from runtime import UsageError
+from runtime import Place, UsageError
 from vit import ARCHS, VisionTransformer
 
 # ------------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ class Network(nn.Module):
         return features, self.dino_head(features)
 
 
-def build(config: Config, place: runtime.Place) -> tuple[nn.Module, nn.Module]:
+def build(config: Config, place: Place) -> tuple[nn.Module, nn.Module]:
     """The student, and a teacher that starts as its copy and never gets a gradient."""
     torch.manual_seed(config.seed)
     student = Network(config, config.drop_path_rate).to(place.device)
@@ -79,7 +79,7 @@ def build(config: Config, place: runtime.Place) -> tuple[nn.Module, nn.Module]:
 
 
 def train_step(student, teacher, maker, optimizer, batch, now, config, place, update) -> dict:
-    """One step of DINO, Alg. 1. Returns figures as tensors on the device; nothing here waits for it.
+    """One step of DINO, Alg. 1. Returns figures as tensors; nothing here waits for the device.
 
     `now` holds this step's values of the schedules, `maker` makes targets (losses.CENTERING),
     `update` moves the teacher. `batch` is augment.collate's.
@@ -114,7 +114,7 @@ def train_step(student, teacher, maker, optimizer, batch, now, config, place, up
     norm = clip_gradients(list(unwrap(student).children()), config.clip_grad, config.clip_mode)
     if now["freeze"]:
         freeze_prototypes(student)
-    # Should anything not be finite, on any process, nothing below moves, and the log will hear of it.
+    # Should anything not be finite, on any process, nothing below moves; the log will hear of it.
     mean_loss = all_sum(loss.detach()) / place.world_size
     ok = (mean_loss + norm).isfinite().float()
     set_schedule(optimizer, now["lr"], now["weight_decay"])
@@ -133,7 +133,7 @@ def unwrap(network: nn.Module) -> nn.Module:
     return network.module if isinstance(network, DistributedDataParallel) else network
 
 
-def schedules(step: int, epoch_steps: int, total: int, config: Config, place: runtime.Place) -> dict:
+def schedules(step: int, epoch_steps: int, total: int, config: Config, place: Place) -> dict:
     """Everything that depends on the step. Teacher temperature changes by the epoch, as in DINO."""
     scale = {"linear_256": config.batch_size_per_gpu * place.world_size / 256, "none": 1.0}
     peak, warmup = config.lr * scale[config.lr_scaling], config.warmup_epochs * epoch_steps
@@ -159,9 +159,10 @@ class Judge:
     Without labels: how often an image's other random view is its nearest neighbour.
     """
 
-    def __init__(self, train: Images, val: Images, config: Config, place: runtime.Place):
+    def __init__(self, train: Images, val: Images, config: Config, place: Place):
         def evenly(images, most):
-            return images.subset(np.linspace(0, len(images) - 1, min(len(images), most)).astype(int))
+            count = min(len(images), most)
+            return images.subset(np.linspace(0, len(images) - 1, count).astype(int))
 
         self.bank, self.queries = evenly(train, 10_000), evenly(val, 5_000)
         self.config, self.place = config, place
@@ -210,7 +211,7 @@ def diagnose(row: dict, config: Config) -> tuple[str, str] | None:
     ln_k, entropy = math.log(config.n_prototypes), row["entropy"]
     if entropy > 0.99 * ln_k and row["kl"] < 0.01 * ln_k:
         return "uniform collapse", (
-            "uniform collapse: every answer is 1/K (H is ln K); lower --teacher_temp, or raise --lr")
+            "uniform collapse: every answer is 1/K (H is ln K); lower --teacher_temp or raise --lr")
     if row["mean_entropy"] < 0.05 * ln_k:
         return "one prototype", (
             "one prototype answers for all images (entropy of the mean target near 0); "
@@ -265,7 +266,7 @@ def check(config: Config):
                          f"--epochs {config.epochs}")
 
 
-def adopt(config: Config, folder: Path, place: runtime.Place) -> Config:
+def adopt(config: Config, folder: Path, place: Place) -> Config:
     """Make `config` continue the run in `folder`, or say which flags stand in the way."""
     stored_file = folder / "config.json"
     global_batch = config.batch_size_per_gpu * place.world_size
@@ -305,7 +306,7 @@ def open_data(config: Config) -> tuple[Images, Images]:
     return parts[0], parts[1]
 
 
-def prepare(folder: Path, config: Config, place: runtime.Place):
+def prepare(folder: Path, config: Config, place: Place):
     """Write what a run directory holds from the start. A new run clears an old one of its name."""
     if not config.resume:
         for old in ("checkpoint", "code"):
@@ -342,7 +343,9 @@ def run(config: Config, build=build, update=ema_update) -> dict:
         probe = Sampler(len(images), config.batch_size_per_gpu, 1, world_size=place.world_size)
         epoch_steps = config.epoch_length or probe.steps_per_pass
         total = config.epochs * epoch_steps
-        state = runtime.load_checkpoint(folder / "checkpoint", place.print) if config.resume else None
+        state = None
+        if config.resume:
+            state = runtime.load_checkpoint(folder / "checkpoint", place.print)
         if state and state["step"] >= total and (folder / "summary.json").exists():
             place.print(f"{folder} is finished; --no_resume would start it anew")
             return json.loads((folder / "summary.json").read_text())
@@ -353,8 +356,8 @@ def run(config: Config, build=build, update=ema_update) -> dict:
     judge = Judge(images, val, config, place)
     if place.main:
         prepare(folder, config, place)
-    place.print(f"{config.preset or 'run'} -> {folder}: {len(images):,d} images, {total:,d} steps of "
-                f"{config.batch_size_per_gpu} x {place.world_size}, {place.device}, "
+    place.print(f"{config.preset or 'run'} -> {folder}: {len(images):,d} images, {total:,d} steps "
+                f"of {config.batch_size_per_gpu} x {place.world_size}, {place.device}, "
                 f"{config.precision}, {sum(p.numel() for p in student.parameters()):,d} parameters")
 
     # -- where we are: the beginning, or a checkpoint
@@ -388,9 +391,9 @@ def run(config: Config, build=build, update=ema_update) -> dict:
     # -- the loop
     sampler = Sampler(len(images), config.batch_size_per_gpu, total, step, config.seed, place.rank,
                       place.world_size)
-    crops = MultiCrop(config.global_crops_size, config.local_crops_size, config.global_crops_number,
-                      config.local_crops_number, config.global_crops_scale, config.local_crops_scale,
-                      config.photometry)
+    crops = MultiCrop(config.global_crops_size, config.local_crops_size,
+                      config.global_crops_number, config.local_crops_number,
+                      config.global_crops_scale, config.local_crops_scale, config.photometry)
     batches = iter(training_loader(Views(images, crops, config.seed), sampler, config.num_workers,
                                    pin_memory=place.device.type == "cuda"))
     network = student
@@ -475,8 +478,8 @@ class Recent:
                 term = "the loss" if not math.isfinite(row[0]) else "a gradient"
                 names = ", ".join(self.images.names[i] for i in index[:8].tolist())
                 raise UsageError(
-                    f"step {step}: {term} is not finite; weights are as before it, the last checkpoint "
-                    f"is good. Images of this process: {names}, ... Lower --lr, or use "
+                    f"step {step}: {term} is not finite; weights are as before it, the last "
+                    f"checkpoint is good. Images of this process: {names}, ... Lower --lr, or use "
                     "--precision fp32")
         means = dict(zip(names, (sum(column) / len(table) for column in zip(*table))))
         means["kl"] = means["loss"] - means["entropy"]
@@ -493,17 +496,17 @@ class Recent:
         device = self.rows[-1][-1]["loss"].device
         figures["broken"] += int(all_sum(torch.tensor(float(len(broken)), device=device)))
         if figures["broken"] > max(3, 0.01 * seen):
-            raise UsageError(f"--data: {figures['broken']} of {seen} images did not decode, more than "
-                             "one in a hundred; the last are named above")
+            raise UsageError(f"--data: {figures['broken']} of {seen} images did not decode, more "
+                             "than one in a hundred; the last are named above")
 
 
-def record(folder: Path, row: dict, place: runtime.Place):
+def record(folder: Path, row: dict, place: Place):
     if place.main:
         with open(folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 
 
-def forget_metrics_after(file: Path, step: int, place: runtime.Place):
+def forget_metrics_after(file: Path, step: int, place: Place):
     """A run that was killed had logged steps which the checkpoint does not have."""
     if place.main and file.exists():
         lines = file.read_text().splitlines()
@@ -517,7 +520,8 @@ def forget_metrics_after(file: Path, step: int, place: runtime.Place):
 
 @runtime.command
 def main(argv):
-    return run(runtime.parse(Config, argv, PRESETS, usage="python train.py [PRESET] [--flag value ...]"))
+    usage = "python train.py [PRESET] [--flag value ...]"
+    return run(runtime.parse(Config, argv, PRESETS, usage))
 
 
 if __name__ == "__main__":

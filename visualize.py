@@ -2,10 +2,10 @@
 
     photo --> resized, cut to whole patches --> get_attention --> row of the class token (nh, h, w)
                                                                     |
-                          every head | their mean | the patches that hold 60 % of the mass, as a mask
+                          every head | their mean | the patches that hold 60 % of the mass
 
-Idea     The class token gathers what it needs by attending to patches. Nobody told the network where
-         objects are; the map shows that it found out, which is what made DINO famous.
+Idea     The class token gathers what it needs by attending to patches. Nobody told the network
+         where objects are; the map shows that it found out, which is what made DINO famous.
 Paper    DINO fig. 1 and 3, sec. 4.2.2 and H (mass threshold)
 Try      python visualize.py attention PHOTO --weights RUN_OR_FILE
          python visualize.py curves RUN

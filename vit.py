@@ -1,4 +1,4 @@
-"""Vision Transformer: an image becomes tokens, the tokens look at each other, one of them speaks for the image.
+"""Vision Transformer: an image becomes tokens that look at each other; one speaks for them all.
 
     image (B, 3, H, W) --> patches --> + positions --> [class | registers | patches] (B, N, D)
                                                                 |
@@ -53,9 +53,10 @@ def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], rule: str) -> Ten
     """Positions (1, 1 + M*M, D) learned on an M x M grid, resampled to `grid` = (h, w) patches.
 
     Two rules exist because two generations of released weights were trained with them, and they
-    differ visibly. "offset" (DINO, DINOv2 without registers): bicubic with the *scale* (h + 0.1) / M;
-    the 0.1 kept a float from rounding down to h - 1, and PyTorch maps coordinates with that same
-    scale. "antialias" (DINOv2 with registers): bicubic to the *size* (h, w), with antialiasing.
+    differ visibly. "offset" (DINO, DINOv2 without registers): bicubic with the *scale*
+    (h + 0.1) / M; the 0.1 kept a float from rounding down to h - 1, and PyTorch maps coordinates
+    with that same scale. "antialias" (DINOv2 with registers): bicubic to the *size* (h, w), with
+    antialiasing.
     """
     cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
     side = round(patches.shape[1] ** 0.5)
@@ -282,7 +283,7 @@ class VisionTransformer(nn.Module):
         self.init_weights(cls_std=1e-6 if layerscale else 0.02)
 
     def init_weights(self, cls_std: float):
-        """Normal(0, .02) for linear layers and positions; DINOv2 starts its extra tokens at zero."""
+        """Normal(0, .02) for linear layers and positions; DINOv2 starts extra tokens near zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -300,7 +301,7 @@ class VisionTransformer(nn.Module):
         if not h or not w:
             height, width = images.shape[-2:]
             raise ValueError(
-                f"images of {height} x {width} pixels are smaller than one patch of {self.patch_size}"
+                f"images of {height} x {width} pixels are smaller than a patch of {self.patch_size}"
             )
         return h, w
 
@@ -364,7 +365,9 @@ class VisionTransformer(nn.Module):
     def forward(self, images, masks=None, plan=None):
         """Normalised class tokens: (B, D), or a list of them for a list of crop sizes."""
         out = self.forward_features(images, masks, plan)
-        return out["x_norm_clstoken"] if isinstance(out, dict) else [o["x_norm_clstoken"] for o in out]
+        if isinstance(out, dict):
+            return out["x_norm_clstoken"]
+        return [o["x_norm_clstoken"] for o in out]
 
     def get_intermediate_layers(self, images: Tensor, n: int | list[int] = 1, reshape: bool = False,
                                 return_class_token: bool = False, norm: bool = True) -> tuple:
@@ -375,7 +378,7 @@ class VisionTransformer(nn.Module):
         """
         wanted = range(self.depth - n, self.depth) if isinstance(n, int) else list(n)
         if not all(0 <= i < self.depth for i in wanted) or not wanted:
-            raise ValueError(f"n={n} asks for blocks that a ViT of depth {self.depth} does not have")
+            raise ValueError(f"n={n} asks for blocks that a ViT of depth {self.depth} has not")
         x = self.prepare_tokens(images)
         (b, count), (h, w), first = x.shape[:2], self.grid(images), 1 + self.num_register_tokens
         x, found = x.flatten(0, 1), {}

@@ -1,10 +1,10 @@
 """Weights: any backbone of ours, or a flat official one, as the right network; strictly.
 
     run directory --> teacher.pt --+
-    teacher.pt, official .pth -----+--> tensors --> what they say: width, depth, patch, ... --> ViT, loaded
+    teacher.pt, official .pth -----+--> tensors --> shapes: width, depth, patch --> ViT, loaded
 
-Idea     The architecture can be read off the tensors, so nobody has to repeat it in flags, and nobody
-         gets random weights because a flag was wrong: every tensor must find its place.
+Idea     The architecture can be read off the tensors, so nobody has to repeat it in flags, and
+         nobody gets random weights because a flag was wrong: every tensor must find its place.
 Paper    none; keys are those of the released DINO and DINOv2 backbones
 Try      python weights.py RUN_OR_FILE      what is in it
 Change   another layout is another way to a flat dictionary, in read_backbone
@@ -36,7 +36,7 @@ def read_backbone(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(f"--weights {file}: not a readable weights file "
                          f"({str(error).splitlines()[0]})") from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"--weights {file}: expected a flat dictionary of tensors, the backbone alone")
+        raise ValueError(f"--weights {file}: expected a flat dictionary of tensors, a backbone")
     config = folder / "config.json"
     ours = file.name == "teacher.pt" and config.exists()
     return state, json.loads(config.read_text()) if ours else {}
@@ -71,7 +71,7 @@ def architecture(state: dict[str, Tensor]) -> dict:
 
 
 def load_backbone(path: str | Path) -> VisionTransformer:
-    """The network with its weights, in eval mode. ValueError with the difference if any is left over."""
+    """The network with its weights, in eval mode. ValueError with the difference if one is left."""
     state, config = read_backbone(path)
     options = architecture(state)
     if config:

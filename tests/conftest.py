@@ -5,10 +5,12 @@ import torch
 from torchvision.transforms.v2.functional import to_pil_image
 
 # A run of seconds: every part of a real one, nothing large.
-TINY = ("shapes_dino --data shapes:64 --val_data shapes:32:val --epochs 2 --warmup_epochs 0 "
-        "--batch_size_per_gpu 8 --n_prototypes 32 --head_hidden_dim 32 --head_bottleneck_dim 16 "
-        "--local_crops_number 2 --log_every 2 --save_every 4 --num_workers 0 --device cpu "
-        "--precision fp32 --drop_path_rate 0.2 --global_crops_size 24 --local_crops_size 16").split()
+TINY = (
+    "shapes_dino --data shapes:64 --val_data shapes:32:val --epochs 2 --warmup_epochs 0 "
+    "--batch_size_per_gpu 8 --n_prototypes 32 --head_hidden_dim 32 --head_bottleneck_dim 16 "
+    "--local_crops_number 2 --log_every 2 --save_every 4 --num_workers 0 --device cpu "
+    "--precision fp32 --drop_path_rate 0.2 --global_crops_size 24 --local_crops_size 16"
+).split()
 
 
 @pytest.fixture

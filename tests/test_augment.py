@@ -11,8 +11,20 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as TF
 
-from augment import (MEAN, ORDERS, PHOTOMETRY, SOLARIZE_THRESHOLD, STD, MultiCrop, center_crop,
-                     collate, crop_box, draw_photometry, normalise, photometry)
+from augment import (
+    MEAN,
+    ORDERS,
+    PHOTOMETRY,
+    SOLARIZE_THRESHOLD,
+    STD,
+    MultiCrop,
+    center_crop,
+    collate,
+    crop_box,
+    draw_photometry,
+    normalise,
+    photometry,
+)
 
 
 def one_by_one(crops, params):
@@ -41,8 +53,9 @@ def draw(view, n, seed=0):
 
 @pytest.mark.parametrize("view", [0, 1, 2])
 def test_photometry_equals_torchvision(view):
-    crops = torch.randint(0, 256, (48, 3, 24, 20), dtype=torch.uint8,
-                          generator=torch.Generator().manual_seed(view))
+    crops = torch.randint(
+        0, 256, (48, 3, 24, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(view)
+    )
     params = draw(view, 48)
     params[:24, 0] = torch.arange(24)  # every order of the four jitters
     ours, theirs = photometry(crops, params), one_by_one(crops, params)
@@ -55,7 +68,7 @@ def test_a_pixel_does_not_depend_on_the_batch():
     crops = torch.randint(0, 256, (40, 3, 96, 96), dtype=torch.uint8)
     params = draw(1, 40)
     together = photometry(crops, params)
-    alone = torch.cat([photometry(crops[i:i + 1], params[i:i + 1]) for i in range(40)])
+    alone = torch.cat([photometry(crops[i : i + 1], params[i : i + 1]) for i in range(40)])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
@@ -82,12 +95,19 @@ def test_views_follow_from_the_generator():
     image = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
     crops = MultiCrop(32, 16, 2, 3)
     one, same, other = (crops(image, np.random.default_rng([0, 0, s])) for s in (1, 1, 2))
-    assert one["global_crops"].shape == (2, 3, 32, 32) and one["local_crops"].shape == (3, 3, 16, 16)
+    assert one["global_crops"].shape == (2, 3, 32, 32) and one["local_crops"].shape == (
+        3,
+        3,
+        16,
+        16,
+    )
     assert one["photometry"].shape == (5, 8)
     assert all(torch.equal(one[k], same[k]) for k in one)
     assert not torch.equal(one["global_crops"], other["global_crops"])
     batch = collate([dict(one, index=4), dict(other, index=7)])
-    assert torch.equal(batch["global_crops"][:, 1], other["global_crops"])  # (G, B, ...): crop-major
+    assert torch.equal(
+        batch["global_crops"][:, 1], other["global_crops"]
+    )  # (G, B, ...): crop-major
     assert batch["index"].tolist() == [4, 7]
     assert MultiCrop(32, 16, 2, 0)(image, np.random.default_rng(0))["local_crops"].shape[0] == 0
 
@@ -96,8 +116,12 @@ def test_views_follow_from_the_generator():
 def test_chances(view):
     params = draw(view, 4000)
     chance = {k: v[view] for k, v in PHOTOMETRY["dino"].items()}
-    seen = dict(jitter=params[:, 0] >= 0, gray=params[:, 5] > 0, blur=params[:, 6] > 0,
-                solarize=params[:, 7] > 0)
+    seen = dict(
+        jitter=params[:, 0] >= 0,
+        gray=params[:, 5] > 0,
+        blur=params[:, 6] > 0,
+        solarize=params[:, 7] > 0,
+    )
     for name, p in chance.items():
         assert abs(seen[name].float().mean().item() - p) < 0.03, name
     assert params[:, 1].min() >= 0.6 and params[:, 1].max() <= 1.4

@@ -1,6 +1,6 @@
 """Claims
 1. Data sets are found by name, and a miss names the choices.
-2. The sampler continues anywhere, and any number of processes sees the same images in the same order.
+2. The sampler continues anywhere, and any number of processes sees the same images in order.
 3. A batch does not depend on the number of workers.
 4. An image that does not decode is replaced by one that follows from the seed, and named.
 5. What is held out depends on the name alone.
@@ -26,10 +26,16 @@ def test_flat_folder_has_no_labels(photos):
     assert len(images) == 12 and images.labels is None
 
 
-@pytest.mark.parametrize("spec, words", [
-    ("folder:/nowhere", "no such folder"), ("nothing", "choose from shapes, folder"),
-    ("shapes:many", "number of images"), ("CIFAR10", "--data_root"), ("folder:", "no such folder"),
-])
+@pytest.mark.parametrize(
+    "spec, words",
+    [
+        ("folder:/nowhere", "no such folder"),
+        ("nothing", "choose from shapes, folder"),
+        ("shapes:many", "number of images"),
+        ("CIFAR10", "--data_root"),
+        ("folder:", "no such folder"),
+    ],
+)
 def test_misses_are_explained(spec, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         open_images(spec, root=str(tmp_path))
@@ -40,7 +46,6 @@ def test_misses_are_explained(spec, words, tmp_path):
 def test_empty_folder(tmp_path):
     with pytest.raises(ValueError, match="found 0 images"):
         open_images(f"folder:{tmp_path}")
-
 
 
 def test_sampler_resumes_and_shards():

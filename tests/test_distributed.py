@@ -30,9 +30,12 @@ def one_step(config, place, batch):
     maker = EMACenter(config.n_prototypes)
     optimizer = train.OPTIMIZERS["sgd"](train.parameter_groups(student))
     network = student if place.world_size == 1 else train.DistributedDataParallel(student)
-    now = dict(lr=0.5, weight_decay=0.1, momentum=0.9, teacher_temp=0.05, freeze=False, generator=None)
-    out = train.train_step(network, teacher, maker, optimizer, batch, now, config, place,
-                           train.ema_update)
+    now = dict(
+        lr=0.5, weight_decay=0.1, momentum=0.9, teacher_temp=0.05, freeze=False, generator=None
+    )
+    out = train.train_step(
+        network, teacher, maker, optimizer, batch, now, config, place, train.ema_update
+    )
     return out["loss"], dict(student.state_dict()), dict(teacher.state_dict()), maker.center
 
 
@@ -43,8 +46,13 @@ def batch_of(config, indices):
 
 
 def process(rank, port, flags, folder):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     torch.manual_seed(100 + rank)  # nothing may depend on it
     torch.set_num_threads(1)
     config = parse(Config, flags, PRESETS)
@@ -109,8 +117,9 @@ def test_sums_and_centre(spawned):
 def test_a_step_of_two_is_a_step_of_one(spawned):
     _, flags, outs, _ = spawned
     config = parse(Config, flags, PRESETS)
-    loss, student, teacher, center = one_step(config, Place(torch.device("cpu")),
-                                              batch_of(config, range(8)))
+    loss, student, teacher, center = one_step(
+        config, Place(torch.device("cpu")), batch_of(config, range(8))
+    )
     for out in outs:
         torch.testing.assert_close(out["step"][0], loss, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(out["step"][3], center, rtol=1e-5, atol=1e-6)
@@ -130,8 +139,11 @@ def test_features_of_two_are_those_of_one(spawned):
 def test_saved_by_two_continued_by_one(spawned, capsys):
     folder, flags, _, _ = spawned
     assert load_checkpoint(folder / "run/checkpoint")["step"] == 4
-    config = parse(Config, [*flags, "--batch_size_per_gpu", "4", "--epochs", "1",
-                            "--output_dir", str(folder / "run")], PRESETS)
+    config = parse(
+        Config,
+        [*flags, "--batch_size_per_gpu", "4", "--epochs", "1", "--output_dir", str(folder / "run")],
+        PRESETS,
+    )
     summary = train.run(config)
     assert "continuing from step 4" in capsys.readouterr().out
     assert summary["steps"] == 8  # 64 images in global batches of 8

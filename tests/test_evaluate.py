@@ -26,8 +26,22 @@ def backbone(tmp_path):
 
 
 def test_knn(backbone, photos, tmp_path):
-    args = ["knn", "--weights", backbone, "--data", f"folder:{photos}", "--val_data", f"folder:{photos}",
-            "--output_dir", str(tmp_path / "out"), "--nb_knn", "1", "20", "--num_workers", "0"]
+    args = [
+        "knn",
+        "--weights",
+        backbone,
+        "--data",
+        f"folder:{photos}",
+        "--val_data",
+        f"folder:{photos}",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--nb_knn",
+        "1",
+        "20",
+        "--num_workers",
+        "0",
+    ]
     result = evaluate.main(args)
     written = json.loads((tmp_path / "out/results.json").read_text())
     assert written["knn"] == result["knn"] and written["knn"]["1"] == 1.0  # each finds itself
@@ -36,8 +50,19 @@ def test_knn(backbone, photos, tmp_path):
 
 def test_features(backbone, photos, tmp_path):
     output = tmp_path / "deep/x.npy"
-    evaluate.main(["features", "--weights", backbone, "--data", f"folder:{photos}", "--output",
-                   str(output), "--num_workers", "0"])
+    evaluate.main(
+        [
+            "features",
+            "--weights",
+            backbone,
+            "--data",
+            f"folder:{photos}",
+            "--output",
+            str(output),
+            "--num_workers",
+            "0",
+        ]
+    )
     rows, names = np.load(output), output.with_suffix(".txt").read_text().split()
     images = open_images(f"folder:{photos}")
     assert rows.shape == (24, 64) and names == images.names
@@ -46,12 +71,19 @@ def test_features(backbone, photos, tmp_path):
     np.testing.assert_allclose(rows[5], alone[0].numpy(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("line, words", [
-    ("", "choose from knn, features"), ("knn", "--weights"), ("knn --weights /none", "no such file"),
-    ("knn --weights W --data folder:FLAT", "needs labels"), ("knn --weights W --nb_knn 0", "--nb_knn"),
-    ("knn --weights W --image_size 4", "--image_size"), ("linear", "choose from"),
-    ("features --weights W --output x.txt", "--output"),
-])
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("", "choose from knn, features"),
+        ("knn", "--weights"),
+        ("knn --weights /none", "no such file"),
+        ("knn --weights W --data folder:FLAT", "needs labels"),
+        ("knn --weights W --nb_knn 0", "--nb_knn"),
+        ("knn --weights W --image_size 4", "--image_size"),
+        ("linear", "choose from"),
+        ("features --weights W --output x.txt", "--output"),
+    ],
+)
 def test_misuse(line, words, backbone, photos, capsys):
     line = line.replace("W", backbone).replace("FLAT", str(photos / "cats"))
     with pytest.raises(SystemExit) as stop:

@@ -11,8 +11,15 @@ import math
 import pytest
 import torch
 
-from losses import (CENTERING, EMACenter, NoCenter, effective_rank, entropies, make_targets,
-                    view_pair_loss)
+from losses import (
+    CENTERING,
+    EMACenter,
+    NoCenter,
+    effective_rank,
+    entropies,
+    make_targets,
+    view_pair_loss,
+)
 
 
 def naive_dino(student, teacher, center, student_temp, teacher_temp):

@@ -13,8 +13,17 @@ import torch
 from torch import nn
 
 from heads import DINOHead
-from optim import (LARS, OPTIMIZERS, clip_gradients, cosine, ema_update, freeze_prototypes, linear,
-                   parameter_groups, set_schedule)
+from optim import (
+    LARS,
+    OPTIMIZERS,
+    clip_gradients,
+    cosine,
+    ema_update,
+    freeze_prototypes,
+    linear,
+    parameter_groups,
+    set_schedule,
+)
 from vit import VisionTransformer
 
 
@@ -27,17 +36,24 @@ def test_cosine():
 
 
 def test_linear():
-    assert [linear(i, 0.04, 0.07, 4) for i in range(6)] == pytest.approx([.04, .05, .06, .07, .07, .07])
+    assert [linear(i, 0.04, 0.07, 4) for i in range(6)] == pytest.approx(
+        [0.04, 0.05, 0.06, 0.07, 0.07, 0.07]
+    )
     assert linear(0, 0.04, 0.07, 0) == 0.07
 
 
 def test_groups():
-    model = nn.ModuleDict({"backbone": VisionTransformer(16, 8, embed_dim=64, depth=1, num_heads=1),
-                           "dino_head": DINOHead(64, 8, 8, 4)})
+    model = nn.ModuleDict(
+        {
+            "backbone": VisionTransformer(16, 8, embed_dim=64, depth=1, num_heads=1),
+            "dino_head": DINOHead(64, 8, 8, 4),
+        }
+    )
     decayed, plain = parameter_groups(model)
     sizes = {id(p): n for n, p in model.named_parameters()}
     assert {sizes[id(p)] for p in plain["params"]} == {
-        n for n, p in model.named_parameters() if n.endswith("bias") or "norm" in n}
+        n for n, p in model.named_parameters() if n.endswith("bias") or "norm" in n
+    }
     names = {sizes[id(p)] for p in decayed["params"]}
     assert {"backbone.cls_token", "backbone.pos_embed", "dino_head.last_layer.weight_v"} <= names
     assert "dino_head.last_layer.weight_g" not in names  # frozen
@@ -60,9 +76,13 @@ def test_clip(mode):
     nets, reference = networks(), networks()
     total = clip_gradients(nets, 2.0, mode)
     grads = [p.grad for n in reference for p in n.parameters()]
-    assert total.item() == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in grads)), rel=1e-5)
+    assert total.item() == pytest.approx(
+        math.sqrt(sum(g.square().sum().item() for g in grads)), rel=1e-5
+    )
     for net in reference:
-        for group in ([[p] for p in net.parameters()] if mode == "parameter" else [list(net.parameters())]):
+        for group in (
+            [[p] for p in net.parameters()] if mode == "parameter" else [list(net.parameters())]
+        ):
             nn.utils.clip_grad_norm_(group, 2.0)
     for a, b in zip(nets, reference):
         for p, q in zip(a.parameters(), b.parameters()):

@@ -30,8 +30,17 @@ def test_every_field_is_explained():
 
 def test_the_papers_numbers():
     vanilla = Config(**PRESETS["dino_vits16"])
-    assert (vanilla.epochs, vanilla.lr, vanilla.n_prototypes, vanilla.local_crops_number) == (100, 5e-4, 65536, 8)
-    assert (vanilla.momentum_teacher, vanilla.weight_decay, vanilla.weight_decay_end) == (0.996, 0.04, 0.4)
+    assert (vanilla.epochs, vanilla.lr, vanilla.n_prototypes, vanilla.local_crops_number) == (
+        100,
+        5e-4,
+        65536,
+        8,
+    )
+    assert (vanilla.momentum_teacher, vanilla.weight_decay, vanilla.weight_decay_end) == (
+        0.996,
+        0.04,
+        0.4,
+    )
     assert (vanilla.teacher_temp, vanilla.student_temp, vanilla.clip_grad) == (0.04, 0.1, 3.0)
     released = Config(**PRESETS["dino_vits16_800ep"])
     assert (released.local_crops_number, released.teacher_temp) == (10, 0.07)

@@ -45,10 +45,17 @@ def test_authority():
     assert parse("small --shiny true").shiny is True and parse("large --shiny false").shiny is False
 
 
-@pytest.mark.parametrize("line, words", [
-    ("smal", "did you mean small"), ("--siz 4", "did you mean --size"), ("--size four", "--size"),
-    ("--kind three", "--kind"), ("--range 1", "--range"), ("--shiny maybe", "maybe"),
-])
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("smal", "did you mean small"),
+        ("--siz 4", "did you mean --size"),
+        ("--size four", "--size"),
+        ("--kind three", "--kind"),
+        ("--range 1", "--range"),
+        ("--shiny maybe", "maybe"),
+    ],
+)
 def test_misuse(line, words):
     with pytest.raises(UsageError, match=words):
         parse(line)
@@ -59,7 +66,7 @@ def test_help_is_grouped(capsys):
         parse("--help")
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    text = text[text.index("first:"):]
+    text = text[text.index("first:") :]
     assert text.index("--size") < text.index("second:") < text.index("--shiny")
     assert "100 % of the time" in text
 

@@ -1,7 +1,7 @@
 """Claims
 1. An image is a function of its seed; train and val share none.
 2. Mask, depth and image belong together; every kind occurs equally often.
-3. Raw pixels, mean colours and colour histograms stay under 50 % k-NN: the classes must be understood.
+3. Raw pixels, mean colours and colour histograms stay under 50 % k-NN.
 4. A video moves smoothly.
 """
 
@@ -41,7 +41,9 @@ def test_simple_statistics_fail():
     def histogram(images):
         bins = (images // 32).long()
         bins = bins[:, 0] * 64 + bins[:, 1] * 8 + bins[:, 2]
-        return torch.stack([torch.bincount(b.flatten(), minlength=512).float() for b in bins]).sqrt()
+        return torch.stack(
+            [torch.bincount(b.flatten(), minlength=512).float() for b in bins]
+        ).sqrt()
 
     def centred(images):
         return (images.float() / 255 - 0.45) / 0.23

@@ -44,18 +44,28 @@ def test_a_step_is_algorithm_1(tiny, tmp_path):
     images, _ = train.open_data(config)
     views = train.Views(images, train.MultiCrop(24, 16, 2, 2), seed=0)
     batch = collate([views[0, 0, i] for i in range(6)])
-    now = dict(lr=1e-3, weight_decay=0.1, momentum=0.9, teacher_temp=0.05, freeze=False, generator=None)
+    now = dict(
+        lr=1e-3, weight_decay=0.1, momentum=0.9, teacher_temp=0.05, freeze=False, generator=None
+    )
     optimizer = train.OPTIMIZERS["adamw"](train.parameter_groups(student))
-    out = train.train_step(student, teacher, maker, optimizer, batch, now, config, place,
-                           train.ema_update)
+    out = train.train_step(
+        student, teacher, maker, optimizer, batch, now, config, place, train.ema_update
+    )
 
-    crops = [photometry(c, p) for key, first in (("global_crops", 0), ("local_crops", 2))
-             for c, p in zip(batch[key], batch["photometry"][first:])]
+    crops = [
+        photometry(c, p)
+        for key, first in (("global_crops", 0), ("local_crops", 2))
+        for c, p in zip(batch[key], batch["photometry"][first:])
+    ]
     with torch.no_grad():
         t = [plain_teacher.dino_head(plain_teacher.backbone(x)) for x in crops[:2]]
     s = [plain_student.dino_head(plain_student.backbone(x)) for x in crops]
-    pairs = [-(F.softmax((t[i] - center) / 0.05, -1) * F.log_softmax(s[v] / 0.1, -1)).sum(-1).mean()
-             for i in range(2) for v in range(4) if v != i]
+    pairs = [
+        -(F.softmax((t[i] - center) / 0.05, -1) * F.log_softmax(s[v] / 0.1, -1)).sum(-1).mean()
+        for i in range(2)
+        for v in range(4)
+        if v != i
+    ]
     loss = sum(pairs) / len(pairs)
     torch.testing.assert_close(out["loss"], loss.detach(), rtol=1e-5, atol=1e-5)
     loss.backward()
@@ -92,11 +102,18 @@ def test_killed_and_resumed_equals_uninterrupted(workers, tiny, tmp_path, monkey
     train.run(broken)
     a, b = (weights(tmp_path / name / "run") for name in ("whole", "broken"))
     assert all(torch.equal(a[k], b[k]) for k in a)
-    states = [train.runtime.load_checkpoint(tmp_path / n / "run/checkpoint") for n in ("whole", "broken")]
+    states = [
+        train.runtime.load_checkpoint(tmp_path / n / "run/checkpoint") for n in ("whole", "broken")
+    ]
     for k in states[0]["student"]:
         assert torch.equal(states[0]["student"][k], states[1]["student"][k]), k
-    logged = [[json.loads(x) for x in open(tmp_path / n / "run/metrics.jsonl")] for n in ("whole", "broken")]
-    assert [(r["step"], r.get("loss")) for r in logged[0]] == [(r["step"], r.get("loss")) for r in logged[1]]
+    logged = [
+        [json.loads(x) for x in open(tmp_path / n / "run/metrics.jsonl")]
+        for n in ("whole", "broken")
+    ]
+    assert [(r["step"], r.get("loss")) for r in logged[0]] == [
+        (r["step"], r.get("loss")) for r in logged[1]
+    ]
 
 
 def test_a_run_and_its_directory(tiny, tmp_path, capsys):
@@ -104,10 +121,29 @@ def test_a_run_and_its_directory(tiny, tmp_path, capsys):
     summary = train.run(config)
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} >= {
-        "config.json", "metrics.jsonl", "checkpoint", "teacher.pt", "heads.pt", "summary.json",
-        "curves.png", "attention.png", "code"}
-    assert {"knn", "knn_untrained", "knn_pixels", "minutes", "peak_memory_gb", "collapsed", "steps",
-            "images_per_second", "loss", "preset", "seed"} <= set(summary)
+        "config.json",
+        "metrics.jsonl",
+        "checkpoint",
+        "teacher.pt",
+        "heads.pt",
+        "summary.json",
+        "curves.png",
+        "attention.png",
+        "code",
+    }
+    assert {
+        "knn",
+        "knn_untrained",
+        "knn_pixels",
+        "minutes",
+        "peak_memory_gb",
+        "collapsed",
+        "steps",
+        "images_per_second",
+        "loss",
+        "preset",
+        "seed",
+    } <= set(summary)
     assert summary["steps"] == 16 and 0 < summary["loss"] < 2 * math.log(32)
     assert json.loads((run / "summary.json").read_text()) == summary
     assert "next:  python visualize.py attention" in capsys.readouterr().out
@@ -125,21 +161,34 @@ def test_a_run_and_its_directory(tiny, tmp_path, capsys):
 def test_unlabelled_photos(tiny, tmp_path, photos):
     flags = tiny[:1] + ["--data", f"folder:{photos / 'cats'}"] + tiny[3:]
     flags = [f for i, f in enumerate(flags) if f != "--val_data" and flags[i - 1] != "--val_data"]
-    config = config_of(flags + ["--val_data", f"folder:{photos / 'dogs'}"], tmp_path, "--epochs", "1")
+    config = config_of(
+        flags + ["--val_data", f"folder:{photos / 'dogs'}"], tmp_path, "--epochs", "1"
+    )
     summary = train.run(config)
     assert summary["knn_protocol"] == "other-view retrieval" and 0 <= summary["knn"] <= 1
 
 
-@pytest.mark.parametrize("line, words", [
-    ("dino_vit16", "did you mean"), ("--dta shapes", "did you mean --data"), ("--epochs many", "--epochs"),
-    ("--data nothing", "--data"), ("--data folder:EMPTY", "found 0 images"),
-    ("--data folder:ONE", "--batch_size_per_gpu"), ("--batch_size_per_gpu 1000000", "--batch_size_per_gpu"),
-    ("--local_crops_size 4", "--local_crops_size"), ("--global_crops_size 33", "try 32"),
-    ("--val_data folder:/none", "--val_data"), ("--device tpu", "--device"),
-    ("--teacher_temp 0", "--teacher_temp"), ("--local_crops_scale 0.5 0.1", "--local_crops_scale"),
-    ("--centering both", "--centering"), ("--warmup_epochs 99", "--warmup_epochs"),
-    ("--local_crops_number 0 --global_crops_number 1", "at least two"),
-])
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("dino_vit16", "did you mean"),
+        ("--dta shapes", "did you mean --data"),
+        ("--epochs many", "--epochs"),
+        ("--data nothing", "--data"),
+        ("--data folder:EMPTY", "found 0 images"),
+        ("--data folder:ONE", "--batch_size_per_gpu"),
+        ("--batch_size_per_gpu 1000000", "--batch_size_per_gpu"),
+        ("--local_crops_size 4", "--local_crops_size"),
+        ("--global_crops_size 33", "try 32"),
+        ("--val_data folder:/none", "--val_data"),
+        ("--device tpu", "--device"),
+        ("--teacher_temp 0", "--teacher_temp"),
+        ("--local_crops_scale 0.5 0.1", "--local_crops_scale"),
+        ("--centering both", "--centering"),
+        ("--warmup_epochs 99", "--warmup_epochs"),
+        ("--local_crops_number 0 --global_crops_number 1", "at least two"),
+    ],
+)
 def test_misuse(line, words, tmp_path, photos, capsys):
     (tmp_path / "empty").mkdir()
     one = tmp_path / "one"
@@ -177,13 +226,16 @@ def test_too_many_broken_images(tiny, tmp_path, photos):
         train.run(config_of(flags, tmp_path))
 
 
-@pytest.mark.parametrize("row, name", [
-    (dict(entropy=6.93, kl=0.001, mean_entropy=6.93, loss=6.931), "uniform collapse"),
-    (dict(entropy=0.0, kl=0.01, mean_entropy=0.05, loss=0.01), "one prototype"),
-    (dict(entropy=0.5, kl=6.43, mean_entropy=5.0, loss=6.93), "ignored teacher"),
-    (dict(entropy=0.2, kl=1.0, mean_entropy=6.0, loss=1.2), None),
-    (dict(entropy=6.0, kl=0.5, mean_entropy=6.8, loss=6.5), None),
-])
+@pytest.mark.parametrize(
+    "row, name",
+    [
+        (dict(entropy=6.93, kl=0.001, mean_entropy=6.93, loss=6.931), "uniform collapse"),
+        (dict(entropy=0.0, kl=0.01, mean_entropy=0.05, loss=0.01), "one prototype"),
+        (dict(entropy=0.5, kl=6.43, mean_entropy=5.0, loss=6.93), "ignored teacher"),
+        (dict(entropy=0.2, kl=1.0, mean_entropy=6.0, loss=1.2), None),
+        (dict(entropy=6.0, kl=0.5, mean_entropy=6.8, loss=6.5), None),
+    ],
+)
 def test_diagnosis(row, name):
     found = train.diagnose(row, Config(n_prototypes=1024))
     assert (found and found[0]) == name

@@ -35,15 +35,32 @@ def test_photo(tmp_path, photos):
     model = VisionTransformer(16, 8, embed_dim=64, depth=1, num_heads=1)
     torch.save(model.state_dict(), tmp_path / "b.pth")
     out = tmp_path / "a.png"
-    visualize.main(["attention", str(photos / "cats/01.png"), "--weights", str(tmp_path / "b.pth"),
-                    "--image_size", "37", "--output", str(out)])
+    visualize.main(
+        [
+            "attention",
+            str(photos / "cats/01.png"),
+            "--weights",
+            str(tmp_path / "b.pth"),
+            "--image_size",
+            "37",
+            "--output",
+            str(out),
+        ]
+    )
     assert read_file(out).float().std() > 10  # not an empty page
 
 
-@pytest.mark.parametrize("line, words", [
-    ("", "usage"), ("attention", "usage"), ("attention x.jpg", "--weights"), ("curves /none", "metrics"),
-    ("attention /none.jpg --weights W", "not a readable image"), ("attention x --weights W --share 2", "--share"),
-])
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("", "usage"),
+        ("attention", "usage"),
+        ("attention x.jpg", "--weights"),
+        ("curves /none", "metrics"),
+        ("attention /none.jpg --weights W", "not a readable image"),
+        ("attention x --weights W --share 2", "--share"),
+    ],
+)
 def test_misuse(line, words, tmp_path, capsys):
     model = VisionTransformer(16, 8, embed_dim=64, depth=1, num_heads=1)
     torch.save(model.state_dict(), tmp_path / "b.pth")

@@ -12,8 +12,16 @@ from weights import load_backbone, load_strictly
 KINDS = [
     dict(embed_dim=128, depth=2, num_heads=2),
     dict(embed_dim=64, depth=3, num_heads=1, layerscale=1e-5, mask_token=True),
-    dict(embed_dim=192, depth=1, num_heads=3, layerscale=1.0, mask_token=True, ffn_layer="swiglu",
-         num_register_tokens=4, pos_embed_resize="antialias"),
+    dict(
+        embed_dim=192,
+        depth=1,
+        num_heads=3,
+        layerscale=1.0,
+        mask_token=True,
+        ffn_layer="swiglu",
+        num_register_tokens=4,
+        pos_embed_resize="antialias",
+    ),
 ]
 
 
@@ -52,5 +60,8 @@ def test_the_difference_is_readable(tmp_path):
     with pytest.raises(ValueError, match="missing norm.bias; unexpected head.weight"):
         load_backbone(tmp_path / "odd.pth")
     with pytest.raises(ValueError, match="expected"):
-        load_strictly(VisionTransformer(16, 8, **KINDS[0]), VisionTransformer(32, 8, **KINDS[0])
-                      .state_dict(), "x")
+        load_strictly(
+            VisionTransformer(16, 8, **KINDS[0]),
+            VisionTransformer(32, 8, **KINDS[0]).state_dict(),
+            "x",
+        )
