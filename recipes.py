@@ -96,9 +96,14 @@ SMALL = dict(
 
 PRESETS = {
     "shapes_dino": dict(
-        SMALL, data="shapes", val_data="shapes:val", patch_size=8,
-        global_crops_size=40, local_crops_size=24, local_crops_scale=(0.1, 0.4),
+        SMALL, data="shapes", val_data="shapes:val", arch="vit_nano", patch_size=8,
+        n_prototypes=256, head_hidden_dim=256, head_bottleneck_dim=128,
+        global_crops_size=40, global_crops_scale=(0.5, 1.0),
+        local_crops_size=24, local_crops_scale=(0.25, 0.6), local_crops_number=4,
+        # A run of 1,248 steps has no time for a slow teacher, and a fast teacher needs a fast centre.
+        momentum_teacher=0.97, center_momentum=0.5,
         batch_size_per_gpu=32, lr=1e-3, epochs=4, warmup_epochs=1, freeze_last_layer_epochs=0,
+        knn_every=1,
     ),
     "cifar10_dino": dict(
         SMALL, data="CIFAR10", val_data="CIFAR10:val", arch="vit_tiny", patch_size=4,
