@@ -33,13 +33,18 @@ from torchvision.transforms.v2 import functional as TF
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as everywhere in the papers
 GRAY = (0.2989, 0.587, 0.114)  # luma weights of torchvision
 
-# Chances of (first global, second global, local) crops. DINO appendix A; the same as BYOL's.
+# Chances for (first global, second global, local) crops, and the strengths of the colour jitter.
+# DINO appendix A; the same as BYOL's.
 PHOTOMETRY = {
     "dino": dict(jitter=(0.8, 0.8, 0.8), gray=(0.2, 0.2, 0.2), blur=(1.0, 0.1, 0.5),
-                 solarize=(0.0, 0.2, 0.0)),
-    "none": dict(jitter=(0.0,) * 3, gray=(0.0,) * 3, blur=(0.0,) * 3, solarize=(0.0,) * 3),
+                 solarize=(0.0, 0.2, 0.0), strength=(0.4, 0.4, 0.2, 0.1)),
+    # For small crops of a colourful world: every hue becomes every other, so that no network can
+    # tell images apart by it, and blur, which would wipe out the texture of so few pixels, is rare.
+    "hue": dict(jitter=(1.0, 1.0, 1.0), gray=(0.2, 0.2, 0.2), blur=(0.1, 0.1, 0.1),
+                solarize=(0.0, 0.0, 0.0), strength=(0.4, 0.4, 0.4, 0.5)),
+    "none": dict(jitter=(0.0,) * 3, gray=(0.0,) * 3, blur=(0.0,) * 3, solarize=(0.0,) * 3,
+                 strength=(0.0,) * 4),
 }
-STRENGTH = dict(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
 BLUR_TAPS, BLUR_SIGMA = 9, (0.1, 2.0)
 SOLARIZE_THRESHOLD = 128 / 255
 
@@ -71,7 +76,8 @@ def crop_box(height: int, width: int, scale: tuple[float, float], draws: np.ndar
 
 def draw_photometry(kind: str, view: int, rng: np.random.Generator) -> np.ndarray:
     """One row of COLUMNS for a view: 0 first global, 1 further globals, 2 local."""
-    chance = {name: p[view] for name, p in PHOTOMETRY[kind].items()}
+    chance = {name: PHOTOMETRY[kind][name][view] for name in ("jitter", "gray", "blur", "solarize")}
+    brightness, contrast, saturation, hue = PHOTOMETRY[kind]["strength"]
     u = rng.random(len(COLUMNS) + 3)  # always as many draws, whatever comes of them
 
     def around(strength, draw, centre=1.0):
@@ -79,10 +85,10 @@ def draw_photometry(kind: str, view: int, rng: np.random.Generator) -> np.ndarra
 
     return np.array([
         int(u[0] * 24) if u[8] < chance["jitter"] else -1,
-        around(STRENGTH["brightness"], u[1]),
-        around(STRENGTH["contrast"], u[2]),
-        around(STRENGTH["saturation"], u[3]),
-        around(STRENGTH["hue"], u[4], centre=0.0),
+        around(brightness, u[1]),
+        around(contrast, u[2]),
+        around(saturation, u[3]),
+        around(hue, u[4], centre=0.0),
         u[5] < chance["gray"],
         BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * u[6] if u[9] < chance["blur"] else 0.0,
         u[7] < chance["solarize"],

@@ -46,7 +46,7 @@ class Config:
     local_crops_number: int = 8  # seen by the student only
     local_crops_size: int = 96  # pixels
     local_crops_scale: tuple[float, float] = (0.05, 0.4)  # share of the image's area
-    photometry: Literal["dino", "none"] = "dino"  # colour augmentation
+    photometry: Literal["dino", "hue", "none"] = "dino"  # colour augmentation
     # -- loss
     centering: Literal["ema", "none"] = "ema"  # what keeps the teacher from one answer for all
     center_momentum: float = 0.9  # of the EMA centre
@@ -100,10 +100,10 @@ PRESETS = {
         n_prototypes=256, head_hidden_dim=256, head_bottleneck_dim=128,
         global_crops_size=40, global_crops_scale=(0.5, 1.0),
         local_crops_size=24, local_crops_scale=(0.25, 0.6), local_crops_number=4,
-        # A run of 1,248 steps has no time for a slow teacher, and a fast teacher needs a fast centre.
+        # Some thousand steps have no time for a slow teacher, and a fast one needs a fast centre.
         momentum_teacher=0.97, center_momentum=0.5,
-        batch_size_per_gpu=32, lr=1e-3, epochs=4, warmup_epochs=1, freeze_last_layer_epochs=0,
-        knn_every=1,
+        batch_size_per_gpu=32, lr=1e-3, epochs=8, warmup_epochs=1,
+        freeze_last_layer_epochs=0, knn_every=2,
     ),
     "cifar10_dino": dict(
         SMALL, data="CIFAR10", val_data="CIFAR10:val", arch="vit_tiny", patch_size=4,

@@ -88,7 +88,7 @@ KINDS = [
     ("hexagon", "rays", 0.40), ("flower", "rays", 0.90),
 ]
 NAMES = [f"{texture} {silhouette}" for silhouette, texture, _ in KINDS]
-PALETTE_SPREAD = 0.25  # turns; at 0.5 the palette says nothing
+PALETTE_SPREAD = 0.15  # turns; at 0.5 the palette says nothing
 TILT = 0.35  # radians to either side
 HILLS = 1.2  # how much the ground varies
 

@@ -448,10 +448,10 @@ def run(config: Config, build=build, update=ema_update) -> dict:
     )
     if place.main:
         visualize.draw_curves(folder)
-        some = [val.read(int(i)) for i in np.linspace(0, len(val) - 1, 6)] if len(val) else []
-        if some:
-            visualize.draw_attention_page(teacher.backbone, some, config.global_crops_size,
-                                          folder / "attention.png")
+        some = np.random.default_rng(config.seed).permutation(len(val))[:8]
+        if len(some):
+            visualize.draw_attention_page(teacher.backbone, [val.read(int(i)) for i in some],
+                                          config.global_crops_size, folder / "attention.png")
         runtime.write_json(folder / "summary.json", summary)
         print(f"\nfinished in {summary['minutes']:.1f} minutes; wrote {folder}/curves.png, "
               f"attention.png and teacher.pt\nnext:  python visualize.py attention PHOTO "
