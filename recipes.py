@@ -100,8 +100,9 @@ PRESETS = {
         n_prototypes=256, head_hidden_dim=256, head_bottleneck_dim=128,
         global_crops_size=40, global_crops_scale=(0.5, 1.0),
         local_crops_size=24, local_crops_scale=(0.25, 0.6), local_crops_number=4,
-        # Some thousand steps have no time for a slow teacher, and a fast one needs a fast centre.
-        momentum_teacher=0.97, center_momentum=0.5,
+        # A thousand steps have no time for a slow teacher, and a fast one needs a fast centre.
+        # BatchNorm in the head keeps the first features apart until the teacher has learned to.
+        momentum_teacher=0.98, center_momentum=0.8, use_bn_in_head=True,
         batch_size_per_gpu=32, lr=1e-3, epochs=8, warmup_epochs=1,
         freeze_last_layer_epochs=0, knn_every=2,
     ),

@@ -90,7 +90,7 @@ KINDS = [
 NAMES = [f"{texture} {silhouette}" for silhouette, texture, _ in KINDS]
 PALETTE_SPREAD = 0.15  # turns; at 0.5 the palette says nothing
 TILT = 0.35  # radians to either side
-HILLS = 1.2  # how much the ground varies
+HILLS = 1.1  # how much the ground varies
 
 
 # ------------------------------------------------------------------------------------------------
@@ -108,8 +108,8 @@ def draw_scene(*seed: int, kind: int) -> dict:
     dark = colorsys.hsv_to_rgb(hue % 1, uniform(0.5, 1.0), uniform(0.15, 0.45))
     light = colorsys.hsv_to_rgb((hue + uniform(-0.12, 0.12)) % 1, uniform(0.15, 0.7),
                                 uniform(0.7, 1.0))
-    ground = [colorsys.hsv_to_rgb(uniform(0, 1), uniform(0.0, 0.1), value)
-              for value in (0.15, 0.85)]
+    ground = [colorsys.hsv_to_rgb(uniform(0, 1), uniform(0.0, 0.15), value + uniform(-0.1, 0.1))
+              for value in (0.25, 0.75)]
     return {
         "kind": kind,
         "center": (uniform(0.25, 0.75), uniform(0.25, 0.75)),  # x, y as shares of the image
@@ -120,9 +120,10 @@ def draw_scene(*seed: int, kind: int) -> dict:
         "phase": (uniform(0, 1), uniform(0, 1)),  # where the texture starts, in periods
         "colors": np.array([dark, light]),
         "ground": np.array(ground),
-        "waves": rng.uniform(0, 2 * math.pi, size=(6, 2)),  # of the ground: direction and phase
+        "waves": rng.normal(0, 1.3, size=(6, 2)),  # of the ground, in periods across the image
+        "wave_phases": rng.uniform(0, 2 * math.pi, size=6),
         "light": uniform(0, 2 * math.pi),
-        "exposure": uniform(0.9, 1.1),
+        "exposure": uniform(0.8, 1.15),
         "distance": uniform(1.5, 2.5),
         "noise": int(rng.integers(2**31)),
     }
@@ -149,7 +150,8 @@ def render(scene: dict, size: int = SIZE) -> tuple[np.ndarray, np.ndarray, np.nd
     thing = (dark + (light - dark) * pattern) * shade[..., None]
 
     # The ground: hills of light and dark, which no two crops share, and a soft shadow.
-    hills = sum(np.sin(8 * (math.cos(a) * x + math.sin(a) * y) + b) for a, b in scene["waves"]) / 6
+    hills = sum(np.sin(2 * math.pi * (across * x + down * y) + phase)
+                for (across, down), phase in zip(scene["waves"], scene["wave_phases"])) / 6
     first, second = scene["ground"]
     ground = first + (second - first) * np.clip(0.5 + HILLS * hills, 0, 1)[..., None]
     sx, sy = dx + 0.05 * towards[0], dy + 0.05 * towards[1]
