@@ -2,7 +2,7 @@
 
     image (3, H, W) uint8 --> MultiCrop: G large and L small crops, flips   geometry, in workers
                                      |   + the drawn colours (V, 8)
-                              uint8 crops, one transfer to the device
+                              uint8 crops + masks of patches, one transfer to the device
                                      |
                               photometry(crops, parameters)                 colour, on the device
                                      |
@@ -10,12 +10,14 @@
 
 Idea     A network that gives two crops of one image the same answer, whatever their colours, must
          have understood what stays: the thing itself. Small crops must be recognised as parts.
-Paper    SwAV (Caron 2020) multi-crop; BYOL (Grill 2020) appendix B photometry; DINO sec. 3.1 and A
+Paper    SwAV (Caron 2020) multi-crop; BYOL (Grill 2020) appendix B photometry; DINO sec. 3.1 and A;
+         masks: BEiT (Bao 2021) Alg. 1, iBOT sec. 3.1, DINOv2 sec. 4
 Try      python augment.py [PHOTO]      draws the ten views of an image into views.png
 Change   the chances of each operation stand in PHOTOMETRY; a new operation is one column of COLUMNS
 Tests    pytest tests/test_augment.py
 
-Letters  G global, L local crops, V = G + L; B images, H W and h w pixels, n crops of one size.
+Letters  G global, L local crops, V = G + L; B images, H W and h w pixels, n crops of one size,
+         P patches of a global crop, M hidden patches of a batch, padded to a fixed number.
 
 All randomness enters as numbers drawn beforehand, so that the device part is a pure function. The
 draws are a function of (seed, epoch, image): workers, batches and processes do not change them.
@@ -38,6 +40,10 @@ GRAY = (0.2989, 0.587, 0.114)  # luma weights of torchvision
 PHOTOMETRY = {
     "dino": dict(jitter=(0.8, 0.8, 0.8), gray=(0.2, 0.2, 0.2), blur=(1.0, 0.1, 0.5),
                  solarize=(0.0, 0.2, 0.0), strength=(0.4, 0.4, 0.2, 0.1)),
+    # The official code of DINOv2 hands 1 - p to an operation that wants p: its released models saw
+    # the first global crop never blurred, the second nine times in ten. So do these.
+    "dinov2": dict(jitter=(0.8, 0.8, 0.8), gray=(0.2, 0.2, 0.2), blur=(0.0, 0.9, 0.5),
+                   solarize=(0.0, 0.2, 0.0), strength=(0.4, 0.4, 0.2, 0.1)),
     # For small crops of a colourful world: every hue becomes every other, so that no network can
     # tell images apart by it, and blur, which would wipe out the texture of so few pixels, is rare.
     "hue": dict(jitter=(1.0, 1.0, 1.0), gray=(0.2, 0.2, 0.2), blur=(0.1, 0.1, 0.1),
@@ -146,12 +152,92 @@ def center_crop(image: Tensor, size: int) -> Tensor:
     return TF.center_crop(image, [size, size])
 
 
-def collate(samples: list[dict]) -> dict:
+# ------------------------------------------------------------------------------------------------
+# Masks: which patches of the global crops the student does not get to see
+
+
+def block_mask(grid: tuple[int, int], target: int, min_patches: int,
+               rng: np.random.Generator) -> np.ndarray:
+    """Rectangles on an (h, w) grid until `target` patches are hidden, never more. BEiT Alg. 1.
+
+    Each rectangle covers min_patches or more, with an aspect ratio log-uniform in (.3, 1/.3), and
+    less than the grid's height and width. One that would hide too many, or nothing new, is drawn
+    again, ten times; then the mask is left as it is: in 92 of 100 masks it is full.
+    """
+    (height, width), mask = grid, np.zeros(grid, dtype=bool)
+    while (missing := target - mask.sum()) > 0:
+        room = min(missing, height * width // 2)
+        for area, ratio, y, x in rng.random((10, 4)):
+            area = min_patches + (room - min_patches) * area
+            ratio = math.exp((2 * ratio - 1) * math.log(1 / 0.3))
+            h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if h >= height or w >= width:
+                continue
+            top, left = int(y * (height - h + 1)), int(x * (width - w + 1))
+            block = mask[top:top + h, left:left + w]
+            if 0 < block.size - block.sum() <= room:
+                block[:] = True
+                break
+        else:
+            break
+    return mask
+
+
+def random_mask(grid: tuple[int, int], target: int, min_patches: int,
+                rng: np.random.Generator) -> np.ndarray:
+    """Exactly `target` patches, each by itself. iBOT's "rand"."""
+    mask = np.zeros(grid[0] * grid[1], dtype=bool)
+    mask[rng.permutation(mask.size)[:target]] = True
+    return mask.reshape(grid)
+
+
+MASK_SHAPES = {"block": block_mask, "random": random_mask}
+
+
+class Masking:
+    """Masks for all global crops of a batch, as a function of (seed, step, rank).
+
+    A share `probability` of the crops gets a mask; the i-th of them hides a share of its patches
+    drawn from the i-th slice of `ratio`, so that every batch has small and large masks; then they
+    are dealt to the crops at random. An image may have both, one or none of its crops masked.
+    """
+
+    def __init__(self, grid: tuple[int, int], ratio: tuple[float, float] = (0.1, 0.5),
+                 probability: float = 0.5, shape: str = "block", min_patches: int = 4,
+                 seed: int = 0, rank: int = 0):
+        self.grid, self.ratio, self.probability = grid, ratio, probability
+        self.draw, self.min_patches = MASK_SHAPES[shape], min_patches
+        self.seed, self.rank = seed, rank
+
+    def __call__(self, crops: int, step: int) -> dict:
+        """masks (crops, P) bool; mask_indices (M,), places of hidden patches among all crops*P;
+        mask_weights (M,), 1 / (hidden patches of that crop), 0 where padded. M depends on `crops`
+        alone, so that shapes are the same at every step and on every process.
+        """
+        rng = np.random.default_rng([self.seed, step, self.rank, 2])
+        patches, count = self.grid[0] * self.grid[1], int(crops * self.probability)
+        edges = np.linspace(*self.ratio, count + 1)
+        shares = edges[:-1] + (edges[1:] - edges[:-1]) * rng.random(count)
+        masks = np.zeros((crops, *self.grid), dtype=bool)
+        for place, share in zip(rng.permutation(crops), shares):
+            masks[place] = self.draw(self.grid, int(patches * share), self.min_patches, rng)
+        masks = torch.from_numpy(masks).flatten(1)  # (crops, P)
+        most = sum(int(patches * edge) for edge in edges[1:])
+        indices, weights = torch.zeros(most, dtype=torch.int64), torch.zeros(most)
+        hidden = masks.flatten().nonzero()[:, 0]
+        indices[:len(hidden)] = hidden
+        weights[:len(hidden)] = 1 / masks.sum(1)[hidden // patches]
+        return {"masks": masks, "mask_indices": indices, "mask_weights": weights}
+
+
+def collate(samples: list[dict], masking: Masking | None = None) -> dict:
     """Samples -> one batch, crop-major: crop 0 of all images, then crop 1, ... (V, B, ...)."""
     batch = {key: torch.stack([s[key] for s in samples], 1)
              for key in ("global_crops", "local_crops", "photometry")}
     batch["index"] = torch.tensor([s["index"] for s in samples])
     batch["broken"] = [name for s in samples for name in s.get("broken", ())]
+    if masking:
+        batch |= masking(len(batch["global_crops"]) * len(samples), samples[0]["step"])
     return batch
 
 

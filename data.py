@@ -28,7 +28,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from augment import MultiCrop, collate
+from augment import Masking, MultiCrop, collate
 from shapes import Shapes
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
@@ -209,10 +209,10 @@ class Views(torch.utils.data.Dataset):
         self.images, self.multi_crop, self.seed = images, multi_crop, seed
 
     def __getitem__(self, key: tuple[int, int, int]) -> dict:
-        epoch, _, index = key
+        epoch, step, index = key
         image, broken = self.read(epoch, index)
         rng = np.random.default_rng([self.seed, epoch, index])
-        return dict(self.multi_crop(image, rng), index=index, broken=broken)
+        return dict(self.multi_crop(image, rng), index=index, step=step, broken=broken)
 
     def read(self, epoch: int, index: int) -> tuple[Tensor, list[str]]:
         """The image, or one chosen from the seed in place of a broken one, which is named."""
@@ -230,13 +230,14 @@ def _one_thread(worker: int):
     torch.set_num_threads(1)  # workers are the parallelism
 
 
-def training_loader(views: Views, sampler: Sampler, num_workers: int, pin_memory: bool = False):
+def training_loader(views: Views, sampler: Sampler, num_workers: int, pin_memory: bool = False,
+                    masking: Masking | None = None):
     """An iterator over the batches of augment.collate, from the sampler's start to its end."""
     return torch.utils.data.DataLoader(
         views,
         batch_sampler=sampler,
         num_workers=num_workers,
-        collate_fn=collate,
+        collate_fn=partial(collate, masking=masking),
         pin_memory=pin_memory,
         worker_init_fn=_one_thread,
         prefetch_factor=4 if num_workers else None,

@@ -1,21 +1,22 @@
 """Losses: what the student must match, and what keeps two networks from agreeing on nothing.
 
-    teacher logits (G, B, K) --> softmax(. / teacher_temp + bias) --> targets (G, B, K) --+
-                                          ^                                              |
-                       target maker: one bias per prototype          cross-entropy of all view pairs
-                                                                         but those of the same view
-                                                                                         |
-    student logits (V, B, K) ---------> softmax(. / student_temp) -----------------------+
+    teacher logits --> softmax(. / teacher_temp + bias) --> targets --+
+                                ^                                     +--> cross-entropy: DINO, over
+               target maker: one bias per prototype                   |    all pairs of other views;
+                                                                      |    iBOT, over hidden patches
+    student logits --> softmax(. / student_temp) ---------------------+
+    student features --> distance to the nearest other image --> KoLeo
 
 Idea     The teacher's softmax is sharpened (low temperature) so that it says something, and biased
          against prototypes used too often so that it does not always say the same. One alone
          collapses: bias only, to the uniform answer; sharpening only, to a single prototype.
-Paper    DINO sec. 3.1, eq. 1-4 and Alg. 1
+Paper    DINO sec. 3.1, eq. 1-4 and Alg. 1; iBOT eq. 3; DINOv2 sec. 4 (Sinkhorn-Knopp, KoLeo)
 Try      python losses.py       the two collapses and the balance between them, in numbers
 Change   a new centering is one class that returns a bias, and one line in CENTERING
 Tests    pytest tests/test_losses.py
 
-Letters  G global views, V = G + L views, B images, K prototypes, n rows (views times images).
+Letters  G global views, V = G + L views, B images, K prototypes, n rows (views times images),
+         M hidden patches of all global views, padded to a fixed number; D width.
 """
 
 import torch
@@ -32,6 +33,20 @@ def all_sum(x: Tensor) -> Tensor:
     return x
 
 
+def column_mean(rows: Tensor, real: Tensor | None = None, of=lambda x: x) -> Tensor:
+    """Mean of of(rows) over the real rows of all processes, in float32: (n, K) -> (K,).
+
+    Sums, then one division: processes may hold different numbers of rows. By chunks, because a
+    float32 copy of all of a matrix as large as (n, K) would cost more memory than the networks.
+    """
+    real = torch.ones(len(rows), device=rows.device) if real is None else real.float()  # (n,)
+    step = max(1, 2**24 // rows.shape[1])
+    total = sum(weight @ of(some.float())
+                for some, weight in zip(rows.split(step), real.split(step)))  # (K,)
+    total = all_sum(torch.cat([total, real.sum()[None]]))
+    return total[:-1] / total[-1]
+
+
 # ------------------------------------------------------------------------------------------------
 # Target makers: teacher logits -> one bias per prototype
 
@@ -42,18 +57,18 @@ class NoCenter(nn.Module):
     def __init__(self, n_prototypes: int):
         super().__init__()
 
-    def forward(self, logits: Tensor, temp: float) -> Tensor:
+    def forward(self, logits: Tensor, temp: float, real: Tensor | None = None) -> Tensor:
+        """Teacher logits (..., K) -> bias (K,). `real` (n,) is 0 for rows that are padding."""
         return logits.new_zeros(logits.shape[-1], dtype=torch.float32)  # (K,)
 
-    def update(self, logits: Tensor, ok: Tensor | bool = True):
-        pass
+    def update(self, logits: Tensor, real: Tensor | None = None, ok: Tensor | bool = True):
+        """After the optimiser has moved; `ok` False (a tensor, read on the device): no change."""
 
 
 class EMACenter(NoCenter):
     """DINO: subtract a running mean of the teacher's logits. bias = -centre / temp. DINO eq. 4.
 
-    The centre used at one step knows the batches before it only: forward first, update after the
-    optimiser has moved. `ok` = False (a tensor, read on the device) leaves the centre as it was.
+    The centre used at one step knows the batches before it only: forward first, update later.
     """
 
     def __init__(self, n_prototypes: int, momentum: float = 0.9):
@@ -61,21 +76,45 @@ class EMACenter(NoCenter):
         self.momentum = momentum
         self.register_buffer("center", torch.zeros(n_prototypes))
 
-    def forward(self, logits: Tensor, temp: float) -> Tensor:
+    def forward(self, logits: Tensor, temp: float, real: Tensor | None = None) -> Tensor:
         return -self.center / temp  # (K,)
 
     @torch.no_grad()
-    def update(self, logits: Tensor, ok: Tensor | bool = True):
-        rows = logits.float().flatten(0, -2)  # (n, K)
-        # Sums, then one division: processes may hold different numbers of rows.
-        total = all_sum(torch.cat([rows.sum(0), rows.new_tensor([len(rows)])]))
-        mean = total[:-1] / total[-1]
+    def update(self, logits: Tensor, real: Tensor | None = None, ok: Tensor | bool = True):
+        mean = column_mean(logits.flatten(0, -2), real)  # (K,)
         moved = self.momentum * self.center + (1 - self.momentum) * mean
         ok = torch.as_tensor(ok, device=moved.device)
         self.center.copy_(torch.where(ok, moved, self.center))
 
 
-CENTERING = {"ema": EMACenter, "none": NoCenter}
+class SinkhornKnopp(NoCenter):
+    """DINOv2: the bias with which this batch, on all processes, uses all prototypes equally.
+
+    Sinkhorn-Knopp scales exp(logits / temp) by turns, so that every prototype gets the same share
+    of the rows and every row adds up to one. The row scale cancels in the softmax of make_targets,
+    so that all there is to find is one bias per prototype. Each sweep takes from it the logarithm
+    of what the prototype got. DINOv2 sec. 4; SwAV (Caron 2020) eq. 3-5, three sweeps.
+    """
+
+    def __init__(self, n_prototypes: int, iterations: int = 3):
+        super().__init__(n_prototypes)
+        self.iterations = iterations
+
+    @torch.no_grad()
+    def forward(self, logits: Tensor, temp: float, real: Tensor | None = None) -> Tensor:
+        # The first sweep sees the rows as they are: a row of large logits weighs more. One constant
+        # for all, near the largest, keeps the exponential in range and drops out of the softmax.
+        rows = logits.flatten(0, -2)  # (n, K)
+        top = column_mean(rows.amax(1, keepdim=True), real) / temp  # (1,)
+        got = column_mean(rows, real, lambda x: (x / temp - top).clamp(max=80).exp())  # (K,)
+        bias = -got.clamp(min=1e-38).log()  # (K,)
+        for _ in range(self.iterations - 1):
+            got = column_mean(rows, real, lambda x: make_targets(x, temp, bias))  # (K,)
+            bias = bias - got.clamp(min=1e-38).log()  # (K,)
+        return bias
+
+
+CENTERING = {"ema": EMACenter, "sinkhorn": SinkhornKnopp, "none": NoCenter}
 
 
 def make_targets(logits: Tensor, temp: float, bias: Tensor) -> Tensor:
@@ -109,21 +148,54 @@ def view_pair_loss(targets: Tensor, student_logits: Tensor, student_temp: float 
     return total / (G * V - G)
 
 
+def patch_loss(targets: Tensor, student_logits: Tensor, weights: Tensor, crops: int,
+               student_temp: float = 0.1) -> Tensor:
+    """Cross-entropy at the hidden patches: the teacher saw what the student has to guess. iBOT eq. 3.
+
+    targets and student_logits (M, K), of the same places; weights (M,) are 1 / (hidden patches of
+    that image), so that images count alike whatever their mask, and 0 for padding. The sum is
+    divided by the number of global crops, those without a mask included, as in DINOv2's code.
+    """
+    s = student_logits.float() / student_temp  # (M, K)
+    each = s.logsumexp(-1) - torch.einsum("mk,mk->m", targets, s)  # (M,)
+    return (weights * each).sum() / crops
+
+
+def koleo_loss(features: Tensor) -> Tensor:
+    """-log of the distance to the nearest other image: pushes features apart. DINOv2 sec. 4.
+
+    features (B, D), class tokens of one view of different images, B >= 2. Kozachenko-Leonenko's
+    estimate of entropy on the unit sphere, in float32. Two equal features cost some 15 nats, not
+    infinity. Neighbours are searched among the images of this process only.
+    """
+    if len(features) < 2:
+        raise ValueError(f"KoLeo of {len(features)} image has no neighbour to keep away from: "
+                         "--batch_size_per_gpu at least 2, or --koleo_weight 0")
+    with torch.autocast(features.device.type, enabled=False):
+        x = F.normalize(features.float(), dim=-1, eps=1e-8)  # (B, D)
+        with torch.no_grad():
+            nearest = (x @ x.T).fill_diagonal_(-1).argmax(1)  # (B,)
+        distance = F.pairwise_distance(x, x[nearest], eps=1e-8)  # (B,)
+        return -(distance + 1e-8).log().mean()
+
+
 # ------------------------------------------------------------------------------------------------
 # What the log needs to tell a healthy loss from a collapsed one
 
 
 @torch.no_grad()
-def entropies(targets: Tensor) -> tuple[Tensor, Tensor]:
+def entropies(targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(mean entropy of the targets, entropy of their mean over all processes), in nats.
 
     The first near ln K: the teacher says nothing (uniform collapse). The second near 0: it says the
     same of every image (one-prototype collapse). A small first and a large second mean health.
+    targets (..., K); weights, one per row, 0 for padding.
     """
     rows = targets.flatten(0, -2)  # (n, K)
-    each = torch.special.entr(rows).sum(-1).mean()
-    total = all_sum(torch.cat([rows.sum(0), rows.new_tensor([len(rows)])]))
-    return each, torch.special.entr(total[:-1] / total[-1]).sum()
+    some = rows.split(max(1, 2**24 // rows.shape[1]))
+    each = torch.cat([torch.special.entr(x).sum(-1, keepdim=True) for x in some])  # (n, 1)
+    mean = torch.special.entr(column_mean(rows, weights)).sum()
+    return column_mean(each, weights)[0], mean
 
 
 @torch.no_grad()

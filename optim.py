@@ -1,9 +1,9 @@
 """Optimisation: everything that changes weights, or how fast they change, over time.
 
     step --> schedules: lr, weight decay, teacher momentum, teacher temperature
-    gradients --> clip --> freeze prototypes --> AdamW | SGD | LARS --> student
-                                                                          |
-                                      teacher <-- m * teacher + (1 - m) * student
+    gradients --> clip --> AdamW | SGD | LARS --> student
+                                                     |
+                 teacher <-- m * teacher + (1 - m) * student
 
 Idea     The teacher is no second model to train: it is the student's own recent past, averaged.
          Averages are better than their parts, so there is always something to learn from it.
@@ -42,16 +42,35 @@ def linear(step: int, start: float, end: float, steps: int) -> float:
 # Which parameters, with which optimiser
 
 
-def parameter_groups(model: nn.Module) -> list[dict]:
-    """Two groups: weights decay, biases and other vectors (norms, LayerScale) do not. DINO A.
+def parameter_groups(model: nn.Module, layerwise_decay: float = 1.0,
+                     patch_embed_lr_mult: float = 1.0) -> list[dict]:
+    """Parameters that share a learning rate, a weight decay and a schedule. DINO A; DINOv2's code.
 
-    Class token and positions have three dimensions and do decay, as in the official code. Frozen
-    parameters are left out.
+    Weights decay, biases and other vectors (norms, LayerScale) do not; class token and positions
+    have three dimensions and do. With layerwise_decay d, block i of a ViT of depth n learns at
+    d^(n - i), what is below the blocks at d^(n + 1), all above at 1; the patch embedding is slower
+    by one more factor. The prototypes (last_layer) are apart: they rest for a while at the start.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    plain = [p for name, p in named if p.ndim == 1 or name.endswith(".bias")]
-    decayed = [p for name, p in named if not (p.ndim == 1 or name.endswith(".bias"))]
-    return [{"params": decayed, "decay": 1.0}, {"params": plain, "decay": 0.0}]
+    depth = len({name.split("blocks.")[1].split(".")[0] for name, _ in model.named_parameters()
+                 if "blocks." in name})
+    below = ("patch_embed", "pos_embed", "cls_token", "register_tokens", "mask_token")
+    groups = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        layer = depth + 1
+        if "blocks." in name:
+            layer = int(name.split("blocks.")[1].split(".")[0]) + 1
+        elif any(part in name for part in below):
+            layer = 0
+        key = dict(
+            lr_mult=layerwise_decay ** (depth + 1 - layer)
+            * (patch_embed_lr_mult if "patch_embed" in name else 1.0),
+            decay=0.0 if p.ndim == 1 or name.endswith(".bias") else 1.0,
+            last_layer="last_layer" in name,
+        )
+        groups.setdefault(tuple(key.values()), dict(key, params=[]))["params"].append(p)
+    return list(groups.values())
 
 
 class LARS(torch.optim.Optimizer):
@@ -93,9 +112,12 @@ OPTIMIZERS = {
 }
 
 
-def set_schedule(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float):
+def set_schedule(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float,
+                 last_layer_lr: float | None = None):
+    """This step's values. last_layer_lr 0 keeps the prototypes where they are. DINO A."""
     for group in optimizer.param_groups:
-        group["lr"], group["weight_decay"] = lr, weight_decay * group["decay"]
+        rate = last_layer_lr if group["last_layer"] and last_layer_lr is not None else lr
+        group["lr"], group["weight_decay"] = rate * group["lr_mult"], weight_decay * group["decay"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -119,13 +141,6 @@ def clip_gradients(networks: list[nn.Module], max_norm: float, mode: str) -> Ten
         factors = (max_norm / (torch.stack(limits) + 1e-6)).clamp(max=1)
         torch._foreach_mul_(grads, list(factors.unbind()))
     return torch.stack(norms).norm()
-
-
-def freeze_prototypes(model: nn.Module):
-    """Forget the gradients of the last layer: the optimiser skips it. DINO A, first epoch."""
-    for name, p in model.named_parameters():
-        if "last_layer" in name:
-            p.grad = None
 
 
 @torch.no_grad()

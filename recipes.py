@@ -31,6 +31,9 @@ class Config:
     patch_size: int = 16  # pixels; crops must be multiples of it
     drop_path_rate: float = 0.1  # stochastic depth of the student's last block
     drop_path_uniform: bool = False  # the same rate in all blocks instead of a ramp from 0
+    ffn_layer: Literal["mlp", "swiglu"] = "mlp"  # what follows attention in each block
+    layerscale: float = 0.0  # start of a learned factor on each branch (DINOv2: 1e-5); 0: none
+    num_register_tokens: int = 0  # extra tokens that are nowhere in the image
     pos_embed_resize: Literal["offset", "antialias"] = "offset"  # rule for other image sizes
     # -- head
     n_prototypes: int = 65536  # K, the size of the answer
@@ -39,6 +42,9 @@ class Config:
     head_nlayers: int = 3  # linear layers of the MLP
     use_bn_in_head: bool = False  # BatchNorm in the head (convnets)
     norm_last_layer: bool = True  # keep prototypes at length 1; False is better for small ViTs
+    separate_head: bool = False  # patches get a head of their own
+    ibot_n_prototypes: int = 65536  # its K
+    ibot_head_bottleneck_dim: int = 256  # its width before the prototypes
     # -- crops
     global_crops_number: int = 2  # seen by teacher and student
     global_crops_size: int = 224  # pixels
@@ -46,9 +52,17 @@ class Config:
     local_crops_number: int = 8  # seen by the student only
     local_crops_size: int = 96  # pixels
     local_crops_scale: tuple[float, float] = (0.05, 0.4)  # share of the image's area
-    photometry: Literal["dino", "hue", "none"] = "dino"  # colour augmentation
+    photometry: Literal["dino", "dinov2", "hue", "none"] = "dino"  # colour augmentation
+    # -- masks
+    mask_probability: float = 0.5  # share of global crops with hidden patches (--ibot_weight > 0)
+    mask_ratio: tuple[float, float] = (0.1, 0.5)  # share of patches hidden in those
+    mask_shape: Literal["block", "random"] = "block"  # rectangles, or patches one by one
+    mask_min_patches: int = 4  # in a rectangle
     # -- loss
-    centering: Literal["ema", "none"] = "ema"  # what keeps the teacher from one answer for all
+    dino_weight: float = 1.0  # of the class tokens' loss
+    ibot_weight: float = 0.0  # of the hidden patches' loss (iBOT, DINOv2: 1)
+    koleo_weight: float = 0.0  # of the term that spreads images apart (DINOv2: 0.1)
+    centering: Literal["ema", "sinkhorn", "none"] = "ema"  # against one answer for all
     center_momentum: float = 0.9  # of the EMA centre
     student_temp: float = 0.1  # softmax temperature of the student
     teacher_temp: float = 0.04  # and of the teacher: lower is sharper
@@ -62,11 +76,13 @@ class Config:
     batch_size_per_gpu: int = 64  # images per process
     optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
     lr: float = 5e-4  # peak, for the reference batch of --lr_scaling
-    lr_scaling: Literal["linear_256", "none"] = "linear_256"  # lr * global batch / 256, or as given
+    lr_scaling: Literal["linear_256", "sqrt_1024", "none"] = "linear_256"  # lr * batch / 256, ...
     min_lr: float = 1e-6  # at the end
     warmup_epochs: int = 10  # linear rise of the learning rate
     weight_decay: float = 0.04  # at the start
     weight_decay_end: float = 0.4  # at the end
+    layerwise_decay: float = 1.0  # factor on lr from each block to the one below
+    patch_embed_lr_mult: float = 1.0  # factor on lr of the patch embedding
     clip_grad: float = 3.0  # largest gradient norm; 0: no clipping
     clip_mode: Literal["parameter", "network"] = "parameter"  # of each tensor, or of each network
     freeze_last_layer_epochs: int = 1  # the prototypes rest this long
@@ -81,6 +97,11 @@ class Config:
     save_every: int = 500  # steps between checkpoints
     log_every: int = 20  # steps between log lines
     knn_every: int = 10  # epochs between k-NN evaluations of the teacher; 0: first and last only
+
+    @property
+    def hides_patches(self) -> bool:
+        """Whether there is an iBOT objective: a weight for it, and masks to learn from."""
+        return self.ibot_weight > 0 and self.mask_probability > 0
 
 
 # Fields that do not change the result: a run may be continued with others.

@@ -1,20 +1,22 @@
 """Train: self-distillation with no labels. A student learns to say what its own past average says.
 
-    images --> crops --+--> teacher (large crops) --> targets -------+
-                       |       ^                                     +--> loss --> student
-                       |       | average of the student's past       |
-                       +--> student (all crops, packed) --> logits --+
+    images --> crops --+--> teacher (large crops) -----------------> targets --+
+                       |       ^                                               +--> losses
+                       |       | average of the student's past                 |      |
+                       +--> student (all crops, packed; patches hidden) --> logits <--+
 
-Idea     Both networks see different crops of one image and must agree. Only the student learns; the
-         teacher follows it slowly. Centering and sharpening keep them from agreeing on nothing.
-Paper    DINO (Caron 2021) Alg. 1; every line of `train_step` below is one of its lines
+Idea     Both networks see different crops of one image and must agree, on the image (DINO) and on
+         patches that only the teacher saw (iBOT). Only the student learns; the teacher follows it
+         slowly. Centering and sharpening keep them from agreeing on nothing.
+Paper    DINO (Caron 2021) Alg. 1, iBOT (Zhou 2022) Alg. 1, DINOv2 (Oquab 2024) sec. 4: `train_step`
 Try      python train.py                                 the embedded world, minutes on a laptop
          python train.py dino_vits16 --data folder:PATH  a paper's recipe on your images
          torchrun --nproc_per_node=8 train.py ...        the same on eight GPUs
-Change   a new loss: add it to `loss` in train_step, its weight to recipes.Config
+Change   a new loss: add it to `terms` in train_step, its weight to recipes.Config
 Tests    pytest tests/test_train.py
 
-Letters  G global, L local crops, V = G + L; B images per process, K prototypes, D width.
+Letters  G global, L local crops, V = G + L; B images per process, K prototypes, D width, M patches
+         hidden from the student. A dictionary with "dino" and "ibot" holds one thing per objective.
 """
 
 import contextlib
@@ -33,13 +35,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import runtime
 import visualize
-from augment import MultiCrop, photometry
+from augment import Masking, MultiCrop, photometry
 from data import Images, Sampler, Views, held_out, open_images, training_loader
 from features import extract, knn_accuracy, top_neighbours
 from heads import DINOHead
-from losses import CENTERING, all_sum, effective_rank, entropies, make_targets, view_pair_loss
-from optim import (OPTIMIZERS, clip_gradients, cosine, ema_update, freeze_prototypes, linear,
-                   parameter_groups, set_schedule)
+from losses import (CENTERING, all_sum, effective_rank, entropies, koleo_loss, make_targets,
+                    patch_loss, view_pair_loss)
+from optim import (OPTIMIZERS, clip_gradients, cosine, ema_update, linear, parameter_groups,
+                   set_schedule)
 from recipes import NEUTRAL, PRESETS, Config
 from runtime import Place, UsageError
 from vit import ARCHS, VisionTransformer
@@ -49,25 +52,51 @@ from vit import ARCHS, VisionTransformer
 
 
 class Network(nn.Module):
-    """Backbone and head; called once a step with all crops, so that DDP sees one forward."""
+    """Backbone and heads; called once a step with all crops, so that DDP sees one forward.
+
+    What a configuration does not use is not built: no head without its loss, no token for hidden
+    patches without any. Patches share the head of the class tokens, or have their own.
+    """
 
     def __init__(self, config: Config, drop_path_rate: float = 0.0):
         super().__init__()
         self.backbone = VisionTransformer(
-            config.global_crops_size, config.patch_size, drop_path_rate=drop_path_rate,
+            config.global_crops_size, config.patch_size, ffn_layer=config.ffn_layer,
+            num_register_tokens=config.num_register_tokens, layerscale=config.layerscale or None,
+            mask_token=config.hides_patches, drop_path_rate=drop_path_rate,
             drop_path_uniform=config.drop_path_uniform, pos_embed_resize=config.pos_embed_resize,
             **ARCHS[config.arch],
         )
-        self.dino_head = DINOHead(
-            self.backbone.embed_dim, config.n_prototypes, config.head_hidden_dim,
-            config.head_bottleneck_dim, config.head_nlayers, config.use_bn_in_head,
-            config.norm_last_layer,
-        )
+        sizes = dict(hidden_dim=config.head_hidden_dim, nlayers=config.head_nlayers,
+                     use_bn=config.use_bn_in_head, norm_last_layer=config.norm_last_layer)
+        shared = config.hides_patches and not config.separate_head
+        if config.dino_weight or shared:
+            self.dino_head = DINOHead(self.backbone.embed_dim, config.n_prototypes,
+                                      bottleneck_dim=config.head_bottleneck_dim, **sizes)
+        if config.hides_patches and config.separate_head:
+            self.ibot_head = DINOHead(self.backbone.embed_dim, config.ibot_n_prototypes,
+                                      bottleneck_dim=config.ibot_head_bottleneck_dim, **sizes)
+        self.classes = config.dino_weight > 0
 
-    def forward(self, views: list[Tensor], plan=None) -> tuple[Tensor, Tensor]:
-        """A list of crop sizes -> class tokens (V*B, D) and logits (V*B, K), views in order."""
-        features = torch.cat(self.backbone(views, plan=plan))  # (V*B, D)
-        return features, self.dino_head(features)
+    def forward(self, views: list[Tensor], plan=None, masks=None, mask_indices=None) -> dict:
+        """A list of crop sizes, globals first -> features (V*B, D), class tokens, views in order;
+        dino (V*B, K), their logits; ibot (M, K), logits of the patches at mask_indices.
+
+        masks (G*B, P) are the student's: the teacher sees everything.
+        """
+        masks = [masks] + [None] * (len(views) - 1)
+        tokens = self.backbone.forward_features(views, masks, plan)
+        out = {"features": torch.cat([t["x_norm_clstoken"] for t in tokens])}
+        ask = {"dino": out["features"]} if self.classes else {}
+        if mask_indices is not None:
+            patches = tokens[0]["x_norm_patchtokens"].flatten(0, 1)  # (G*B*P, D)
+            ask["ibot"] = patches.index_select(0, mask_indices)
+        if "ibot" in ask and hasattr(self, "ibot_head"):
+            out["ibot"] = self.ibot_head(ask.pop("ibot"))
+        if ask:  # all that share a head go through it together
+            logits = self.dino_head(torch.cat(list(ask.values())))
+            out |= zip(ask, logits.split([len(x) for x in ask.values()]))
+        return out
 
 
 def build(config: Config, place: Place) -> tuple[nn.Module, nn.Module]:
@@ -78,55 +107,91 @@ def build(config: Config, place: Place) -> tuple[nn.Module, nn.Module]:
     return student, teacher
 
 
-def train_step(student, teacher, maker, optimizer, batch, now, config, place, update) -> dict:
-    """One step of DINO, Alg. 1. Returns figures as tensors; nothing here waits for the device.
+def objectives(config: Config) -> dict[str, int]:
+    """What is learned, "dino" (class tokens) and "ibot" (patches): name -> its prototypes K."""
+    found = {"dino": config.n_prototypes} if config.dino_weight else {}
+    if config.hides_patches:
+        own = config.separate_head
+        found["ibot"] = config.ibot_n_prototypes if own else config.n_prototypes
+    return found
 
-    `now` holds this step's values of the schedules, `maker` makes targets (losses.CENTERING),
-    `update` moves the teacher. `batch` is augment.collate's.
-    """
-    B = len(batch["index"])
-    # Two views of everything: colours are applied here, in batches, with the draws of the workers.
+
+def target_makers(config: Config) -> nn.ModuleDict:
+    """One per objective: class tokens and patches are centred apart, by the same classes."""
+    options = {"momentum": config.center_momentum} if config.centering == "ema" else {}
+    make = CENTERING[config.centering]
+    return nn.ModuleDict({name: make(k, **options) for name, k in objectives(config).items()})
+
+
+def to_device(batch: dict, device: torch.device) -> tuple[list[Tensor], dict]:
+    """A batch of augment.collate -> the views, coloured here as the workers drew, and the masks."""
     views, first = [], 0
     for crops in (batch["global_crops"], batch["local_crops"]):
         if len(crops):
             draws = batch["photometry"][first:first + len(crops)].flatten(0, 1)
-            pixels = crops.flatten(0, 1).to(place.device, non_blocking=True)
+            pixels = crops.flatten(0, 1).to(device, non_blocking=True)
             views.append(photometry(pixels, draws))
             first += len(crops)
+    return views, {name: batch[name].to(device, non_blocking=True)
+                   for name in ("masks", "mask_indices", "mask_weights") if name in batch}
 
-    # The teacher sees the large crops and says, sharply and in balance, what it sees.
+
+def train_step(student, teacher, makers, optimizer, batch, now, config, place, update) -> dict:
+    """One step of DINO, iBOT or DINOv2. Returns figures as tensors; nothing waits for the device.
+
+    `now` holds this step's values of the schedules, `makers` make targets (losses.CENTERING),
+    `update` moves the teacher. `batch` is augment.collate's.
+    """
+    B, G = len(batch["index"]), len(batch["global_crops"])
+    views, hidden = to_device(batch, place.device)
+    weights = hidden.pop("mask_weights", None)  # (M,), 0 where padded
+    real = {"dino": None, "ibot": None if weights is None else weights > 0}
+
+    # The teacher sees all of the large crops and says, sharply and in balance, what it sees.
     with torch.no_grad(), runtime.autocast(config.precision, place.device):
-        teacher_features, teacher_logits = teacher(views[:1])
-    teacher_logits = teacher_logits.unflatten(0, (-1, B))  # (G, B, K)
-    bias = maker(teacher_logits, now["teacher_temp"])
-    targets = make_targets(teacher_logits, now["teacher_temp"], bias)  # (G, B, K)
+        seen = teacher(views[:1], mask_indices=hidden.get("mask_indices"))
+    targets = {}
+    for name, maker in makers.items():
+        bias = maker(seen[name], now["teacher_temp"], real[name])
+        targets[name] = make_targets(seen[name], now["teacher_temp"], bias)
 
-    # The student sees all crops, and has to say the same of each.
+    # The student sees all crops, patches of the large ones hidden, and has to say the same.
     plan = unwrap(student).backbone.draw_plan(views, now["generator"])
     with runtime.autocast(config.precision, place.device):
-        _, student_logits = student(views, plan)
-    student_logits = student_logits.unflatten(0, (-1, B))  # (V, B, K)
-    loss = view_pair_loss(targets, student_logits, config.student_temp)
+        said = student(views, plan, **hidden)
+    terms = {}
+    if "dino" in targets:
+        terms["dino"] = view_pair_loss(targets["dino"].unflatten(0, (G, B)),
+                                       said["dino"].unflatten(0, (-1, B)), config.student_temp)
+    if "ibot" in targets:
+        terms["ibot"] = patch_loss(targets["ibot"], said["ibot"], weights, G * B,
+                                   config.student_temp)
+    if config.koleo_weight:
+        terms["koleo"] = sum(koleo_loss(view) for view in said["features"][:G * B].chunk(G))
+    loss = sum(getattr(config, f"{name}_weight") * term for name, term in terms.items())
 
     # Only the student learns.
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = clip_gradients(list(unwrap(student).children()), config.clip_grad, config.clip_mode)
-    if now["freeze"]:
-        freeze_prototypes(student)
     # Should anything not be finite, on any process, nothing below moves; the log will hear of it.
-    mean_loss = all_sum(loss.detach()) / place.world_size
-    ok = (mean_loss + norm).isfinite().float()
-    set_schedule(optimizer, now["lr"], now["weight_decay"])
-    optimizer.found_inf = 1 - ok
+    figures = torch.stack([loss, *terms.values()]).detach()
+    figures = dict(zip(["loss", *terms], all_sum(figures) / place.world_size))
+    ok = (figures["loss"] + norm).isfinite()
+    set_schedule(optimizer, now["lr"], now["weight_decay"], now["last_layer_lr"])
+    optimizer.found_inf = 1 - ok.float()
     optimizer.step()
 
-    # The teacher follows, and the centre learns what the teacher tends to say.
-    update(teacher, unwrap(student), now["momentum"], ok)
-    maker.update(teacher_logits, ok > 0)
-    entropy, mean_entropy = entropies(targets)
-    return dict(loss=mean_loss, entropy=entropy, mean_entropy=mean_entropy, grad_norm=norm, ok=ok,
-                features=teacher_features)
+    # The teacher follows, and the centres learn what the teacher tends to say.
+    update(teacher, unwrap(student), now["momentum"], ok.float())
+    for name, maker in makers.items():
+        maker.update(seen[name], real[name], ok)
+    for name in targets:
+        rows = entropies(targets[name], weights if name == "ibot" else None)
+        figures |= zip((f"{name}_entropy", f"{name}_mean_entropy"), rows)
+    if "ibot" in terms:  # for the log: per hidden patch, where the loss counts unmasked crops too
+        figures["ibot"] = figures["ibot"] * G * B / weights.sum()
+    return figures | dict(grad_norm=norm, ok=ok, features=seen["features"])
 
 
 def unwrap(network: nn.Module) -> nn.Module:
@@ -135,16 +200,18 @@ def unwrap(network: nn.Module) -> nn.Module:
 
 def schedules(step: int, epoch_steps: int, total: int, config: Config, place: Place) -> dict:
     """Everything that depends on the step. Teacher temperature changes by the epoch, as in DINO."""
-    scale = {"linear_256": config.batch_size_per_gpu * place.world_size / 256, "none": 1.0}
+    batch = config.batch_size_per_gpu * place.world_size
+    scale = {"linear_256": batch / 256, "sqrt_1024": math.sqrt(batch / 1024), "none": 1.0}
     peak, warmup = config.lr * scale[config.lr_scaling], config.warmup_epochs * epoch_steps
+    lr = cosine(step, peak, config.min_lr, total, warmup)
     seed = np.random.SeedSequence([config.seed, step, place.rank]).generate_state(1)[0]
     return dict(
-        lr=cosine(step, peak, config.min_lr, total, warmup),
+        lr=lr,
+        last_layer_lr=0.0 if step < config.freeze_last_layer_epochs * epoch_steps else lr,
         weight_decay=cosine(step, config.weight_decay, config.weight_decay_end, total),
         momentum=cosine(step, config.momentum_teacher, config.final_momentum_teacher, total),
         teacher_temp=linear(step // epoch_steps, config.warmup_teacher_temp, config.teacher_temp,
                             config.warmup_teacher_temp_epochs),
-        freeze=step < config.freeze_last_layer_epochs * epoch_steps,
         generator=torch.Generator().manual_seed(int(seed)),  # of stochastic depth
     )
 
@@ -208,29 +275,35 @@ def pixels_as_features() -> nn.Module:
 
 def diagnose(row: dict, config: Config) -> tuple[str, str] | None:
     """(name, sentence with a remedy) if the targets show one of the three known illnesses."""
-    ln_k, entropy = math.log(config.n_prototypes), row["entropy"]
-    if entropy > 0.99 * ln_k and row["kl"] < 0.01 * ln_k:
-        return "uniform collapse", (
-            "uniform collapse: every answer is 1/K (H is ln K); lower --teacher_temp or raise --lr")
-    if row["mean_entropy"] < 0.05 * ln_k:
-        return "one prototype", (
-            "one prototype answers for all images (entropy of the mean target near 0); "
-            "use --centering ema, or raise --teacher_temp")
-    if abs(row["loss"] - ln_k) < 0.01 * ln_k and entropy < 0.5 * ln_k:
-        return "ignored teacher", (
-            "the student ignores a teacher that has something to say (loss is ln K, H is not); "
-            "raise --lr, or lower --freeze_last_layer_epochs")
+    for term, prototypes in objectives(config).items():
+        ln_k, entropy = math.log(prototypes), row[f"{term}_entropy"]
+        if entropy > 0.99 * ln_k and row[f"{term}_kl"] < 0.01 * ln_k:
+            return "uniform collapse", (
+                f"uniform collapse of {term}: every answer is 1/K (H is ln K); lower "
+                "--teacher_temp or raise --lr")
+        if row[f"{term}_mean_entropy"] < 0.05 * ln_k:
+            return "one prototype", (
+                f"one prototype of {term} answers for all images (entropy of the mean target near "
+                "0); use --centering ema or sinkhorn, or raise --teacher_temp")
+        if abs(row[term] - ln_k) < 0.01 * ln_k and entropy < 0.5 * ln_k:
+            return "ignored teacher", (
+                f"the student ignores a teacher of {term} that has something to say (loss is ln K, "
+                "H is not); raise --lr, or lower --freeze_last_layer_epochs")
     return None
 
 
 def log_line(row: dict, total: int, config: Config, clock: runtime.Clock) -> str:
-    return (
-        f"step {row['step']:6d}/{total}  {row['step'] / total:5.1%}  loss {row['loss']:.3f} = "
-        f"H {row['entropy']:.3f} + KL {row['kl']:.3f} (ln K {math.log(config.n_prototypes):.2f})  "
-        f"mean H {row['mean_entropy']:.2f}  rank {row['rank']:.0f}  lr {row['lr']:.1e}  "
-        f"m {row['momentum']:.4f}  {row['images_per_second']:.0f} img/s  wait {clock.waiting:.0%}  "
-        f"{row['memory_gb']:.1f} GB  eta {clock.eta}"
-    )
+    parts = [f"step {row['step']:6d}/{total} {row['step'] / total:4.0%}"]
+    for term, prototypes in objectives(config).items():
+        parts.append(f"{term} {row[term]:.3f} = H {row[term + '_entropy']:.3f} + "
+                     f"KL {row[term + '_kl']:.3f} (ln K {math.log(prototypes):.2f}, mean H "
+                     f"{row[term + '_mean_entropy']:.2f})")
+    if "koleo" in row:
+        parts.append(f"koleo {row['koleo']:.2f}")
+    return "  ".join([
+        *parts, f"rank {row['rank']:.0f}", f"lr {row['lr']:.1e}", f"m {row['momentum']:.4f}",
+        f"{row['images_per_second']:.0f} img/s", f"wait {clock.waiting:.0%}",
+        f"{row['memory_gb']:.1f} GB", f"eta {clock.eta}"])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -258,12 +331,40 @@ def check(config: Config):
         low, high = getattr(config, name)
         if not 0 < low <= high <= 1:
             raise UsageError(f"--{name} {low} {high}: expected 0 < low <= high <= 1")
-    if config.global_crops_number + config.local_crops_number < 2:
+    for name in ("dino_weight", "ibot_weight", "koleo_weight"):
+        if getattr(config, name) < 0:
+            raise UsageError(f"--{name} {getattr(config, name)}: expected 0 or more")
+    if not (config.dino_weight or config.hides_patches or config.koleo_weight):
+        raise UsageError("--dino_weight 0 and no other loss: nothing to learn; give --ibot_weight "
+                         "(with --mask_probability) or --koleo_weight")
+    if config.dino_weight and config.global_crops_number + config.local_crops_number < 2:
         raise UsageError("--global_crops_number 1 --local_crops_number 0: one view has no other to "
                          "match; give at least two crops")
+    if config.koleo_weight and config.batch_size_per_gpu < 2:
+        raise UsageError("--batch_size_per_gpu 1 leaves KoLeo no other image to keep away from: "
+                         "give at least 2, or --koleo_weight 0")
+    if config.hides_patches:
+        check_masks(config)
     if config.warmup_epochs >= config.epochs:
         raise UsageError(f"--warmup_epochs {config.warmup_epochs} leaves nothing of "
                          f"--epochs {config.epochs}")
+
+
+def check_masks(config: Config):
+    low, high = config.mask_ratio
+    patches = (config.global_crops_size // config.patch_size) ** 2
+    if not 0 <= low <= high < 1 or int(patches * high) < 1:
+        raise UsageError(f"--mask_ratio {low} {high}: expected 0 <= low <= high < 1, and at least "
+                         f"one of the {patches} patches of a global crop")
+    if not 0 <= config.mask_probability <= 1:
+        raise UsageError(f"--mask_probability {config.mask_probability}: expected 0 to 1")
+    crops = config.global_crops_number * config.batch_size_per_gpu
+    if int(crops * config.mask_probability) < 1:
+        raise UsageError(f"--mask_probability {config.mask_probability} of {crops} global crops is "
+                         "not one crop; raise it or --batch_size_per_gpu, or --ibot_weight 0")
+    if not 1 <= config.mask_min_patches <= max(1, patches // 2):
+        raise UsageError(f"--mask_min_patches {config.mask_min_patches}: expected 1 to "
+                         f"{max(1, patches // 2)}, half of a global crop's {patches} patches")
 
 
 def adopt(config: Config, folder: Path, place: Place) -> Config:
@@ -350,9 +451,9 @@ def run(config: Config, build=build, update=ema_update) -> dict:
             place.print(f"{folder} is finished; --no_resume would start it anew")
             return json.loads((folder / "summary.json").read_text())
         student, teacher = build(config, place)
-        maker_options = {"momentum": config.center_momentum} if config.centering == "ema" else {}
-        maker = CENTERING[config.centering](config.n_prototypes, **maker_options).to(place.device)
-    optimizer = OPTIMIZERS[config.optimizer](parameter_groups(student))
+        makers = target_makers(config).to(place.device)
+    optimizer = OPTIMIZERS[config.optimizer](
+        parameter_groups(student, config.layerwise_decay, config.patch_embed_lr_mult))
     judge = Judge(images, val, config, place)
     if place.main:
         prepare(folder, config, place)
@@ -361,7 +462,7 @@ def run(config: Config, build=build, update=ema_update) -> dict:
                 f"{config.precision}, {sum(p.numel() for p in student.parameters()):,d} parameters")
 
     # -- where we are: the beginning, or a checkpoint
-    parts = {"student": student, "teacher": teacher, "maker": maker, "optimizer": optimizer}
+    parts = {"student": student, "teacher": teacher, "makers": makers, "optimizer": optimizer}
     figures = {"seconds": 0.0, "broken": 0, "untrained": None, "pixels": None, "knn": None}
     step = 0
     if state:
@@ -385,17 +486,24 @@ def run(config: Config, build=build, update=ema_update) -> dict:
                 **{name: part.state_dict() for name, part in parts.items()},
                 "step": step, "figures": figures})
             runtime.save(folder / "teacher.pt", teacher.backbone.state_dict())
-            runtime.save(folder / "heads.pt", {"dino_head": teacher.dino_head.state_dict(),
-                                               "maker": maker.state_dict()})
+            heads = {name: head.state_dict() for name, head in teacher.named_children()
+                     if name != "backbone"}
+            runtime.save(folder / "heads.pt", heads | {"makers": makers.state_dict()})
 
     # -- the loop
     sampler = Sampler(len(images), config.batch_size_per_gpu, total, step, config.seed, place.rank,
                       place.world_size)
     crops = MultiCrop(config.global_crops_size, config.local_crops_size,
-                      config.global_crops_number, config.local_crops_number,
+                      config.global_crops_number,
+                      config.local_crops_number if config.dino_weight else 0,
                       config.global_crops_scale, config.local_crops_scale, config.photometry)
+    masking = None
+    if config.hides_patches:
+        side = config.global_crops_size // config.patch_size
+        masking = Masking((side, side), config.mask_ratio, config.mask_probability,
+                          config.mask_shape, config.mask_min_patches, config.seed, place.rank)
     batches = iter(training_loader(Views(images, crops, config.seed), sampler, config.num_workers,
-                                   pin_memory=place.device.type == "cuda"))
+                                   place.device.type == "cuda", masking))
     network = student
     if place.world_size > 1:
         network = DistributedDataParallel(student, gradient_as_bucket_view=True)
@@ -403,7 +511,7 @@ def run(config: Config, build=build, update=ema_update) -> dict:
     while step < total:
         batch = clock.wait(batches)
         now = schedules(step, epoch_steps, total, config, place)
-        out = train_step(network, teacher, maker, optimizer, batch, now, config, place, update)
+        out = train_step(network, teacher, makers, optimizer, batch, now, config, place, update)
         recent.add(step, batch, out)
         step += 1
         clock.tick()
@@ -470,19 +578,25 @@ class Recent:
 
     def read(self, figures: dict, seen: int) -> dict:
         """Means over the interval. Stops the run over a step that was not finite or bad images."""
-        names = ("loss", "entropy", "mean_entropy", "grad_norm", "ok")
+        names = [name for name in self.rows[0][-1] if name != "features"]
         table = torch.stack([torch.stack([out[n].float() for n in names])
                              for *_, out in self.rows]).tolist()
         for (step, index, _, _), row in zip(self.rows, table):
-            if not row[-1]:
-                term = "the loss" if not math.isfinite(row[0]) else "a gradient"
+            row = dict(zip(names, row))
+            if not row["ok"]:
+                losses = [n for n in ("dino", "ibot", "koleo", "loss")
+                          if not math.isfinite(row.get(n, 0.0))]
+                term = f"the loss ({losses[0]})" if losses else "a gradient"
                 names = ", ".join(self.images.names[i] for i in index[:8].tolist())
                 raise UsageError(
                     f"step {step}: {term} is not finite; weights are as before it, the last "
                     f"checkpoint is good. Images of this process: {names}, ... Lower --lr, or use "
                     "--precision fp32")
         means = dict(zip(names, (sum(column) / len(table) for column in zip(*table))))
-        means["kl"] = means["loss"] - means["entropy"]
+        for term in ("dino", "ibot"):
+            if term in means:
+                means[f"{term}_kl"] = means[term] - means[f"{term}_entropy"]
+                means[f"{term}_in_use"] = math.exp(means[f"{term}_mean_entropy"])
         means["rank"] = effective_rank(self.rows[-1][-1]["features"]).item()
         del means["ok"]
         self.count_broken(figures, seen)

@@ -154,22 +154,30 @@ def draw_curves(run: Path) -> Path:
     knn = [r for r in rows if "knn" in r]
     if not steps:
         raise ValueError(f"{run}: its metrics.jsonl has no step yet")
-    plt = pyplot()
-    x, ln_k = [r["step"] for r in steps], math.log(config["n_prototypes"])
+    plt, x = pyplot(), [r["step"] for r in steps]
+    own = config["separate_head"]
+    prototypes = {"dino": config["n_prototypes"],
+                  "ibot": config["ibot_n_prototypes"] if own else config["n_prototypes"]}
     fig, axes = plt.subplots(1, 4, figsize=(16, 3.2), layout="constrained")
-    for key, name in (("loss", "loss = H + KL"), ("entropy", "H, entropy of a target"),
-                      ("kl", "KL, still to learn")):
-        axes[0].plot(x, [r[key] for r in steps], label=name)
-    axes[0].axhline(ln_k, color="gray", ls=":", label="ln K, knowing nothing")
-    axes[0].set_title("loss, nats")
-    axes[1].plot(x, [r["mean_entropy"] for r in steps], label="entropy of the mean target")
-    axes[1].axhline(ln_k, color="gray", ls=":", label="ln K, all prototypes in use")
+    for term, style in (("dino", "-"), ("ibot", "--")):
+        if term not in steps[0]:
+            continue
+        ln_k = math.log(prototypes[term])
+        for color, (key, name) in enumerate(((term, f"{term} = H + KL"),
+                                             (f"{term}_entropy", "H, entropy of a target"),
+                                             (f"{term}_kl", "KL, still to learn"))):
+            axes[0].plot(x, [r[key] for r in steps], style, color=f"C{color}", label=name)
+        axes[1].plot(x, [r[f"{term}_mean_entropy"] for r in steps], style, color="C0",
+                     label=f"entropy of the mean target, {term}")
+        for axis in axes[:2]:
+            axis.axhline(ln_k, color="gray", ls=":", label="ln K")
+    axes[0].set_title("losses, nats: at ln K nothing is known")
     axes[1].set_ylim(bottom=0)
     right = axes[1].twinx()
     right.plot(x, [r["rank"] for r in steps], color="tab:green", label="effective rank (right)")
     right.set_ylim(bottom=0)
     right.legend(loc="lower right", fontsize=7)
-    axes[1].set_title("balance")
+    axes[1].set_title("balance: at ln K all prototypes are in use")
     axes[2].plot([r["step"] for r in knn], [100 * r["knn"] for r in knn], "o-")
     axes[2].set_title("k-NN of the teacher, %")
     for key in ("lr", "weight_decay", "teacher_temp"):

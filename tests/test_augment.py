@@ -4,6 +4,8 @@
 3. Crop boxes lie in the image and follow RandomResizedCrop's rule for area and ratio.
 4. Views are functions of the generator alone; the batch is crop-major.
 5. The chances of the operations are the paper's.
+6. Masks never hide more than asked, and hardly less; half of the crops get one; shapes are fixed;
+   they are functions of seed, step and rank.
 """
 
 import numpy as np
@@ -12,11 +14,13 @@ import torch
 from torchvision.transforms.v2 import functional as TF
 
 from augment import (
+    MASK_SHAPES,
     MEAN,
     ORDERS,
     PHOTOMETRY,
     SOLARIZE_THRESHOLD,
     STD,
+    Masking,
     MultiCrop,
     center_crop,
     collate,
@@ -131,3 +135,52 @@ def test_chances(view):
 def test_center_crop_keeps_the_middle():
     assert center_crop(torch.zeros(3, 300, 500, dtype=torch.uint8), 224).shape == (3, 224, 224)
     assert center_crop(torch.zeros(3, 30, 20, dtype=torch.uint8), 48).shape == (3, 48, 48)
+
+
+@pytest.mark.parametrize("shape", MASK_SHAPES)
+def test_masks_hide_what_was_asked(shape):
+    """10,000 draws on 14 x 14, over all targets that DINOv2's ratios give."""
+    rng = np.random.default_rng(0)
+    targets = rng.integers(19, 99, size=10_000)
+    counts = np.array([MASK_SHAPES[shape]((14, 14), int(t), 4, rng).sum() for t in targets])
+    assert (counts <= targets).all() and (counts / targets).mean() >= 0.998
+    assert (counts == targets).mean() > 0.9
+    assert not MASK_SHAPES[shape]((14, 14), 0, 4, rng).any()
+
+
+def test_block_masks_are_blocks():
+    """Hidden patches lie together: most have a hidden neighbour, unlike random ones."""
+    def together(shape):
+        rng, share = np.random.default_rng(0), []
+        for _ in range(50):
+            mask = MASK_SHAPES[shape]((14, 14), 40, 4, rng)
+            pairs = (mask[1:] & mask[:-1]).sum() + (mask[:, 1:] & mask[:, :-1]).sum()
+            share.append(pairs / mask.sum())
+        return np.mean(share)
+
+    assert together("block") > 1.3 > 0.7 > together("random")
+
+
+def test_masking_of_a_batch():
+    masking = Masking((14, 14), probability=0.5, seed=3)
+    assert len(masking(128, 0)["mask_indices"]) == 3771  # as in DINOv2's code
+    shapes, per_crop = set(), np.zeros(24)
+    for step in range(200):
+        out = masking(24, step)
+        masks, indices, weights = out["masks"], out["mask_indices"], out["mask_weights"]
+        shapes.add((tuple(masks.shape), len(indices), len(weights)))
+        hidden = masks.any(1)
+        assert hidden.sum() == 12
+        per_crop += hidden.numpy()
+        real = weights > 0
+        assert torch.equal(indices[real], masks.flatten().nonzero()[:, 0])
+        each = torch.zeros(24).index_add_(0, indices[real] // 196, weights[real])
+        torch.testing.assert_close(each, hidden.float())  # every masked crop weighs one
+        shares = np.sort(masks[hidden].float().mean(1).numpy())
+        slices = np.linspace(0.1, 0.5, 13)  # stratified: small and large masks in every batch
+        assert (shares <= slices[1:]).all() and (shares >= 0.9 * slices[:-1] - 1 / 196).all()
+    assert len(shapes) == 1
+    assert per_crop.min() > 60 and per_crop.max() < 140  # 100 expected, 7 the deviation
+    again, other = Masking((14, 14), seed=3)(24, 7), Masking((14, 14), seed=3, rank=1)(24, 7)
+    assert torch.equal(again["masks"], masking(24, 7)["masks"])
+    assert not torch.equal(again["masks"], other["masks"])

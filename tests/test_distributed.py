@@ -1,5 +1,6 @@
 """Claims
-1. Two processes move as one would on the joined batch: centre, loss, one whole DDP step.
+1. Two processes move as one would on the joined batch: centre, Sinkhorn-Knopp (unequal counts,
+   padding), loss, one whole DDP step.
 2. A run saved by two processes goes on with one, on the same images in the same order.
 3. Features and k-NN of two processes are exactly those of one, for odd sizes too.
 
@@ -18,7 +19,7 @@ import train
 from augment import collate
 from data import open_images
 from features import extract
-from losses import EMACenter, all_sum, entropies
+from losses import EMACenter, SinkhornKnopp, all_sum, entropies
 from recipes import PRESETS, Config
 from runtime import Place, UsageError, load_checkpoint, parse
 from vit import VisionTransformer
@@ -27,16 +28,16 @@ from vit import VisionTransformer
 def one_step(config, place, batch):
     """A whole step on one batch: (loss, student's and teacher's weights, centre)."""
     student, teacher = train.build(config, place)
-    maker = EMACenter(config.n_prototypes)
+    makers = train.target_makers(config)
     optimizer = train.OPTIMIZERS["sgd"](train.parameter_groups(student))
     network = student if place.world_size == 1 else train.DistributedDataParallel(student)
     now = dict(
-        lr=0.5, weight_decay=0.1, momentum=0.9, teacher_temp=0.05, freeze=False, generator=None
+        lr=0.5, last_layer_lr=0.5, weight_decay=0.1, momentum=0.9, teacher_temp=0.05, generator=None
     )
     out = train.train_step(
-        network, teacher, maker, optimizer, batch, now, config, place, train.ema_update
+        network, teacher, makers, optimizer, batch, now, config, place, train.ema_update
     )
-    return out["loss"], dict(student.state_dict()), dict(teacher.state_dict()), maker.center
+    return out["loss"], dict(student.state_dict()), dict(teacher.state_dict()), makers["dino"].center
 
 
 def batch_of(config, indices):
@@ -63,6 +64,10 @@ def process(rank, port, flags, folder):
     maker.update(rows[:3] if rank == 0 else rows[3:])  # unequal counts
     out["center"] = maker.center
     out["mean_entropy"] = entropies((rows[:3] if rank == 0 else rows[3:]).softmax(-1))[1]
+    some = 2 * rows[:5] if rank == 0 else 2 * rows[5:]
+    out["sinkhorn"] = SinkhornKnopp(8)(some, 0.1)
+    padded = torch.cat([some, torch.randn(3, 8)])
+    out["padded"] = SinkhornKnopp(8)(padded, 0.1, torch.arange(len(padded)) < len(some))
     out["step"] = one_step(config, place, batch_of(config, range(4 * rank, 4 * rank + 4)))
     model = VisionTransformer(16, 8, embed_dim=64, depth=1, num_heads=1)
     model.load_state_dict(torch.load(f"{folder}/backbone.pt"))
@@ -112,6 +117,9 @@ def test_sums_and_centre(spawned):
         torch.testing.assert_close(out["center"], 0.1 * rows.mean(0))
         mean = rows.softmax(-1).mean(0)
         torch.testing.assert_close(out["mean_entropy"], torch.special.entr(mean).sum())
+        bias = SinkhornKnopp(8)(2 * rows, 0.1)  # of 7 rows: 5 and 2
+        for name in ("sinkhorn", "padded"):  # one constant for all prototypes has no effect
+            torch.testing.assert_close(out[name] - out[name].mean(), bias - bias.mean())
 
 
 def test_a_step_of_two_is_a_step_of_one(spawned):

@@ -224,6 +224,10 @@ def test_shape_comments_are_true():
         targets = losses.make_targets(logits[:2], 0.1, maker(logits, 0.1))
         losses.view_pair_loss(targets, logits)
         losses.entropies(targets)
+        losses.SinkhornKnopp(10)(logits, 0.1)
+        losses.patch_loss(targets[0], logits[0], torch.ones(2), 2)
+        losses.koleo_loss(torch.randn(4, 6))
+        augment.Masking((4, 3))(4, 0)
         sample = augment.MultiCrop(32, 16, 2, 2)(
             torch.zeros(3, 40, 50, dtype=torch.uint8), np.random.default_rng(0)
         )

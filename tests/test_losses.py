@@ -4,6 +4,10 @@
 3. The bias form equals (logits - centre) / temp; the centre follows DINO eq. 4, after the loss.
 4. A step that is not finite leaves the centre as it was.
 5. The figures of the log tell the two collapses apart.
+6. Sinkhorn-Knopp equals the published steps on the whole matrix; padding rows take no mass.
+7. The patch loss equals a loop over images and patches, KoLeo a loop over images, in float64.
+8. DINOv2's figures at the start: zero logits, Sinkhorn targets, the closed form of the EMA centre.
+9. DINOv2's local + global loss is DINO's.
 """
 
 import math
@@ -15,9 +19,12 @@ from losses import (
     CENTERING,
     EMACenter,
     NoCenter,
+    SinkhornKnopp,
     effective_rank,
     entropies,
+    koleo_loss,
     make_targets,
+    patch_loss,
     view_pair_loss,
 )
 
@@ -88,7 +95,7 @@ def test_a_bad_step_leaves_the_centre():
     maker = EMACenter(4)
     maker.update(torch.randn(2, 3, 4))
     before = maker.center.clone()
-    maker.update(torch.full((2, 3, 4), float("nan")), torch.tensor(False))
+    maker.update(torch.full((2, 3, 4), float("nan")), ok=torch.tensor(False))
     assert torch.equal(maker.center, before)
 
 
@@ -107,3 +114,135 @@ def test_log_figures():
     assert effective_rank(torch.eye(8)).item() == pytest.approx(8, rel=1e-4)
     assert effective_rank(torch.ones(8, 5)).item() == pytest.approx(1, rel=1e-2)
     assert NoCenter(3).state_dict() == {}
+
+
+def naive_sinkhorn(logits, temp, sweeps=3):
+    """DINOv2's steps as published, on the (K, n) matrix. Rows of the result add up to one."""
+    Q = (logits / temp).exp().T
+    K, n = Q.shape
+    Q = Q / Q.sum()
+    for _ in range(sweeps):
+        Q = Q / Q.sum(1, keepdim=True) / K
+        Q = Q / Q.sum(0, keepdim=True) / n
+    return (Q * n).T
+
+
+@pytest.mark.parametrize("n, K, temp", [(12, 7, 0.1), (64, 300, 0.04), (3, 50, 0.07)])
+def test_sinkhorn(n, K, temp):
+    torch.manual_seed(0)
+    logits = 0.3 * torch.randn(n, K).double() + 0.2 * torch.randn(n, 1) + 0.2 * torch.randn(K)
+    maker = SinkhornKnopp(K)
+    targets = make_targets(logits, temp, maker(logits, temp))
+    # float32 against float64; the exponents reach 25
+    torch.testing.assert_close(targets.double(), naive_sinkhorn(logits, temp), rtol=2e-4, atol=1e-7)
+    padded = torch.cat([logits, 5 * torch.randn(4, K)])
+    bias = maker(padded, temp, torch.arange(n + 4) < n)
+    torch.testing.assert_close(make_targets(logits, temp, bias), targets, rtol=1e-4, atol=1e-7)
+    assert maker.state_dict() == {} and not bias.requires_grad
+
+
+def test_sinkhorn_of_equal_and_of_extreme_logits():
+    maker = SinkhornKnopp(16)
+    uniform = make_targets(torch.zeros(4, 16), 0.04, maker(torch.zeros(4, 16), 0.04))
+    torch.testing.assert_close(uniform, torch.full((4, 16), 1 / 16))
+    far = 100 * torch.randn(8, 16)  # exponents far out of range
+    assert make_targets(far, 0.04, maker(far, 0.04)).isfinite().all()
+
+
+def test_patch_loss_against_the_loop():
+    torch.manual_seed(0)
+    counts = [3, 0, 1, 2]  # hidden patches of four crops; two rows of padding
+    M, K = 8, 5
+    weights = torch.tensor([1 / c for c in counts for _ in range(c)] + [0, 0]).double()
+    targets = torch.randn(M, K).double().softmax(-1)
+    ours = torch.randn(M, K).double().requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    expected, row = 0.0, 0
+    for c in counts:
+        for _ in range(c):
+            log_p = (theirs[row] / 0.1).log_softmax(-1)
+            expected = expected - (targets[row] * log_p).sum() / c / len(counts)
+            row += 1
+    got = patch_loss(targets.float(), ours, weights.float(), len(counts))
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+    got.backward()
+    expected.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+    assert not ours.grad[-2:].any()
+
+
+def test_koleo_against_the_loop():
+    torch.manual_seed(0)
+    ours = torch.randn(9, 6).double().requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    unit = [x / x.norm() for x in theirs]
+    expected = sum(
+        -min((x - y).norm() for j, y in enumerate(unit) if j != i).log()
+        for i, x in enumerate(unit)
+    ) / len(unit)
+    got = koleo_loss(ours)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+    got.backward()
+    expected.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    # isotropic features of 64 images in 384 dimensions, averaged over draws
+    far = sum(koleo_loss(torch.randn(64, 384)) for _ in range(8)) / 8
+    assert far.item() == pytest.approx(-0.29, abs=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_koleo_of_identical_features(dtype):
+    x = torch.ones(4, 8, dtype=dtype, requires_grad=True)
+    loss = koleo_loss(x)
+    loss.backward()
+    assert loss.dtype == torch.float32 and 15 < loss.item() < 20 and x.grad.isfinite().all()
+    with pytest.raises(ValueError, match="at least 2"):
+        koleo_loss(torch.ones(1, 8))
+
+
+def dinov2_terms(targets, student, L=8):
+    """(local, global) as DINOv2 computes and displays them: its own sums, nothing of ours."""
+    logp = (student / 0.1).log_softmax(-1)
+    n_terms = 2 + max(2 * L, 1)
+    local = sum(-(q * p).sum(-1).mean() for q in targets for p in logp[2:]) / n_terms
+    swapped = torch.cat([targets[1], targets[0]])
+    both = -(swapped * torch.cat([logp[0], logp[1]])).sum(-1).mean()
+    return local, 2 * both / n_terms
+
+
+def test_dinov2s_figures_at_the_start():
+    """K = 65536, 8 local crops. Displayed there: local, global, and half of the patch loss."""
+    torch.manual_seed(0)
+    K, B, L = 65536, 64, 8
+    # Zero logits: 16/18, 2/18 and a quarter (half of the crops masked, displayed by half) of ln K.
+    uniform = torch.full((2, 2, K), 1 / K)
+    local, both = dinov2_terms(uniform, torch.zeros(2 + L, 2, K))
+    weights = torch.tensor([1 / 3, 1 / 3, 1 / 3, 1.0])  # two masked crops of four
+    patches = patch_loss(uniform.flatten(0, 1), torch.zeros(4, K), weights, crops=4) / 2
+    assert [round(x.item(), 3) for x in (local, both, patches)] == [9.858, 1.232, 2.773]
+
+    # A head at its start: cosines of random unit vectors of 256 dimensions, prototypes and rows.
+    def cosines(rows):
+        x, w = torch.randn(rows, 256), torch.randn(K, 256)
+        unit = torch.nn.functional.normalize
+        return unit(x, dim=1) @ unit(w, dim=1).T
+
+    teacher = cosines(2 * B)
+    targets = make_targets(teacher, 0.04, SinkhornKnopp(K)(teacher, 0.04)).view(2, B, K)
+    student = torch.cat([cosines(2 * B) for _ in range(5)]).view(2 + L, B, K)
+    ours = view_pair_loss(targets, student).item()
+    assert ours == pytest.approx(10.03 + 1.254, rel=0.02)
+    # Teacher = student, centre still 0: lnK + s^2 / (2 * .1^2) - s^2 / (.1 * .04), s^2 = 1/256.
+    same = teacher.view(2, B, K)[:1].expand(2, -1, -1)
+    logits = same[:1].expand(2 + L, -1, -1)
+    centred = make_targets(same, 0.04, EMACenter(K)(same, 0.04))
+    expected = math.log(K) + (1 / 0.02 - 1 / 0.004) / 256
+    assert view_pair_loss(centred, logits).item() == pytest.approx(expected, rel=0.02)
+    assert expected == pytest.approx(9.18 + 1.147, rel=0.02)
+
+
+def test_dinov2s_loss_is_dinos():
+    torch.manual_seed(0)
+    targets, student = torch.randn(2, 5, 40).softmax(-1), torch.randn(10, 5, 40)
+    local, both = dinov2_terms(targets, student)
+    torch.testing.assert_close(view_pair_loss(targets, student), local + both)

@@ -1,6 +1,6 @@
 """Claims
 1. Schedules start, peak and end where the papers' code has them.
-2. Biases and vectors do not decay, everything else does.
+2. Biases and vectors do not decay, everything else does; lower layers learn more slowly.
 3. Both clip modes equal a plain loop.
 4. The teacher is an exact moving average; a step that is not finite moves nothing.
 5. LARS equals its formula.
@@ -19,12 +19,11 @@ from optim import (
     clip_gradients,
     cosine,
     ema_update,
-    freeze_prototypes,
     linear,
     parameter_groups,
     set_schedule,
 )
-from vit import VisionTransformer
+from vit import ARCHS, VisionTransformer
 
 
 def test_cosine():
@@ -49,18 +48,34 @@ def test_groups():
             "dino_head": DINOHead(64, 8, 8, 4),
         }
     )
-    decayed, plain = parameter_groups(model)
-    sizes = {id(p): n for n, p in model.named_parameters()}
-    assert {sizes[id(p)] for p in plain["params"]} == {
-        n for n, p in model.named_parameters() if n.endswith("bias") or "norm" in n
-    }
-    names = {sizes[id(p)] for p in decayed["params"]}
-    assert {"backbone.cls_token", "backbone.pos_embed", "dino_head.last_layer.weight_v"} <= names
-    assert "dino_head.last_layer.weight_g" not in names  # frozen
-    optimizer = OPTIMIZERS["adamw"]([decayed, plain])
+    groups = parameter_groups(model)
+    decayed = {id(p) for g in groups for p in g["params"] if g["decay"]}
+    plain = {id(p) for g in groups for p in g["params"] if not g["decay"]}
+    for name, p in model.named_parameters():
+        if name == "dino_head.last_layer.weight_g":  # frozen
+            assert id(p) not in decayed | plain
+        else:
+            assert id(p) in (plain if name.endswith("bias") or "norm" in name else decayed), name
+    optimizer = OPTIMIZERS["adamw"](groups)
     set_schedule(optimizer, 0.3, 0.2)
-    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.2, 0.0]
-    assert [g["lr"] for g in optimizer.param_groups] == [0.3, 0.3]
+    assert {(g["lr"], g["weight_decay"]) for g in optimizer.param_groups} == {(0.3, 0.2), (0.3, 0)}
+
+
+def test_layerwise_decay():
+    """ViT-L and decay .9, as in DINOv2's configuration: 52 groups, these multipliers."""
+    with torch.device("meta"):
+        model = nn.ModuleDict({"backbone": VisionTransformer(
+            **ARCHS["vit_large"], layerscale=1e-5, mask_token=True, num_register_tokens=4)})
+    groups = parameter_groups(model, 0.9, 0.2)
+    names = {id(p): n.removeprefix("backbone.") for n, p in model.named_parameters()}
+    found = {names[id(p)]: (g["lr_mult"], g["decay"]) for g in groups for p in g["params"]}
+    assert len(groups) == 52
+    for name, expected in {
+        "cls_token": 0.0718, "register_tokens": 0.0718, "patch_embed.proj.weight": 0.01436,
+        "blocks.0.attn.qkv.weight": 0.0798, "blocks.23.mlp.fc2.weight": 0.9, "norm.weight": 1.0,
+    }.items():
+        assert found[name][0] == pytest.approx(expected, rel=1e-3), name
+    assert found["blocks.3.ls1.gamma"][1] == 0 and found["mask_token"][1] == 1
 
 
 def networks():
@@ -105,7 +120,7 @@ def test_ema():
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 def test_a_bad_step_moves_nothing(name):
     p = nn.Parameter(torch.randn(4, 4))
-    optimizer = OPTIMIZERS[name]([{"params": [p], "decay": 1.0}])
+    optimizer = OPTIMIZERS[name](parameter_groups(nn.ParameterDict({"p": p})))
     set_schedule(optimizer, 0.1, 0.1)
     p.grad, optimizer.found_inf = torch.randn(4, 4), torch.tensor(0.0)
     before = p.detach().clone()
@@ -134,8 +149,13 @@ def test_lars_formula():
         torch.testing.assert_close(bias.detach(), b)
 
 
-def test_freeze():
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_prototypes_rest_while_their_lr_is_zero(name):
     head = DINOHead(4, 8, 8, 4)
+    before = {n: p.detach().clone() for n, p in head.named_parameters()}
+    optimizer = OPTIMIZERS[name](parameter_groups(head))
     head(torch.randn(2, 4)).sum().backward()
-    freeze_prototypes(head)
-    assert head.last_layer.weight_v.grad is None and head.mlp[0].weight.grad is not None
+    set_schedule(optimizer, 0.1, 0.1, last_layer_lr=0.0)
+    optimizer.step()
+    moved = {n for n, p in head.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n in before if "last_layer" not in n}

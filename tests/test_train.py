@@ -31,13 +31,15 @@ def weights(folder):
 
 def test_a_step_is_algorithm_1(tiny, tmp_path):
     """Against the algorithm as printed: one forward per view, one loss per pair."""
-    config = config_of(tiny, tmp_path, "--drop_path_rate", "0", "--clip_grad", "0")
+    config = config_of(tiny, tmp_path, "--drop_path_rate", "0", "--clip_grad", "0",
+                       "--center_momentum", "0.9")
     place = train.runtime.start("cpu")
     student, teacher = train.build(config, place)
     with torch.no_grad():  # apart from each other, as in the middle of training
         for p in teacher.parameters():
             p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
-    maker = train.CENTERING["ema"](config.n_prototypes)
+    makers = train.target_makers(config)
+    maker = makers["dino"]
     maker.center.copy_(0.1 * torch.randn(config.n_prototypes))
     plain_student, plain_teacher = (train.copy.deepcopy(x) for x in (student, teacher))
     center = maker.center.clone()
@@ -45,11 +47,12 @@ def test_a_step_is_algorithm_1(tiny, tmp_path):
     views = train.Views(images, train.MultiCrop(24, 16, 2, 2), seed=0)
     batch = collate([views[0, 0, i] for i in range(6)])
     now = dict(
-        lr=1e-3, weight_decay=0.1, momentum=0.9, teacher_temp=0.05, freeze=False, generator=None
+        lr=1e-3, last_layer_lr=1e-3, weight_decay=0.1, momentum=0.9, teacher_temp=0.05,
+        generator=None,
     )
     optimizer = train.OPTIMIZERS["adamw"](train.parameter_groups(student))
     out = train.train_step(
-        student, teacher, maker, optimizer, batch, now, config, place, train.ema_update
+        student, teacher, makers, optimizer, batch, now, config, place, train.ema_update
     )
 
     crops = [
@@ -211,7 +214,7 @@ def test_a_step_that_is_not_finite(tiny, tmp_path, monkeypatch):
         return loss(*args) * (float("nan") if len(calls) == 7 else 1.0)
 
     monkeypatch.setattr(train, "view_pair_loss", breaks)
-    with pytest.raises(UsageError, match="step 6: the loss is not finite.*train-0"):
+    with pytest.raises(UsageError, match="step 6: the loss .dino. is not finite.*train-0"):
         train.run(config)
     state = train.runtime.load_checkpoint(tmp_path / "run/checkpoint")
     assert state["step"] == 4 and all(v.isfinite().all() for v in state["student"].values())
@@ -236,9 +239,46 @@ def test_too_many_broken_images(tiny, tmp_path, photos):
         (dict(entropy=6.0, kl=0.5, mean_entropy=6.8, loss=6.5), None),
     ],
 )
-def test_diagnosis(row, name):
-    found = train.diagnose(row, Config(n_prototypes=1024))
-    assert (found and found[0]) == name
+@pytest.mark.parametrize("term", ["dino", "ibot"])
+def test_diagnosis(row, name, term):
+    healthy = dict(entropy=1.0, kl=1.0, mean_entropy=6.0, loss=2.0)
+    both = {}
+    for other in ("dino", "ibot"):
+        figures = row if other == term else healthy
+        both |= {other if k == "loss" else f"{other}_{k}": v for k, v in figures.items()}
+    found = train.diagnose(both, Config(n_prototypes=1024, ibot_weight=1.0))
+    assert (found and found[0]) == name and (not found or term in found[1])
+
+
+OFF = {  # flags -> (what the log then lacks, what the network then lacks)
+    "--centering none": ((), ()),
+    "--koleo_weight 0": (("koleo",), ()),
+    "--momentum_teacher 0": ((), ()),
+    "--local_crops_number 0": ((), ()),
+    "--mask_probability 0": (("ibot",), ("mask_token", "ibot_head")),
+    "--ibot_weight 0": (("ibot",), ("mask_token", "ibot_head")),
+    "--dino_weight 0": (("dino",), ("dino_head",)),
+    "--no_separate_head": ((), ("ibot_head",)),
+}
+EVERYTHING = (
+    "--ibot_weight 1 --koleo_weight 0.1 --centering sinkhorn --separate_head "
+    "--ibot_n_prototypes 24 --num_register_tokens 1 --ffn_layer swiglu --layerscale 0.1 "
+    "--layerwise_decay 0.9 --clip_mode network --drop_path_uniform --epochs 4 --lr 0.002"
+).split()
+
+
+@pytest.mark.parametrize("flags", OFF)
+def test_each_ingredient_can_be_left_out(flags, tiny, tmp_path):
+    """The term is absent, what it needs is not built, the rest is finite and falls."""
+    train.run(config_of(tiny + EVERYTHING, tmp_path, *flags.split()))
+    rows = [json.loads(x) for x in open(tmp_path / "run/metrics.jsonl")]
+    rows = [r for r in rows if "loss" in r]
+    terms, parts = OFF[flags]
+    assert not any(key.split("_")[0] in terms for key in rows[0])
+    state = train.runtime.load_checkpoint(tmp_path / "run/checkpoint")
+    assert not any(part in key for part in parts for key in state["student"])
+    assert all(math.isfinite(v) for r in rows for v in r.values())
+    assert rows[-1]["loss"] < rows[0]["loss"]
 
 
 def test_the_algorithm_fits_on_one_screen():
