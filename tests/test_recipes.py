@@ -1,6 +1,6 @@
 """Claims
 1. Every preset is a valid configuration: fields exist, values are of their type, crops fit patches.
-2. The papers' presets carry the papers' numbers.
+2. The papers' presets carry the papers' numbers, to the digit.
 """
 
 import dataclasses
@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 
 import train
+from augment import PHOTOMETRY
 from recipes import NEUTRAL, PRESETS, Config
 from runtime import describe
 
@@ -45,3 +46,35 @@ def test_the_papers_numbers():
     released = Config(**PRESETS["dino_vits16_800ep"])
     assert (released.local_crops_number, released.teacher_temp) == (10, 0.07)
     assert (released.warmup_teacher_temp_epochs, released.norm_last_layer) == (30, False)
+
+
+def test_the_papers_numbers_of_ibot_and_dinov2():
+    ibot = Config(**PRESETS["ibot_vits16"])
+    assert (ibot.n_prototypes, ibot.separate_head, ibot.mask_min_patches) == (8192, False, 16)
+    assert (ibot.epochs, ibot.local_crops_number, ibot.ibot_weight) == (800, 10, 1.0)
+    short, large, giant = (Config(**PRESETS[f"dinov2_{n}"]) for n in ("vitl16_in1k", "vitl14",
+                                                                    "vitg14"))
+    expected = dict(
+        lr=4e-3, lr_scaling="sqrt_1024", epochs=100, epoch_length=1250, warmup_epochs=10,
+        weight_decay=0.04, weight_decay_end=0.4, momentum_teacher=0.992, teacher_temp=0.07,
+        warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=30, clip_grad=3.0, min_lr=1e-6,
+        clip_mode="network", freeze_last_layer_epochs=1, drop_path_rate=0.3, layerscale=1e-5,
+        drop_path_uniform=True, layerwise_decay=0.9, patch_embed_lr_mult=0.2, n_prototypes=65536,
+        separate_head=False, head_bottleneck_dim=256, centering="ema", koleo_weight=0.1,
+        ibot_weight=1.0, dino_weight=1.0, mask_ratio=(0.1, 0.5), mask_probability=0.5,
+        global_crops_size=224, local_crops_size=96, local_crops_number=8, ffn_layer="mlp",
+        global_crops_scale=(0.32, 1.0), local_crops_scale=(0.05, 0.32), batch_size_per_gpu=64,
+        patch_size=16, num_register_tokens=0, arch="vit_large", norm_last_layer=False,
+    )
+    assert {k: getattr(short, k) for k in expected} == expected
+    long = expected | dict(
+        lr=2e-4, epochs=500, warmup_epochs=80, weight_decay_end=0.2, momentum_teacher=0.994,
+        drop_path_rate=0.4, layerwise_decay=1.0, n_prototypes=131072, separate_head=True,
+        head_bottleneck_dim=384, centering="sinkhorn", local_crops_size=98, ffn_layer="swiglu",
+        batch_size_per_gpu=32, patch_size=14,
+    )
+    assert {k: getattr(large, k) for k in long} == long
+    assert (large.ibot_n_prototypes, large.ibot_head_bottleneck_dim) == (131072, 256)
+    long |= dict(arch="vit_giant2", batch_size_per_gpu=12)
+    assert {k: getattr(giant, k) for k in long} == long
+    assert PHOTOMETRY["dinov2"]["blur"] == (0.0, 0.9, 0.5)
