@@ -194,6 +194,17 @@ def random_mask(grid: tuple[int, int], target: int, min_patches: int,
 MASK_SHAPES = {"block": block_mask, "random": random_mask}
 
 
+def hidden_places(masks: Tensor, most: int) -> dict:
+    """masks (crops, P) bool -> the same; mask_indices (M,), places of hidden patches among all
+    crops*P; mask_weights (M,), 1 / (hidden patches of that crop). Both end in zeros: M is `most`.
+    """
+    indices, weights = torch.zeros(most, dtype=torch.int64), torch.zeros(most)
+    hidden = masks.flatten().nonzero()[:, 0]
+    indices[:len(hidden)] = hidden
+    weights[:len(hidden)] = 1 / masks.sum(1)[hidden // masks.shape[1]]
+    return {"masks": masks, "mask_indices": indices, "mask_weights": weights}
+
+
 class Masking:
     """Masks for all global crops of a batch, as a function of (seed, step, rank).
 
@@ -210,9 +221,8 @@ class Masking:
         self.seed, self.rank = seed, rank
 
     def __call__(self, crops: int, step: int) -> dict:
-        """masks (crops, P) bool; mask_indices (M,), places of hidden patches among all crops*P;
-        mask_weights (M,), 1 / (hidden patches of that crop), 0 where padded. M depends on `crops`
-        alone, so that shapes are the same at every step and on every process.
+        """hidden_places of new masks. M depends on `crops` alone, so that shapes are the same at
+        every step and on every process.
         """
         rng = np.random.default_rng([self.seed, step, self.rank, 2])
         patches, count = self.grid[0] * self.grid[1], int(crops * self.probability)
@@ -222,12 +232,7 @@ class Masking:
         for place, share in zip(rng.permutation(crops), shares):
             masks[place] = self.draw(self.grid, int(patches * share), self.min_patches, rng)
         masks = torch.from_numpy(masks).flatten(1)  # (crops, P)
-        most = sum(int(patches * edge) for edge in edges[1:])
-        indices, weights = torch.zeros(most, dtype=torch.int64), torch.zeros(most)
-        hidden = masks.flatten().nonzero()[:, 0]
-        indices[:len(hidden)] = hidden
-        weights[:len(hidden)] = 1 / masks.sum(1)[hidden // patches]
-        return {"masks": masks, "mask_indices": indices, "mask_weights": weights}
+        return hidden_places(masks, sum(int(patches * edge) for edge in edges[1:]))
 
 
 def collate(samples: list[dict], masking: Masking | None = None) -> dict:

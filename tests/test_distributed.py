@@ -1,6 +1,6 @@
 """Claims
 1. Two processes move as one would on the joined batch: centre, Sinkhorn-Knopp (unequal counts,
-   padding), loss, one whole DDP step.
+   padding), one whole DDP step of both objectives.
 2. A run saved by two processes goes on with one, on the same images in the same order.
 3. Features and k-NN of two processes are exactly those of one, for odd sizes too.
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import train
-from augment import collate
+from augment import Masking, collate, hidden_places
 from data import open_images
 from features import extract
 from losses import EMACenter, SinkhornKnopp, all_sum, entropies
@@ -37,13 +37,17 @@ def one_step(config, place, batch):
     out = train.train_step(
         network, teacher, makers, optimizer, batch, now, config, place, train.ema_update
     )
-    return out["loss"], dict(student.state_dict()), dict(teacher.state_dict()), makers["dino"].center
+    return out["loss"], dict(student.state_dict()), dict(teacher.state_dict()), dict(makers.state_dict())
 
 
 def batch_of(config, indices):
+    """Crops of these images, and their share of the masks of images 0 to 7."""
     images, _ = train.open_data(config)
     views = train.Views(images, train.MultiCrop(24, 16, 2, 2), seed=0)
-    return collate([views[0, 0, i] for i in indices])
+    batch = collate([views[0, 0, i] for i in indices])
+    masks = Masking((3, 3), (0.2, 0.7))(16, 0)["masks"].unflatten(0, (2, 8))
+    masks = masks[:, list(indices)].flatten(0, 1)
+    return batch | hidden_places(masks, 30)
 
 
 def process(rank, port, flags, folder):
@@ -65,10 +69,12 @@ def process(rank, port, flags, folder):
     out["center"] = maker.center
     out["mean_entropy"] = entropies((rows[:3] if rank == 0 else rows[3:]).softmax(-1))[1]
     some = 2 * rows[:5] if rank == 0 else 2 * rows[5:]
-    out["sinkhorn"] = SinkhornKnopp(8)(some, 0.1)
+    out["bias"] = SinkhornKnopp(8)(some, 0.1)
     padded = torch.cat([some, torch.randn(3, 8)])
-    out["padded"] = SinkhornKnopp(8)(padded, 0.1, torch.arange(len(padded)) < len(some))
-    out["step"] = one_step(config, place, batch_of(config, range(4 * rank, 4 * rank + 4)))
+    out["bias of padded"] = SinkhornKnopp(8)(padded, 0.1, torch.arange(len(padded)) < len(some))
+    for config.centering in ("ema", "sinkhorn"):
+        batch = batch_of(config, range(4 * rank, 4 * rank + 4))
+        out[config.centering] = one_step(config, place, batch)
     model = VisionTransformer(16, 8, embed_dim=64, depth=1, num_heads=1)
     model.load_state_dict(torch.load(f"{folder}/backbone.pt"))
     out["features"] = extract(model, open_images("shapes:11"), 16, place)
@@ -97,7 +103,8 @@ def spawned(tmp_path_factory):
     from conftest import TINY
 
     folder = tmp_path_factory.mktemp("two")
-    flags = [*TINY, "--drop_path_rate", "0"]
+    flags = [*TINY, "--drop_path_rate", "0", "--ibot_weight", "1", "--centering", "sinkhorn"]
+    flags += ["--separate_head", "--ibot_n_prototypes", "24"]
     torch.manual_seed(0)
     backbone = VisionTransformer(16, 8, embed_dim=64, depth=1, num_heads=1)
     torch.save(backbone.state_dict(), folder / "backbone.pt")
@@ -118,23 +125,22 @@ def test_sums_and_centre(spawned):
         mean = rows.softmax(-1).mean(0)
         torch.testing.assert_close(out["mean_entropy"], torch.special.entr(mean).sum())
         bias = SinkhornKnopp(8)(2 * rows, 0.1)  # of 7 rows: 5 and 2
-        for name in ("sinkhorn", "padded"):  # one constant for all prototypes has no effect
+        for name in ("bias", "bias of padded"):  # one constant for all prototypes has no effect
             torch.testing.assert_close(out[name] - out[name].mean(), bias - bias.mean())
 
 
 def test_a_step_of_two_is_a_step_of_one(spawned):
     _, flags, outs, _ = spawned
     config = parse(Config, flags, PRESETS)
-    loss, student, teacher, center = one_step(
-        config, Place(torch.device("cpu")), batch_of(config, range(8))
-    )
-    for out in outs:
-        torch.testing.assert_close(out["step"][0], loss, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(out["step"][3], center, rtol=1e-5, atol=1e-6)
-        for ours, theirs in ((student, out["step"][1]), (teacher, out["step"][2])):
-            for k in ours:
-                # float32 sums in another order; the step is large on purpose
-                torch.testing.assert_close(ours[k], theirs[k], rtol=1e-4, atol=2e-6, msg=k)
+    for name in ("sinkhorn", "ema"):
+        config.centering = name
+        loss, *states = one_step(config, Place(torch.device("cpu")), batch_of(config, range(8)))
+        for out in outs:
+            torch.testing.assert_close(out[name][0], loss, rtol=1e-5, atol=1e-6)
+            for ours, theirs in zip(states, out[name][1:]):
+                for k in ours:
+                    # float32 sums in another order; the step is large on purpose
+                    torch.testing.assert_close(ours[k], theirs[k], rtol=1e-4, atol=2e-6, msg=k)
 
 
 def test_features_of_two_are_those_of_one(spawned):

@@ -1,10 +1,12 @@
 """Claims
-1. One step equals DINO's Alg. 1 written out plainly: loss, gradients, teacher, centre (float32).
+1. One step equals DINO's Alg. 1 written out plainly: loss, gradients, teacher, centre (float32);
+   and DINOv2's three losses written out image by image.
 2. Killed anywhere and run again gives the same weights, bit for bit, with 0 or 2 workers.
 3. A run writes what the README says, and a finished one says so.
 4. Bad input is one line that names the flag, exit code 2, and leaves no run directory behind.
 5. A step that is not finite stops the run, names step and images, and the checkpoint stays good.
-6. The algorithm fits on one screen.
+6. Warnings name the illness and the term; each ingredient can be left out by a flag.
+7. The algorithm fits on one screen.
 """
 
 import inspect
@@ -16,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from augment import collate, photometry
+from augment import Masking, collate, photometry
 from recipes import PRESETS, Config
 from runtime import UsageError, parse
 
@@ -79,6 +81,78 @@ def test_a_step_is_algorithm_1(tiny, tmp_path):
     for p, q, s_ in zip(teacher.parameters(), plain_teacher.parameters(), student.parameters()):
         torch.testing.assert_close(p, 0.9 * q + 0.1 * s_, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(maker.center, 0.9 * center + 0.1 * torch.cat(t).mean(0))
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_step_of_dinov2(separate, tiny, tmp_path):
+    """All three losses written out, image by image: the student sees masked crops, the teacher
+    whole ones, patches are compared where they are hidden, KoLeo is taken view by view."""
+    config = config_of(
+        tiny + EVERYTHING, tmp_path, f"--{'' if separate else 'no_'}separate_head",
+        "--drop_path_rate", "0", "--clip_grad", "0", "--mask_ratio", "0.2", "0.7",
+    )
+    student, teacher = train.build(config, train.runtime.start("cpu"))
+    with torch.no_grad():  # apart from each other, as in the middle of training
+        for p in teacher.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    images, _ = train.open_data(config)
+    views = train.Views(images, train.MultiCrop(24, 16, 2, 2), seed=0)
+    batch = collate([views[0, 0, i] for i in range(6)], Masking((3, 3), (0.2, 0.7)))
+    now = dict(
+        lr=0.0, last_layer_lr=0.0, weight_decay=0.0, momentum=1.0, teacher_temp=0.05,
+        generator=None,
+    )
+    makers, place = train.target_makers(config), train.runtime.start("cpu")
+    optimizer = train.OPTIMIZERS["adamw"](train.parameter_groups(student))
+    out = train.train_step(
+        student, teacher, makers, optimizer, batch, now, config, place, train.ema_update
+    )
+
+    crops = [
+        photometry(c, p)
+        for key, first in (("global_crops", 0), ("local_crops", 2))
+        for c, p in zip(batch[key], batch["photometry"][first:])
+    ]
+    masks = batch["masks"].view(2, 6, 9)
+    seen = [teacher.backbone.forward_features(x) for x in crops[:2]]
+    said = [student.backbone.forward_features(x, masks[v] if v < 2 else None)
+            for v, x in enumerate(crops)]
+
+    def sinkhorn(logits):
+        Q = (logits / 0.05).exp()
+        for _ in range(3):
+            Q = Q / Q.sum(0, keepdim=True)
+            Q = Q / Q.sum(1, keepdim=True)
+        return Q
+
+    cls = "x_norm_clstoken"
+    q = sinkhorn(torch.cat([teacher.dino_head(f[cls]) for f in seen])).view(2, 6, -1)
+    p = [(student.dino_head(f[cls]) / 0.1).log_softmax(-1) for f in said]
+    pairs = [-(q[i] * p[v]).sum(-1).mean() for i in range(2) for v in range(4) if v != i]
+    dino = sum(pairs) / len(pairs)
+    patches = [torch.cat([f["x_norm_patchtokens"][m] for f, m in zip(nets, masks)])
+               for nets in (seen, said)]
+    heads = [net.ibot_head if separate else net.dino_head for net in (teacher, student)]
+    q, p = sinkhorn(heads[0](patches[0])), (heads[1](patches[1]) / 0.1).log_softmax(-1)
+    counts = masks.view(12, 9).sum(1)
+    each = (-(q * p).sum(-1)).split(counts.tolist())
+    ibot = sum(x.mean() for x in each if len(x)) / 12
+    koleo = 0.0
+    for f in said[:2]:
+        unit = F.normalize(f[cls], dim=-1)
+        apart = torch.cdist(unit, unit) + 9 * torch.eye(6)
+        koleo = koleo - apart.amin(1).log().mean()
+    loss = dino + ibot + 0.1 * koleo
+    # float32, and Sinkhorn's exponents
+    torch.testing.assert_close(out["loss"], loss, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out["koleo"], koleo, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(out["ibot"], ibot * 12 / (counts > 0).sum(), rtol=1e-4, atol=1e-4)
+    gradients = [p.grad.clone() for p in student.parameters() if p.requires_grad]
+    optimizer.zero_grad()
+    loss.backward()
+    for ours, (name, p) in zip(gradients, (x for x in student.named_parameters()
+                                           if x[1].requires_grad)):
+        torch.testing.assert_close(ours, p.grad, rtol=1e-2, atol=1e-4, msg=name)
 
 
 class Killed(Exception):

@@ -41,8 +41,11 @@ def test_parameters_of_dino(arch, patch, expected):
     "arch, ffn, registers, expected",
     [
         ("vit_small", "mlp", 0, 22_056_576),
+        ("vit_small", "mlp", 4, 22_058_112),
         ("vit_base", "mlp", 0, 86_580_480),
+        ("vit_base", "mlp", 4, 86_583_552),
         ("vit_large", "mlp", 0, 304_368_640),
+        ("vit_large", "mlp", 4, 304_372_736),
         ("vit_large", "swiglu", 0, 304_794_880),
         ("vit_giant2", "swiglu", 0, 1_136_480_768),
         ("vit_giant2", "swiglu", 4, 1_136_486_912),
