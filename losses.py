@@ -150,7 +150,7 @@ def view_pair_loss(targets: Tensor, student_logits: Tensor, student_temp: float 
 
 def patch_loss(targets: Tensor, student_logits: Tensor, weights: Tensor, crops: int,
                student_temp: float = 0.1) -> Tensor:
-    """Cross-entropy at the hidden patches: the teacher saw what the student has to guess. iBOT eq. 3.
+    """Cross-entropy at hidden patches: the teacher saw what the student has to guess. iBOT eq. 3.
 
     targets and student_logits (M, K), of the same places; weights (M,) are 1 / (hidden patches of
     that image), so that images count alike whatever their mask, and 0 for padding. The sum is

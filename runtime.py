@@ -284,7 +284,7 @@ class Clock:
     """Rate and time left, from steps alone: evaluations, saves and first steps do not count."""
 
     def __init__(self, step: int, total: int, skip: int = 5):
-        self.step, self.total, self.skip = step, total, skip
+        self.first, self.step, self.total, self.skip = step, step, total, skip
         self.begun, self.counted, self.seconds, self.waited = time.time(), 0, 0.0, 0.0
         self.mark = time.perf_counter()
 
@@ -311,7 +311,10 @@ class Clock:
 
     @property
     def step_seconds(self) -> float:
-        return self.seconds / max(self.counted, 1)
+        if self.counted:
+            return self.seconds / self.counted
+        # Nothing but first steps so far: a first guess, warm-up and all.
+        return (time.time() - self.begun) / max(self.step - self.first, 1)
 
     @property
     def waiting(self) -> float:

@@ -1,6 +1,6 @@
 """Claims: what the prose says is so.
 1. Every file named in the README exists, and its map names every top-level file.
-2. Every command in README and docs is one its program understands.
+2. Every command in README and docs is one its program understands; every test they cite exists.
 3. Files import only what design allows; matplotlib only where something is drawn.
 4. Every file opens with the same slots; no line is too long; no loose ends.
 5. Every leaf's demo runs in seconds.
@@ -76,6 +76,13 @@ def test_commands_are_understood():
             PARSERS[program](argv)
             seen += 1
     assert seen >= 5
+
+
+def test_tests_that_docs_cite_exist():
+    cited = {c for doc in DOCS for c in re.findall(r"`(test_\w+\.py)::(\w+)`", doc.read_text())}
+    assert len(cited) > 20
+    for file, test in cited:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"
 
 
 @pytest.mark.parametrize("name", FILES)
