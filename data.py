@@ -98,8 +98,16 @@ def open_folder(argument: str, split: str, root: str, download: bool) -> Images:
     return Images("folder", partial(_read_path, path, names), names, labels, classes)
 
 
-def _read_shape(world: Shapes, i: int) -> Tensor:
-    return torch.from_numpy(world[i][0])
+class _Drawn:
+    """Draws each image of a world once and keeps it: drawing takes longer than cropping."""
+
+    def __init__(self, world: Shapes):
+        self.world, self.kept = world, {}
+
+    def __call__(self, i: int) -> Tensor:
+        if i not in self.kept:
+            self.kept[i] = torch.from_numpy(self.world[i][0])
+        return self.kept[i]
 
 
 def open_shapes(argument: str, split: str, root: str, download: bool) -> Images:
@@ -108,7 +116,7 @@ def open_shapes(argument: str, split: str, root: str, download: bool) -> Images:
         raise ValueError(f"shapes:{argument}: expected a number of images, or nothing")
     world = Shapes(split, int(argument or 0) or None)
     names = [f"{split}-{i:06d}" for i in range(len(world))]
-    return Images("shapes", partial(_read_shape, world), names, world.labels, world.classes)
+    return Images("shapes", _Drawn(world), names, world.labels, world.classes)
 
 
 def _read_torchvision(dataset, i: int) -> Tensor:

@@ -11,7 +11,8 @@ Change   a new recipe is one entry in PRESETS; a new setting one field of Config
 Tests    pytest tests/test_recipes.py
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -21,9 +22,11 @@ Arch = Literal["vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large", "vi
 @dataclass
 class Config:
     preset: str = ""
+    given: tuple[str, ...] = ()  # the flags named on the command line
     # -- data
     data: str = "shapes"  # shapes | folder:PATH | a torchvision class such as CIFAR10
     val_data: str = ""  # labelled images to judge with; empty: 5 % of --data held out by name
+    auto_scale: bool = False  # set what depends on the number of images and on the batch: SCALED
     data_root: str = "data"  # where torchvision keeps its data sets
     download: bool = False  # let torchvision fetch them
     # -- network
@@ -105,8 +108,44 @@ class Config:
 
 
 # Fields that do not change the result: a run may be continued with others.
-NEUTRAL = {"output_dir", "resume", "save_every", "log_every", "knn_every", "num_workers", "device",
+NEUTRAL = {"output_dir", "given", "resume", "save_every", "log_every", "knn_every", "num_workers", "device",
            "data_root", "download"}
+
+# ------------------------------------------------------------------------------------------------
+# Other data, other batches: the papers had a million images or more, a thousand of them a step
+
+SCALED = ("momentum_teacher", "n_prototypes", "ibot_n_prototypes", "warmup_epochs", "lr",
+          "lr_scaling", "local_crops_scale")
+
+
+def auto_scale(config: Config, images: int, batch: int) -> Config:
+    """--auto_scale: `config` for a set of `images`, `batch` of them a step over all processes.
+
+    Sets the fields of SCALED that no flag named. docs/scaling.md has the table and what of it was
+    measured.
+    """
+    steps = config.epochs * (config.epoch_length or max(images // batch, 1))
+    # The teacher averages the student's last 1 / (1 - m) steps: DINO's 250 steps of 1,024 images,
+    # so as many images at any batch. A short run has no time for that: a fortieth of it at most.
+    memory = max(min(250 * 1024 / batch, steps / 40, 10_000), 10)
+    # A prototype needs images of its own: some twenty. Powers of two suit the hardware.
+    prototypes = min(max(2 ** round(math.log2(max(images, 1) / 20)), 256), 65536)
+    # Adam's step has the same length whatever the batch; a larger batch makes it surer, by the
+    # root of its size. Below 256 images it is time that is short: as sure as need be.
+    lr = 2e-3 * math.sqrt(max(batch, 256) / 1024)
+    # To know a thing from a twentieth of its image takes millions of looks; fewer images mean
+    # fewer looks, and mostly smaller images: begin with a quarter.
+    low = min(max(0.05 * (1e6 / images) ** 0.35, 0.05), 0.25)
+    rules = dict(
+        momentum_teacher=round(1 - 1 / memory, 4), n_prototypes=prototypes,
+        ibot_n_prototypes=prototypes, warmup_epochs=config.epochs // 10, lr=float(f"{lr:.2g}"),
+        lr_scaling="none", local_crops_scale=(round(low, 2), round(low + 0.35, 2)),
+    )
+    return replace(config, **{k: v for k, v in rules.items() if k not in config.given})
+
+
+# ------------------------------------------------------------------------------------------------
+# The papers, and the same at small scale
 
 # Small worlds: a small network, few prototypes, a fast teacher.
 SMALL = dict(
@@ -207,3 +246,11 @@ PRESETS = {
 if __name__ == "__main__":
     for name, preset in PRESETS.items():
         print(f"{name}\n    " + ", ".join(f"{k}={v}" for k, v in preset.items()))
+    print("\n--auto_scale, for 100 epochs\n   images  batch  momentum      K       lr  local crops")
+    for images in (1_000, 10_000, 100_000, 1_000_000):
+        for batch in (32, 256, 1024, 3072):
+            if batch <= images:
+                c = auto_scale(Config(), images, batch)
+                low, high = c.local_crops_scale
+                print(f"{images:9,d} {batch:6,d}  {c.momentum_teacher:8.4f} {c.n_prototypes:6,d}  "
+                      f"{c.lr:.1e}  {low:.2f}-{high:.2f}")

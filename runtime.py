@@ -98,7 +98,10 @@ def to_bool(text: str) -> bool:
 
 
 def parse(config_class, argv: list[str], presets: dict[str, dict] | None = None, usage: str = ""):
-    """argv -> config. Rising authority: the field's default, the preset (first word), flags."""
+    """argv -> config. Rising authority: the field's default, the preset (first word), flags.
+
+    A config with a field `given` keeps the names of the flags there.
+    """
     parser = Parser(allow_abbrev=False, usage=usage or None,
                     formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100))
     if presets:
@@ -106,7 +109,7 @@ def parse(config_class, argv: list[str], presets: dict[str, dict] | None = None,
     about, types = describe(config_class), typing.get_type_hints(config_class)
     groups = {}
     for field in dataclasses.fields(config_class):
-        if field.name == "preset":
+        if field.name in ("preset", "given"):
             continue
         group, text = about[field.name]
         kind, options = types[field.name], {}
@@ -137,6 +140,8 @@ def parse(config_class, argv: list[str], presets: dict[str, dict] | None = None,
             hint = f"did you mean {near[0]}? " if near else ""
             raise UsageError(f"there is no preset {name!r}; {hint}choose from {', '.join(presets)}")
         values = dict(presets[name], preset=name)
+    if "given" in types:
+        values["given"] = tuple(given)
     return config_class(**{**values, **given})
 
 

@@ -69,26 +69,30 @@ def wave(x):
     return 0.5 + 0.5 * np.tanh(3 * np.sin(2 * math.pi * x))
 
 
+def turned(u, v, turn):
+    return math.cos(2 * math.pi * turn) * u + math.sin(2 * math.pi * turn) * v
+
+
 TEXTURES = {  # of f periods per unit, shifted by p and q periods
-    "stripes": lambda u, v, f, p, q: wave(f * u + p),
+    "bands": lambda u, v, f, p, q: wave(f * v + p),
+    "bars": lambda u, v, f, p, q: wave(f * u + p),
     "dots": lambda u, v, f, p, q: 0.5 + 0.5 * np.tanh(
         5 * (np.cos(2 * math.pi * (f * u + p)) + np.cos(2 * math.pi * (f * v + q)) - 0.7)),
     "checks": lambda u, v, f, p, q: 0.5 + 0.5 * np.tanh(
         6 * np.sin(math.pi * (f * u + p)) * np.sin(math.pi * (f * v + q))),
-    "rings": lambda u, v, f, p, q: wave(f * np.hypot(u, v) + p),
-    "rays": lambda u, v, f, p, q: wave(2 * np.floor(2 * f) * np.arctan2(v, u) / math.pi / 2 + p),
+    "fade": lambda u, v, f, p, q: wave(0.3 * turned(u, v, p)),
 }
 
 # (silhouette, texture, hue it leans to, in turns). Every texture serves two kinds.
 KINDS = [
-    ("disc", "stripes", 0.00), ("star", "stripes", 0.50),
+    ("disc", "bands", 0.00), ("star", "bands", 0.50),
     ("square", "dots", 0.10), ("crescent", "dots", 0.60),
     ("triangle", "checks", 0.20), ("ring", "checks", 0.70),
-    ("cross", "rings", 0.30), ("heart", "rings", 0.80),
-    ("hexagon", "rays", 0.40), ("flower", "rays", 0.90),
+    ("cross", "bars", 0.30), ("heart", "bars", 0.80),
+    ("hexagon", "fade", 0.40), ("flower", "fade", 0.90),
 ]
 NAMES = [f"{texture} {silhouette}" for silhouette, texture, _ in KINDS]
-PALETTE_SPREAD = 0.15  # turns; at 0.5 the palette says nothing
+PALETTE_SPREAD = 0.12  # turns; at 0.5 the palette says nothing
 TILT = 0.35  # radians to either side
 HILLS = 1.1  # how much the ground varies
 
@@ -112,8 +116,8 @@ def draw_scene(*seed: int, kind: int) -> dict:
               for value in (0.25, 0.75)]
     return {
         "kind": kind,
-        "center": (uniform(0.25, 0.75), uniform(0.25, 0.75)),  # x, y as shares of the image
-        "radius": uniform(0.27, 0.4),
+        "center": (uniform(0.15, 0.85), uniform(0.15, 0.85)),  # x, y as shares of the image
+        "radius": uniform(0.22, 0.42),
         "angle": uniform(-TILT, TILT),
         "squash": uniform(0.85, 1.18),  # seen a little from the side
         "frequency": uniform(1.9, 2.2),

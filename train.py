@@ -43,7 +43,7 @@ from losses import (CENTERING, all_sum, effective_rank, entropies, koleo_loss, m
                     patch_loss, view_pair_loss)
 from optim import (OPTIMIZERS, clip_gradients, cosine, ema_update, linear, parameter_groups,
                    set_schedule)
-from recipes import NEUTRAL, PRESETS, Config
+from recipes import NEUTRAL, PRESETS, SCALED, Config, auto_scale
 from runtime import Place, UsageError
 from vit import ARCHS, VisionTransformer
 
@@ -367,15 +367,24 @@ def check_masks(config: Config):
                          f"{max(1, patches // 2)}, half of a global crop's {patches} patches")
 
 
-def adopt(config: Config, folder: Path, place: Place) -> Config:
-    """Make `config` continue the run in `folder`, or say which flags stand in the way."""
+def adopt(config: Config, folder: Path, place: Place, images: int) -> Config:
+    """Make `config` continue the run in `folder`, or say which flags stand in the way.
+
+    Where nothing is to be continued, what was left open (precision, --auto_scale) is settled here.
+    """
     stored_file = folder / "config.json"
     global_batch = config.batch_size_per_gpu * place.world_size
     config = dataclasses.replace(config)
     if not (config.resume and stored_file.exists()):
+        if config.auto_scale:
+            config = auto_scale(config, images, global_batch)
         config.precision = runtime.resolve_precision(config.precision, place.device)
         return config
     stored = json.loads(stored_file.read_text())
+    for name in SCALED if config.auto_scale else ():  # as they were found when the run began
+        if name not in config.given:
+            value = stored[name]
+            setattr(config, name, tuple(value) if isinstance(value, list) else value)
     if config.precision == "auto":
         config.precision = stored["precision"]
     if config.batch_size_per_gpu == stored["batch_size_per_gpu"]:
@@ -438,9 +447,11 @@ def run(config: Config, build=build, update=ema_update) -> dict:
     check(config)
     place = runtime.start(config.device)
     folder = Path(config.output_dir or f"runs/{config.preset}")
-    config = adopt(config, folder, place)
     with runtime.usage():
         images, val = open_data(config)
+        config = adopt(config, folder, place, len(images))
+        if config.auto_scale:
+            place.print("--auto_scale: " + "  ".join(f"{k} {getattr(config, k)}" for k in SCALED))
         probe = Sampler(len(images), config.batch_size_per_gpu, 1, world_size=place.world_size)
         epoch_steps = config.epoch_length or probe.steps_per_pass
         total = config.epochs * epoch_steps

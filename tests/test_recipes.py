@@ -1,6 +1,7 @@
 """Claims
 1. Every preset is a valid configuration: fields exist, values are of their type, crops fit patches.
 2. The papers' presets carry the papers' numbers, to the digit.
+3. --auto_scale gives DINO's own numbers for ImageNet and 1,024 images, and never overrules a flag.
 """
 
 import dataclasses
@@ -9,7 +10,7 @@ import pytest
 
 import train
 from augment import PHOTOMETRY
-from recipes import NEUTRAL, PRESETS, Config
+from recipes import NEUTRAL, PRESETS, SCALED, Config, auto_scale
 from runtime import describe
 
 
@@ -78,3 +79,25 @@ def test_the_papers_numbers_of_ibot_and_dinov2():
     long |= dict(arch="vit_giant2", batch_size_per_gpu=12)
     assert {k: getattr(giant, k) for k in long} == long
     assert PHOTOMETRY["dinov2"]["blur"] == (0.0, 0.9, 0.5)
+
+
+def test_auto_scale_leaves_the_papers_where_they_are_and_obeys_flags():
+    paper = Config()
+    scaled = auto_scale(paper, 1_281_167, 1024)
+    assert abs(scaled.momentum_teacher - 0.996) < 1e-6
+    assert (scaled.n_prototypes, scaled.warmup_epochs, scaled.lr) == (65536, 10, 2e-3)
+    assert scaled.lr_scaling == "none" and scaled.local_crops_scale == (0.05, 0.4)
+    changed = {f.name for f in dataclasses.fields(Config)
+               if getattr(scaled, f.name) != getattr(paper, f.name)}
+    assert changed <= set(SCALED)
+    flags = dataclasses.replace(paper, given=("lr", "n_prototypes"), lr=1e-4, n_prototypes=77)
+    scaled = auto_scale(flags, 5_000, 32)
+    assert (scaled.lr, scaled.n_prototypes, scaled.local_crops_scale) == (1e-4, 77, (0.25, 0.6))
+
+
+@pytest.mark.parametrize("images", [10, 1_000, 10_000, 100_000, 1_000_000])
+@pytest.mark.parametrize("batch", [1, 32, 256, 3072])
+def test_auto_scale_gives_a_valid_configuration(images, batch):
+    config = auto_scale(Config(epochs=1 + images % 7), images, batch)
+    train.check(config)
+    assert 0.9 <= config.momentum_teacher < 1 and 256 <= config.n_prototypes <= 65536

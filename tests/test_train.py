@@ -235,6 +235,18 @@ def test_a_run_and_its_directory(tiny, tmp_path, capsys):
     assert any(not torch.equal(v, before[k]) for k, v in weights(run).items())
 
 
+def test_auto_scale_is_settled_when_a_run_begins(tiny, tmp_path, capsys):
+    scaled = config_of(tiny, tmp_path, "--auto_scale", "--epochs", "1")
+    with pytest.raises(UsageError, match="--warmup_epochs"):  # a flag, which the rules obey
+        train.run(config_of(tiny, tmp_path, "--auto_scale", "--epochs", "1", "--warmup_epochs", "2"))
+    train.run(scaled)
+    assert "--auto_scale: momentum_teacher 0.9 " in capsys.readouterr().out
+    stored = json.loads((tmp_path / "run/config.json").read_text())
+    assert stored["momentum_teacher"] == 0.9 and stored["lr_scaling"] == "none"
+    train.run(scaled)  # the same command finds its run
+    assert "is finished" in capsys.readouterr().out
+
+
 def test_unlabelled_photos(tiny, tmp_path, photos):
     flags = tiny[:1] + ["--data", f"folder:{photos / 'cats'}"] + tiny[3:]
     flags = [f for i, f in enumerate(flags) if f != "--val_data" and flags[i - 1] != "--val_data"]
