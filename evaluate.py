@@ -54,8 +54,7 @@ class Features:
     def __init__(self, config: Config, place: runtime.Place):
         self.config, self.place = config, place
         self.model = load_backbone(config.weights).to(place.device)
-        grid = int((self.model.pos_embed.shape[1] - 1) ** 0.5)
-        self.size = config.image_size or grid * self.model.patch_size
+        self.size = config.image_size or self.model.img_size
         if self.size < self.model.patch_size:
             raise UsageError(f"--image_size {self.size} is smaller than one patch of "
                              f"{self.model.patch_size}")

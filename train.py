@@ -44,6 +44,7 @@ from losses import (CENTERING, all_sum, effective_rank, entropies, koleo_loss, m
 from optim import (OPTIMIZERS, clip_gradients, cosine, ema_update, linear, parameter_groups,
                    set_schedule)
 from recipes import NEUTRAL, PRESETS, SCALED, Config, auto_scale
+from resnet import ConvNet
 from runtime import Place, UsageError
 from vit import ARCHS, VisionTransformer
 
@@ -60,7 +61,7 @@ class Network(nn.Module):
 
     def __init__(self, config: Config, drop_path_rate: float = 0.0):
         super().__init__()
-        self.backbone = VisionTransformer(
+        self.backbone = ConvNet(config.arch) if config.convnet else VisionTransformer(
             config.global_crops_size, config.patch_size, ffn_layer=config.ffn_layer,
             num_register_tokens=config.num_register_tokens, layerscale=config.layerscale or None,
             mask_token=config.hides_patches, drop_path_rate=drop_path_rate,
@@ -314,7 +315,7 @@ def check(config: Config):
     """Refuse what cannot work, before anything is written."""
     sizes = ["global_crops_size"] + ["local_crops_size"] * (config.local_crops_number > 0)
     for name in sizes:
-        size, p = getattr(config, name), config.patch_size
+        size, p = getattr(config, name), 1 if config.convnet else config.patch_size
         if p < 1 or size < p:
             raise UsageError(f"--{name} {size} is smaller than one patch of --patch_size {p}")
         if size % p:
@@ -351,6 +352,9 @@ def check(config: Config):
 
 
 def check_masks(config: Config):
+    if config.convnet:
+        raise UsageError(f"--arch {config.arch} has no patches to hide: give a ViT, or "
+                         "--ibot_weight 0")
     low, high = config.mask_ratio
     patches = (config.global_crops_size // config.patch_size) ** 2
     if not 0 <= low <= high < 1 or int(patches * high) < 1:
@@ -568,13 +572,15 @@ def run(config: Config, build=build, update=ema_update) -> dict:
     if place.main:
         visualize.draw_curves(folder)
         some = np.random.default_rng(config.seed).permutation(len(val))[:8]
-        if len(some):
+        if len(some) and not config.convnet:
             visualize.draw_attention_page(teacher.backbone, [val.read(int(i)) for i in some],
                                           config.global_crops_size, folder / "attention.png")
         runtime.write_json(folder / "summary.json", summary)
-        print(f"\nfinished in {summary['minutes']:.1f} minutes; wrote {folder}/curves.png, "
-              f"attention.png and teacher.pt\nnext:  python visualize.py attention PHOTO "
-              f"--weights {folder}")
+        what, then = "curves.png, attention.png", f"visualize.py attention PHOTO --weights {folder}"
+        if config.convnet:  # which has no attention to draw
+            what, then = "curves.png", f"evaluate.py knn --weights {folder}"
+        print(f"\nfinished in {summary['minutes']:.1f} minutes; wrote {folder}/{what} and "
+              f"teacher.pt\nnext:  python {then}")
     return summary
 
 

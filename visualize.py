@@ -227,6 +227,8 @@ def main(argv):
             if not 0 < config.share < 1:
                 raise UsageError(f"--share {config.share}: expected between 0 and 1")
             model, path = load_backbone(config.weights), Path(config.output or "attention.png")
+            if not isinstance(model, VisionTransformer):
+                raise UsageError(f"--weights {config.weights}: a convnet, which has no attention")
             try:
                 image = read_file(Path(target[0]))
             except OSError as error:

@@ -259,6 +259,7 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"pos_embed_resize {pos_embed_resize!r}: choose offset or antialias")
         if img_size < patch_size:
             raise ValueError(f"img_size {img_size} is smaller than one patch of {patch_size}")
+        self.img_size = img_size // patch_size * patch_size
         self.patch_size, self.embed_dim, self.depth = patch_size, embed_dim, depth
         self.num_heads, self.num_register_tokens = num_heads, num_register_tokens
         self.pos_embed_resize = pos_embed_resize

@@ -2,6 +2,7 @@
 
     run directory --> teacher.pt --+
     teacher.pt, official .pth -----+--> tensors --> shapes: width, depth, patch --> ViT, loaded
+                                                  or ResNet-50 (a run's config.json names others)
 
 Idea     The architecture can be read off the tensors, so nobody has to repeat it in flags, and
          nobody gets random weights because a flag was wrong: every tensor must find its place.
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from resnet import NAMES, ConvNet
 from vit import VisionTransformer
 
 
@@ -70,13 +72,16 @@ def architecture(state: dict[str, Tensor]) -> dict:
     )
 
 
-def load_backbone(path: str | Path) -> VisionTransformer:
+def load_backbone(path: str | Path) -> VisionTransformer | ConvNet:
     """The network with its weights, in eval mode. ValueError with the difference if one is left."""
     state, config = read_backbone(path)
-    options = architecture(state)
-    if config:
-        options["pos_embed_resize"] = config["pos_embed_resize"]
-    model = VisionTransformer(**options)
+    if config.get("arch") in NAMES or "layer4.2.bn3.weight" in state:
+        model = ConvNet(config.get("arch", "resnet50"), config.get("global_crops_size", 224))
+    else:
+        options = architecture(state)
+        if config:
+            options["pos_embed_resize"] = config["pos_embed_resize"]
+        model = VisionTransformer(**options)
     load_strictly(model, state, str(path))
     return model.eval()
 

@@ -27,7 +27,7 @@ from recipes import PRESETS
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LEAVES = ("vit", "heads", "losses", "augment", "shapes", "optim", "runtime")
+LEAVES = ("vit", "resnet", "heads", "losses", "augment", "shapes", "optim", "runtime")
 SHARED = ("data", "weights", "features", "recipes")
 OURS = {Path(name).stem for name in FILES}
 
