@@ -95,6 +95,7 @@ class Config:
     # -- machine
     device: str = "auto"  # auto | cpu | cuda | mps
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; losses are float32
+    compile: bool | None = None  # fuse the blocks' kernels by torch.compile [on CUDA]
     num_workers: int = 2  # loader processes
     # -- run
     output_dir: str = ""  # the run; empty: runs/PRESET
@@ -116,7 +117,7 @@ class Config:
 
 # Fields that do not change the result: a run may be continued with others.
 NEUTRAL = {"output_dir", "given", "resume", "save_every", "log_every", "knn_every", "num_workers",
-           "device", "data_root", "download"}
+           "device", "data_root", "download", "compile"}
 
 # ------------------------------------------------------------------------------------------------
 # Other data, other batches: the papers had a million images or more, a thousand of them a step

@@ -116,7 +116,7 @@ def parse(config_class, argv: list[str], presets: dict[str, dict] | None = None,
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         flag = f"--{field.name}"
-        if kind is bool:
+        if kind in (bool, bool | None):  # None: the program decides
             options = dict(nargs="?", const=True, type=to_bool, metavar="true|false")
             groups[group].add_argument(f"--no_{field.name}", dest=field.name, action="store_false",
                                        default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -128,7 +128,9 @@ def parse(config_class, argv: list[str], presets: dict[str, dict] | None = None,
             options = dict(nargs=many, type=inner[0], metavar=field.name.upper()[0])
         else:
             options = dict(type=kind, metavar=kind.__name__)
-        text = f"{text} [{field.default}]".replace("%", "%%").strip()
+        if field.default is not None:
+            text = f"{text} [{field.default}]"
+        text = text.replace("%", "%%").strip()
         groups[group].add_argument(flag, default=argparse.SUPPRESS, help=text, **options)
     given = vars(parser.parse_args(argv))
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}

@@ -105,6 +105,11 @@ def build(config: Config, place: Place) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(config.seed)
     student = Network(config, config.drop_path_rate).to(place.device)
     teacher = copy.deepcopy(student).requires_grad_(False)
+    if place.device.type == "cuda" if config.compile is None else config.compile:
+        # Block by block and in place: all blocks share one graph, and keys stay as they are.
+        for network in (student, teacher):
+            for block in getattr(network.backbone, "blocks", network.backbone.children()):
+                block.compile()
     return student, teacher
 
 
@@ -238,11 +243,14 @@ class Judge:
         self.protocol = "k-NN(20)" if self.labelled else "other-view retrieval"
 
     def __call__(self, backbone: nn.Module) -> float | None:
-        config = self.config
         if len(self.queries) < 2:
             return None
-        if not self.labelled:
-            return self.retrieve_other_view(backbone)
+        # Images come in other numbers here: not worth a graph of their own.
+        with torch.compiler.set_stance("force_eager"):
+            return self.vote(backbone) if self.labelled else self.retrieve_other_view(backbone)
+
+    def vote(self, backbone: nn.Module) -> float:
+        config = self.config
         bank, queries = (
             extract(backbone, images, config.global_crops_size, self.place,
                     num_workers=config.num_workers, precision=config.precision)
@@ -573,8 +581,9 @@ def run(config: Config, build=build, update=ema_update) -> dict:
         visualize.draw_curves(folder)
         some = np.random.default_rng(config.seed).permutation(len(val))[:8]
         if len(some) and not config.convnet:
-            visualize.draw_attention_page(teacher.backbone, [val.read(int(i)) for i in some],
-                                          config.global_crops_size, folder / "attention.png")
+            with torch.compiler.set_stance("force_eager"):
+                visualize.draw_attention_page(teacher.backbone, [val.read(int(i)) for i in some],
+                                              config.global_crops_size, folder / "attention.png")
         runtime.write_json(folder / "summary.json", summary)
         what, then = "curves.png, attention.png", f"visualize.py attention PHOTO --weights {folder}"
         if config.convnet:  # which has no attention to draw

@@ -5,13 +5,15 @@
 3. A run writes what the README says, and a finished one says so.
 4. Bad input is one line that names the flag, exit code 2, and leaves no run directory behind.
 5. A step that is not finite stops the run, names step and images, and the checkpoint stays good.
-6. Warnings name the illness and the term; each ingredient can be left out by a flag.
-7. The algorithm fits on one screen.
+6. Compiled, a run gives the same weights to rounding, without a new graph after the first step.
+7. Warnings name the illness and the term; each ingredient can be left out by a flag.
+8. The algorithm fits on one screen.
 """
 
 import inspect
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -304,6 +306,33 @@ def test_a_step_that_is_not_finite(tiny, tmp_path, monkeypatch):
         train.run(config)
     state = train.runtime.load_checkpoint(tmp_path / "run/checkpoint")
     assert state["step"] == 4 and all(v.isfinite().all() for v in state["student"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs a C++ compiler")
+def test_compiled_is_the_same(tiny, tmp_path, monkeypatch):
+    """Stochastic depth as a ramp, masks, registers: the plan changes, the graphs do not."""
+    flags = [*tiny, "--ibot_weight", "1", "--num_register_tokens", "1"]
+    plain = train.run(config_of(flags, tmp_path, "--output_dir", str(tmp_path / "plain")))
+    step, graphs = train.train_step, []
+
+    def counted(*args):
+        out = step(*args)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return out
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(train, "train_step", counted)
+    compiled = train.run(config_of(flags, tmp_path, "--compile"))
+    assert len(set(graphs[1:])) == 1 and 0 < graphs[-1] <= 4, graphs
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert abs(compiled["loss"] - plain["loss"]) < 1e-3
+    a, b = weights(tmp_path / "plain"), weights(tmp_path / "run")
+    assert list(a) == list(b)  # clean keys
+    # Adam makes a whole step of a gradient that is rounding alone: few weights differ, not many.
+    apart = torch.cat([(a[k] - b[k]).abs().flatten() for k in a])
+    assert apart.mean() < 1e-5, apart.mean()
 
 
 def test_too_many_broken_images(tiny, tmp_path, photos):
