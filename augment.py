@@ -44,10 +44,9 @@ PHOTOMETRY = {
     # the first global crop never blurred, the second nine times in ten. So do these.
     "dinov2": dict(jitter=(0.8, 0.8, 0.8), gray=(0.2, 0.2, 0.2), blur=(0.0, 0.9, 0.5),
                    solarize=(0.0, 0.2, 0.0), strength=(0.4, 0.4, 0.2, 0.1)),
-    # For small crops of a colourful world: every hue becomes every other, so that no network can
-    # tell images apart by it, and blur, which would wipe out the texture of so few pixels, is rare.
-    "hue": dict(jitter=(1.0, 1.0, 1.0), gray=(0.2, 0.2, 0.2), blur=(0.1, 0.1, 0.1),
-                solarize=(0.0, 0.0, 0.0), strength=(0.4, 0.4, 0.4, 0.5)),
+    # For crops of 64 pixels and less: without blur, which would wipe out the texture of so few.
+    "small": dict(jitter=(0.8, 0.8, 0.8), gray=(0.2, 0.2, 0.2), blur=(0.0, 0.0, 0.0),
+                  solarize=(0.0, 0.2, 0.0), strength=(0.4, 0.4, 0.2, 0.1)),
     "none": dict(jitter=(0.0,) * 3, gray=(0.0,) * 3, blur=(0.0,) * 3, solarize=(0.0,) * 3,
                  strength=(0.0,) * 4),
 }

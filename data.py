@@ -15,6 +15,7 @@ Tests    pytest tests/test_data.py
 
 import inspect
 import os
+import signal
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -234,8 +235,10 @@ class Views(torch.utils.data.Dataset):
         raise RuntimeError(f"ten images in a row do not decode, the last: {broken[-1]}")
 
 
-def _one_thread(worker: int):
+def _begin_worker(worker: int):
     torch.set_num_threads(1)  # workers are the parallelism
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler of the process that made it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which will end it, after its last step
 
 
 def training_loader(views: Views, sampler: Sampler, num_workers: int, pin_memory: bool = False,
@@ -247,7 +250,7 @@ def training_loader(views: Views, sampler: Sampler, num_workers: int, pin_memory
         num_workers=num_workers,
         collate_fn=partial(collate, masking=masking),
         pin_memory=pin_memory,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_begin_worker,
         prefetch_factor=4 if num_workers else None,
     )
 

@@ -57,7 +57,7 @@ class Config:
     local_crops_number: int = 8  # seen by the student only
     local_crops_size: int = 96  # pixels
     local_crops_scale: tuple[float, float] = (0.05, 0.4)  # share of the image's area
-    photometry: Literal["dino", "dinov2", "hue", "none"] = "dino"  # colour augmentation
+    photometry: Literal["dino", "dinov2", "small", "none"] = "dino"  # colour augmentation
     # -- masks
     mask_probability: float = 0.5  # share of global crops with hidden patches (--ibot_weight > 0)
     mask_ratio: tuple[float, float] = (0.1, 0.5)  # share of patches hidden in those

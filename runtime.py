@@ -23,7 +23,9 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 import time
 import typing
 from pathlib import Path
@@ -186,6 +188,41 @@ def start(device: str = "auto") -> Place:
         device = f"cuda:{torch.cuda.current_device()}"
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     return Place(torch.device(device), dist.get_rank(), dist.get_world_size())
+
+
+class Farewell:
+    """SIGTERM and SIGINT: finish the step, save, and go with the exit code 143 or 130.
+
+    A signal reaches processes at different steps; `agreed` is asked after every step and gives the
+    same answer to all of them. It talks over gloo on the CPU, so no device is waited for.
+    """
+
+    def __init__(self, place: Place):
+        self.signal, self.before = 0, {}
+        self.group = dist.new_group(backend="gloo") if place.world_size > 1 else None
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.before[number] = signal.signal(number, self.note)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number, frame):
+        if self.signal:  # asked twice: at once
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def agreed(self) -> int:
+        """The signal that any process got, 0 if none."""
+        if self.group is None:
+            return self.signal
+        flag = torch.tensor(self.signal)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
+        return int(flag)
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

@@ -25,6 +25,7 @@ import dataclasses
 import json
 import math
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -531,40 +532,47 @@ def run(config: Config, build=build, update=ema_update) -> dict:
     if place.world_size > 1:
         network = DistributedDataParallel(student, gradient_as_bucket_view=True)
     clock, recent, warned, last = runtime.Clock(step, total), Recent(images), set(), {}
-    while step < total:
-        batch = clock.wait(batches)
-        now = schedules(step, epoch_steps, total, config, place)
-        out = train_step(network, teacher, makers, optimizer, batch, now, config, place, update)
-        recent.add(step, batch, out)
-        step += 1
-        clock.tick()
+    with runtime.Farewell(place) as farewell:
+        while step < total:
+            batch = clock.wait(batches)
+            now = schedules(step, epoch_steps, total, config, place)
+            out = train_step(network, teacher, makers, optimizer, batch, now, config, place, update)
+            recent.add(step, batch, out)
+            step += 1
+            clock.tick()
 
-        saving = step % config.save_every == 0 or step == total
-        if step % config.log_every == 0 or saving:
-            # The one place where the host waits for the device.
-            last = recent.read(figures, step * config.batch_size_per_gpu * place.world_size)
-            rate = config.batch_size_per_gpu * place.world_size / max(clock.step_seconds, 1e-9)
-            last |= dict(step=step, lr=now["lr"], momentum=now["momentum"],
-                         weight_decay=now["weight_decay"], teacher_temp=now["teacher_temp"],
-                         images_per_second=rate, waiting=clock.waiting,
-                         memory_gb=runtime.peak_memory_gb(place.device))
-            place.print(log_line(last, total, config, clock))
-            record(folder, last, place)
-            illness = diagnose(last, config)
-            if illness and illness[0] not in warned and step > config.warmup_epochs * epoch_steps:
-                warned.add(illness[0])
-                place.print(f"warning: {illness[1]}")
-        with clock.pause():
-            due = config.knn_every and step % (config.knn_every * epoch_steps) == 0
-            if due or step == total:
-                figures["knn"] = judge(teacher.backbone)
-                if figures["knn"] is not None:
-                    place.print(f"epoch {step // epoch_steps}: {judge.protocol} of the teacher "
-                                f"{figures['knn']:.1%} (untrained {figures['untrained']:.1%}, "
-                                f"pixels {figures['pixels']:.1%})")
-                    record(folder, dict(step=step, knn=figures["knn"]), place)
-            if saving:
-                save()
+            asked_to_stop = farewell.agreed()
+            saving = step % config.save_every == 0 or step == total or asked_to_stop
+            if step % config.log_every == 0 or saving:
+                # The one place where the host waits for the device.
+                last = recent.read(figures, step * config.batch_size_per_gpu * place.world_size)
+                rate = config.batch_size_per_gpu * place.world_size / max(clock.step_seconds, 1e-9)
+                last |= dict(step=step, lr=now["lr"], momentum=now["momentum"],
+                             weight_decay=now["weight_decay"], teacher_temp=now["teacher_temp"],
+                             images_per_second=rate, waiting=clock.waiting,
+                             memory_gb=runtime.peak_memory_gb(place.device))
+                place.print(log_line(last, total, config, clock))
+                record(folder, last, place)
+                illness = diagnose(last, config)
+                warm = step > config.warmup_epochs * epoch_steps
+                if illness and illness[0] not in warned and warm:
+                    warned.add(illness[0])
+                    place.print(f"warning: {illness[1]}")
+            with clock.pause():
+                due = config.knn_every and step % (config.knn_every * epoch_steps) == 0
+                if due or step == total:
+                    figures["knn"] = judge(teacher.backbone)
+                    if figures["knn"] is not None:
+                        place.print(f"epoch {step // epoch_steps}: {judge.protocol} of the teacher "
+                                    f"{figures['knn']:.1%} (untrained {figures['untrained']:.1%}, "
+                                    f"pixels {figures['pixels']:.1%})")
+                        record(folder, dict(step=step, knn=figures["knn"]), place)
+                if saving:
+                    save()
+            if asked_to_stop and step < total:
+                place.print(f"stopped after step {step} by {signal.Signals(asked_to_stop).name} and "
+                            "saved; the same command continues")
+                raise SystemExit(128 + asked_to_stop)
 
     # -- what came of it
     illness = diagnose(last, config)

@@ -1,13 +1,14 @@
 """Claims
 1. Two processes move as one would on the joined batch: centre, Sinkhorn-Knopp (unequal counts,
    padding), one whole DDP step of both objectives.
-2. A run saved by two processes goes on with one, on the same images in the same order.
+2. When one of two processes is asked to stop, both save and go; the run goes on with one.
 3. Features and k-NN of two processes are exactly those of one, for odd sizes too.
 
 Every claim is checked in one spawn: starting processes is what costs time.
 """
 
 import os
+import signal
 import socket
 
 import pytest
@@ -79,13 +80,13 @@ def process(rank, port, flags, folder):
     model.load_state_dict(torch.load(f"{folder}/backbone.pt"))
     out["features"] = extract(model, open_images("shapes:11"), 16, place)
     config.batch_size_per_gpu, config.output_dir, config.epochs = 4, f"{folder}/run", 1
-    # killed after step 4, where the first checkpoint was written
+    # one of the two is asked to stop in step 5: both save and go
     calls, step = [], train.train_step
 
     def stops(*args):
         calls.append(1)
-        if len(calls) > 4:
-            raise KeyboardInterrupt
+        if len(calls) == 5 and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         return step(*args)
 
     train.train_step = stops
@@ -93,8 +94,8 @@ def process(rank, port, flags, folder):
     os.environ["MASTER_PORT"] = str(port + 1)
     try:
         train.run(config)
-    except KeyboardInterrupt:
-        pass
+    except SystemExit as stop:
+        out["exit"] = stop.code
     torch.save(out, f"{folder}/{rank}.pt")
 
 
@@ -151,15 +152,16 @@ def test_features_of_two_are_those_of_one(spawned):
 
 
 def test_saved_by_two_continued_by_one(spawned, capsys):
-    folder, flags, _, _ = spawned
-    assert load_checkpoint(folder / "run/checkpoint")["step"] == 4
+    folder, flags, outs, _ = spawned
+    assert [out["exit"] for out in outs] == [143, 143]
+    assert load_checkpoint(folder / "run/checkpoint")["step"] == 5
     config = parse(
         Config,
         [*flags, "--batch_size_per_gpu", "4", "--epochs", "1", "--output_dir", str(folder / "run")],
         PRESETS,
     )
     summary = train.run(config)
-    assert "continuing from step 4" in capsys.readouterr().out
+    assert "continuing from step 5" in capsys.readouterr().out
     assert summary["steps"] == 8  # 64 images in global batches of 8
     config.batch_size_per_gpu = 5
     with pytest.raises(UsageError, match="--batch_size_per_gpu"):

@@ -1,7 +1,7 @@
 """Claims
 1. One step equals DINO's Alg. 1 written out plainly: loss, gradients, teacher, centre (float32);
    and DINOv2's three losses written out image by image.
-2. Killed anywhere and run again gives the same weights, bit for bit, with 0 or 2 workers.
+2. Killed anywhere, or asked to stop, and run again: the same weights, bit for bit.
 3. A run writes what the README says, and a finished one says so.
 4. Bad input is one line that names the flag, exit code 2, and leaves no run directory behind.
 5. A step that is not finite stops the run, names step and images, and the checkpoint stays good.
@@ -13,7 +13,9 @@
 import inspect
 import json
 import math
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -193,6 +195,29 @@ def test_killed_and_resumed_equals_uninterrupted(workers, tiny, tmp_path, monkey
     assert [(r["step"], r.get("loss")) for r in logged[0]] == [
         (r["step"], r.get("loss")) for r in logged[1]
     ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_and_goes(number, tiny, tmp_path, monkeypatch, capsys):
+    train.run(config_of(tiny, tmp_path / "whole"))
+    asked = config_of(tiny, tmp_path / "asked", "--num_workers", "1")
+    step, calls = train.train_step, []
+
+    def signalled(*args):
+        calls.append(1)
+        if len(calls) == 7:
+            os.kill(os.getpid(), number)
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", signalled)
+    with pytest.raises(SystemExit) as stop:
+        train.run(asked)
+    assert stop.value.code == 128 + number and f"by {number.name}" in capsys.readouterr().out
+    assert train.runtime.load_checkpoint(tmp_path / "asked/run/checkpoint")["step"] == 7
+    assert signal.getsignal(number) is not None and "Farewell" not in str(signal.getsignal(number))
+    train.run(asked)
+    a, b = (weights(tmp_path / name / "run") for name in ("whole", "asked"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_a_run_and_its_directory(tiny, tmp_path, capsys):
