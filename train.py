@@ -570,8 +570,8 @@ def run(config: Config, build=build, update=ema_update) -> dict:
                 if saving:
                     save()
             if asked_to_stop and step < total:
-                place.print(f"stopped after step {step} by {signal.Signals(asked_to_stop).name} and "
-                            "saved; the same command continues")
+                name = signal.Signals(asked_to_stop).name
+                place.print(f"{name}: stopped after step {step}, saved; the same command continues")
                 raise SystemExit(128 + asked_to_stop)
 
     # -- what came of it

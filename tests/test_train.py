@@ -212,7 +212,7 @@ def test_asked_to_stop_it_saves_and_goes(number, tiny, tmp_path, monkeypatch, ca
     monkeypatch.setattr(train, "train_step", signalled)
     with pytest.raises(SystemExit) as stop:
         train.run(asked)
-    assert stop.value.code == 128 + number and f"by {number.name}" in capsys.readouterr().out
+    assert stop.value.code == 128 + number and f"{number.name}: stopped after step 7" in capsys.readouterr().out
     assert train.runtime.load_checkpoint(tmp_path / "asked/run/checkpoint")["step"] == 7
     assert signal.getsignal(number) is not None and "Farewell" not in str(signal.getsignal(number))
     train.run(asked)
