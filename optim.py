@@ -16,7 +16,9 @@ Tests    pytest tests/test_optim.py
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 # ------------------------------------------------------------------------------------------------
 # Schedules: pure functions of the step
@@ -85,7 +87,7 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):  # of torch's interface; not asked here
         # The name and meaning that torch's fused optimisers use: above 0 nothing moves.
         skip = getattr(self, "found_inf", None)
         for group in self.param_groups:
@@ -124,6 +126,11 @@ def set_schedule(optimizer: torch.optim.Optimizer, lr: float, weight_decay: floa
 # Between backward and the next forward
 
 
+def local(tensors: list[Tensor]) -> list[Tensor]:
+    """Of each tensor what this process holds: all of it, unless FSDP has split it."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+
 def clip_gradients(networks: list[nn.Module], max_norm: float, mode: str) -> Tensor:
     """Scale gradients in place; returns the norm of all of them before that, on the device.
 
@@ -132,21 +139,26 @@ def clip_gradients(networks: list[nn.Module], max_norm: float, mode: str) -> Ten
     """
     norms = []
     for network in networks:
-        grads = [p.grad for p in network.parameters() if p.grad is not None]
-        each = torch._foreach_norm(grads)
-        norms += each
+        whole = [p.grad for p in network.parameters() if p.grad is not None]
+        grads = local(whole)
+        each = torch.stack(torch._foreach_norm(grads))
+        if isinstance(whole[0], DTensor):  # the norm of all of a tensor, not of our part of it
+            each = each.square()
+            dist.all_reduce(each)
+            each = each.sqrt()
+        norms.append(each)
         if not max_norm:
             continue
-        limits = each if mode == "parameter" else [torch.stack(each).norm()] * len(grads)
-        factors = (max_norm / (torch.stack(limits) + 1e-6)).clamp(max=1)
+        limits = each if mode == "parameter" else each.norm().expand(len(grads))
+        factors = (max_norm / (limits + 1e-6)).clamp(max=1)
         torch._foreach_mul_(grads, list(factors.unbind()))
-    return torch.stack(norms).norm()
+    return torch.cat(norms).norm()
 
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float, ok: Tensor | float = 1.0):
     """teacher <- m * teacher + (1 - m) * student, over parameters in order. ok = 0: no change."""
-    pairs = list(teacher.parameters()), list(student.parameters())
+    pairs = local(list(teacher.parameters())), local(list(student.parameters()))
     weight = torch.as_tensor((1 - momentum) * ok, dtype=torch.float32, device=pairs[0][0].device)
     torch._foreach_lerp_(*pairs, [weight] * len(pairs[0]))
 

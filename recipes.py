@@ -95,12 +95,14 @@ class Config:
     # -- machine
     device: str = "auto"  # auto | cpu | cuda | mps
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; losses are float32
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # copies of the network, or one split over processes
     compile: bool | None = None  # fuse the blocks' kernels by torch.compile [on CUDA]
     num_workers: int = 2  # loader processes
     # -- run
     output_dir: str = ""  # the run; empty: runs/PRESET
     resume: bool = True  # continue the run that is there; --no_resume starts anew
     save_every: int = 500  # steps between checkpoints
+    keep: int = 2  # checkpoints kept
     log_every: int = 20  # steps between log lines
     knn_every: int = 10  # epochs between k-NN evaluations of the teacher; 0: first and last only
 
@@ -117,7 +119,7 @@ class Config:
 
 # Fields that do not change the result: a run may be continued with others.
 NEUTRAL = {"output_dir", "given", "resume", "save_every", "log_every", "knn_every", "num_workers",
-           "device", "data_root", "download", "compile"}
+           "device", "data_root", "download", "compile", "parallel", "keep"}
 
 # ------------------------------------------------------------------------------------------------
 # Other data, other batches: the papers had a million images or more, a thousand of them a step

@@ -21,6 +21,7 @@ import hashlib
 import inspect
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -28,10 +29,16 @@ import sys
 import threading
 import time
 import typing
+import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 # ------------------------------------------------------------------------------------------------
 # Errors that are the user's to mend: one line, exit code 2
@@ -169,6 +176,18 @@ class Place:
         if self.main:
             print(*words, flush=True)
 
+    def barrier(self):
+        if self.world_size > 1:
+            dist.barrier()
+
+    def agree(self, thing):
+        """What the main process has, on all processes."""
+        if self.world_size == 1:
+            return thing
+        box = [thing]
+        dist.broadcast_object_list(box, device=self.device)
+        return box[0]
+
 
 def start(device: str = "auto") -> Place:
     """Choose the device and, under torchrun, join the other processes."""
@@ -252,6 +271,46 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 # ------------------------------------------------------------------------------------------------
+# Networks larger than one device
+
+
+def shard(network: nn.Module, cheap: list[nn.Module], exact: list[nn.Module], place: Place,
+          precision: str):
+    """Split parameters, gradients and moments over all processes, in place: FSDP2.
+
+    Each module of the lists is gathered by itself when it runs and let go afterwards; the rest of
+    the network is one more such unit. `cheap` ones are gathered, and their gradients summed, in the
+    low precision; `exact` ones and the rest in float32.
+    """
+    # It warns of outputs that are views, for those who would write into them.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    mesh = init_device_mesh(place.device.type, (place.world_size,))
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low, cast_forward_inputs=False)
+    for module in cheap:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    for module in [*exact, network]:
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
+def whole_state(network: nn.Module) -> dict:
+    """The state dict with every tensor whole, on every process."""
+    return dcp_state.get_model_state_dict(
+        network, options=dcp_state.StateDictOptions(full_state_dict=True))
+
+
+def live_state(networks: dict[str, nn.Module], optimizer=None, of: str = "") -> dict:
+    """The tensors themselves, by the names of their parameters: what is saved, and filled on load.
+
+    optimizer: whose moments, by the names of the parameters of networks[of].
+    """
+    state = {name: net.state_dict() for name, net in networks.items()}
+    if optimizer is not None:
+        state["optimizer"] = dcp_state.get_optimizer_state_dict(networks[of], optimizer)["state"]
+    return state
+
+
+# ------------------------------------------------------------------------------------------------
 # Files that are whole or not there
 
 
@@ -281,19 +340,78 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 2):
-    """state -> folder/step-N/. Complete with its manifest.json; older ones beyond `keep` go."""
+# ------------------------------------------------------------------------------------------------
+# Checkpoints: PyTorch's distributed ones, of tensors alone, each complete with its manifest
+
+INDEX = {  # all that the index of such a checkpoint is made of
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
+        "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *(n for n in dir(torch) if isinstance(getattr(torch, n), torch.dtype))},
+    "pathlib": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
+}
+
+
+class IndexUnpickler(pickle.Unpickler):
+    """Builds an index and nothing else: a pickle can ask for any function to be run."""
+
+    def find_class(self, module, name):
+        if name not in INDEX.get(module, ()):
+            raise ValueError(f"its index asks for {module}.{name}, which has no place there")
+        return super().find_class(module, name)
+
+
+class Reader(dcp.FileSystemReader):
+    """DCP's reader, for files that may come from anywhere. Tensors are read with weights_only."""
+
+    def read_metadata(self, *args, **kwargs):
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            index = IndexUnpickler(file).load()
+        files = set(json.loads((Path(self.path) / "manifest.json").read_text())["files"])
+        if not {str(info.relative_path) for info in index.storage_data.values()} <= files:
+            raise ValueError("its index names files that its manifest does not")
+        index.storage_meta.load_id = self.load_id
+        return index
+
+
+def quiet():
+    """DCP warns of a single process, which is what we mean."""
+    return warnings.catch_warnings(action="ignore", category=UserWarning)
+
+
+def save_checkpoint(folder: Path, step: int, state: dict, facts: dict, place: Place, keep: int = 2):
+    """Nested dictionaries of tensors, sharded or not, -> folder/step-N, written by all processes.
+
+    Complete with its manifest.json, which is written last and holds `facts`. Those beyond the
+    newest `keep` go.
+    """
     aside, final = folder / f"tmp-{step}", folder / f"step-{step}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    save(aside / "state.pt", state)
-    file = aside / "state.pt"
-    write_json(aside / "manifest.json",
-               {"state.pt": {"bytes": file.stat().st_size, "sha256": digest(file)}})
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(aside, final)
-    for old in checkpoints(folder)[keep:]:
-        shutil.rmtree(old)
+    if place.main:
+        for rest in folder.glob("tmp-*"):  # of a save that was killed
+            shutil.rmtree(rest)
+        aside.mkdir(parents=True)
+    place.barrier()
+    alone = place.world_size == 1
+    with quiet():
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(aside), no_dist=alone)
+    mine = {file.name: {"bytes": file.stat().st_size, "sha256": digest(file)}
+            for file in aside.glob(f"__{place.rank}_*")}  # each process vouches for what it wrote
+    files = [mine]
+    if not alone:
+        files = [None] * place.world_size
+        dist.all_gather_object(files, mine)
+    if place.main:
+        index = aside / ".metadata"
+        files.append({index.name: {"bytes": index.stat().st_size, "sha256": digest(index)}})
+        write_json(aside / "manifest.json", {"step": step, **facts, "files": {
+            name: about for part in files for name, about in part.items()}})
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(aside, final)
+        for old in checkpoints(folder)[keep:]:
+            shutil.rmtree(old)
+    place.barrier()
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -302,22 +420,36 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: -int(p.name[5:]))
 
 
-def load_checkpoint(folder: Path, say=print) -> dict | None:
-    """The newest checkpoint that agrees with its manifest; a damaged one is named and passed over.
+def find_checkpoint(folder: Path, place: Place) -> tuple[Path, dict] | None:
+    """The newest checkpoint that agrees with its manifest, and that; the same on all processes.
 
-    Read with weights_only=True: a checkpoint from elsewhere can hold no code.
+    A damaged or foreign one is named and passed over. Nothing in it is run.
     """
-    for path in checkpoints(folder):
+    found = None
+    for path in checkpoints(folder) if place.main else ():
         try:
-            for name, known in json.loads((path / "manifest.json").read_text()).items():
+            manifest = json.loads((path / "manifest.json").read_text())
+            for name, known in manifest["files"].items():
                 if (path / name).stat().st_size != known["bytes"]:
                     raise ValueError(f"{name} has not the size that its manifest states")
                 if digest(path / name) != known["sha256"]:
                     raise ValueError(f"{name} does not match the checksum in its manifest")
-            return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            say(f"{path} is damaged ({error}); trying the one before it")
-    return None
+            Reader(path).read_metadata()
+            found = path, manifest
+            break
+        except Exception as error:  # a pickle that is no pickle fails in any way
+            place.print(f"{path} is damaged ({error!s:.200}); trying the one before it")
+    return place.agree(found)
+
+
+def load_checkpoint(path: Path, state: dict, place: Place):
+    """Fill the tensors of `state`, in place, whatever number of processes wrote them."""
+    try:
+        with quiet():
+            dcp.load(state, storage_reader=Reader(path), no_dist=place.world_size == 1)
+    except dcp.CheckpointException as error:  # no Exception, but a BaseException
+        first = next(iter(error.failures.values()))[0]
+        raise UsageError(f"{path} does not fit this run: {first!s:.300}") from None
 
 
 # ------------------------------------------------------------------------------------------------

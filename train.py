@@ -24,6 +24,7 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import shutil
 import signal
 import time
@@ -355,6 +356,15 @@ def check(config: Config):
                          "give at least 2, or --koleo_weight 0")
     if config.hides_patches:
         check_masks(config)
+    if config.parallel == "fsdp" and "WORLD_SIZE" not in os.environ:
+        raise UsageError("--parallel fsdp splits a network over processes: start it with torchrun "
+                         "--nproc_per_node=N train.py ...")
+    if config.parallel == "fsdp" and (config.convnet or config.use_bn_in_head):
+        raise UsageError("--parallel fsdp: BatchNorm (--use_bn_in_head, convnets) has statistics "
+                         "that no process owns; use --parallel ddp, or a ViT and --no_use_bn_in_head")
+    if config.parallel == "fsdp" and config.optimizer != "adamw":
+        raise UsageError(f"--parallel fsdp with --optimizer {config.optimizer}: PyTorch has no fused "
+                         "step for it on split tensors; give --optimizer adamw, or --parallel ddp")
     if config.warmup_epochs >= config.epochs:
         raise UsageError(f"--warmup_epochs {config.warmup_epochs} leaves nothing of "
                          f"--epochs {config.epochs}")
@@ -468,14 +478,18 @@ def run(config: Config, build=build, update=ema_update) -> dict:
         probe = Sampler(len(images), config.batch_size_per_gpu, 1, world_size=place.world_size)
         epoch_steps = config.epoch_length or probe.steps_per_pass
         total = config.epochs * epoch_steps
-        state = None
-        if config.resume:
-            state = runtime.load_checkpoint(folder / "checkpoint", place.print)
-        if state and state["step"] >= total and (folder / "summary.json").exists():
+        found = runtime.find_checkpoint(folder / "checkpoint", place) if config.resume else None
+        if found and found[1]["step"] >= total and (folder / "summary.json").exists():
             place.print(f"{folder} is finished; --no_resume would start it anew")
             return json.loads((folder / "summary.json").read_text())
         student, teacher = build(config, place)
         makers = target_makers(config).to(place.device)
+    whole = teacher.backbone
+    if config.parallel == "fsdp":
+        whole = copy.deepcopy(teacher.backbone)  # to be judged and saved: filled when needed
+        for network in (student, teacher):
+            backbone, *heads = network.children()
+            runtime.shard(network, list(backbone.blocks), heads, place, config.precision)
     optimizer = OPTIMIZERS[config.optimizer](
         parameter_groups(student, config.layerwise_decay, config.patch_embed_lr_mult))
     judge = Judge(images, val, config, place)
@@ -485,34 +499,45 @@ def run(config: Config, build=build, update=ema_update) -> dict:
                 f"of {config.batch_size_per_gpu} x {place.world_size}, {place.device}, "
                 f"{config.precision}, {sum(p.numel() for p in student.parameters()):,d} parameters")
 
+    def fill_whole() -> nn.Module:
+        """The teacher's backbone in one piece, as it is now."""
+        if config.parallel == "fsdp":
+            state = runtime.whole_state(teacher)
+            whole.load_state_dict({name.removeprefix("backbone."): value
+                                   for name, value in state.items() if "backbone." in name})
+        return whole
+
     # -- where we are: the beginning, or a checkpoint
-    parts = {"student": student, "teacher": teacher, "makers": makers, "optimizer": optimizer}
+    parts = {"student": student, "teacher": teacher, "makers": makers}
     figures = {"seconds": 0.0, "broken": 0, "untrained": None, "pixels": None, "knn": None}
     step = 0
-    if state:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        step, figures = state["step"], state["figures"]
+    if found:
+        state = runtime.live_state(parts, optimizer, of="student")
+        runtime.load_checkpoint(found[0], state, place)
+        step, figures = found[1]["step"], found[1]["figures"]
         place.print(f"continuing from step {step}")
     forget_metrics_after(folder / "metrics.jsonl", step, place)
     begun = time.time() - figures["seconds"]
     if step == 0:
         figures["pixels"] = judge(pixels_as_features())
-        figures["untrained"] = judge(teacher.backbone)
+        figures["untrained"] = judge(fill_whole())
         if figures["pixels"] is not None:
             place.print(f"{judge.protocol}: raw pixels {figures['pixels']:.1%}, "
                         f"untrained network {figures['untrained']:.1%}")
 
     def save():
         figures["seconds"] = time.time() - begun
+        runtime.save_checkpoint(folder / "checkpoint", step,
+                                runtime.live_state(parts, optimizer, of="student"),
+                                {"figures": figures}, place, config.keep)
+        state = runtime.whole_state(teacher)
         if place.main:
-            runtime.save_checkpoint(folder / "checkpoint", step, {
-                **{name: part.state_dict() for name, part in parts.items()},
-                "step": step, "figures": figures})
-            runtime.save(folder / "teacher.pt", teacher.backbone.state_dict())
-            heads = {name: head.state_dict() for name, head in teacher.named_children()
-                     if name != "backbone"}
-            runtime.save(folder / "heads.pt", heads | {"makers": makers.state_dict()})
+            mine = {name: {} for name, _ in teacher.named_children()}
+            for key, value in state.items():
+                name, rest = key.split(".", 1)
+                mine[name][rest] = value.cpu()
+            runtime.save(folder / "teacher.pt", mine.pop("backbone"))
+            runtime.save(folder / "heads.pt", mine | {"makers": makers.state_dict()})
 
     # -- the loop
     sampler = Sampler(len(images), config.batch_size_per_gpu, total, step, config.seed, place.rank,
@@ -529,7 +554,7 @@ def run(config: Config, build=build, update=ema_update) -> dict:
     batches = iter(training_loader(Views(images, crops, config.seed), sampler, config.num_workers,
                                    place.device.type == "cuda", masking))
     network = student
-    if place.world_size > 1:
+    if place.world_size > 1 and config.parallel == "ddp":
         network = DistributedDataParallel(student, gradient_as_bucket_view=True)
     clock, recent, warned, last = runtime.Clock(step, total), Recent(images), set(), {}
     with runtime.Farewell(place) as farewell:
@@ -561,7 +586,7 @@ def run(config: Config, build=build, update=ema_update) -> dict:
             with clock.pause():
                 due = config.knn_every and step % (config.knn_every * epoch_steps) == 0
                 if due or step == total:
-                    figures["knn"] = judge(teacher.backbone)
+                    figures["knn"] = judge(fill_whole())
                     if figures["knn"] is not None:
                         place.print(f"epoch {step // epoch_steps}: {judge.protocol} of the teacher "
                                     f"{figures['knn']:.1%} (untrained {figures['untrained']:.1%}, "
@@ -590,7 +615,7 @@ def run(config: Config, build=build, update=ema_update) -> dict:
         some = np.random.default_rng(config.seed).permutation(len(val))[:8]
         if len(some) and not config.convnet:
             with torch.compiler.set_stance("force_eager"):
-                visualize.draw_attention_page(teacher.backbone, [val.read(int(i)) for i in some],
+                visualize.draw_attention_page(whole, [val.read(int(i)) for i in some],
                                               config.global_crops_size, folder / "attention.png")
         runtime.write_json(folder / "summary.json", summary)
         what, then = "curves.png, attention.png", f"visualize.py attention PHOTO --weights {folder}"

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torchvision.transforms.v2.functional import to_pil_image
 
+import runtime
+
 # A run of seconds: every part of a real one, nothing large.
 TINY = (
     "shapes_dino --data shapes:64 --val_data shapes:32:val --epochs 2 --warmup_epochs 0 "
@@ -12,6 +14,16 @@ TINY = (
     "--precision fp32 --drop_path_rate 0.2 --global_crops_size 24 --local_crops_size 16 "
     "--no_use_bn_in_head"
 ).split()
+
+
+def saved(folder):
+    """The newest checkpoint there: (step, tensors by name such as student.backbone.cls_token)."""
+    place = runtime.Place(torch.device("cpu"))
+    path, manifest = runtime.find_checkpoint(folder, place)
+    index = runtime.Reader(path).read_metadata().state_dict_metadata
+    state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in index.items()}
+    runtime.load_checkpoint(path, state, place)
+    return manifest["step"], state
 
 
 @pytest.fixture

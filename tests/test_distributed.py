@@ -1,6 +1,6 @@
 """Claims
 1. Two processes move as one would on the joined batch: centre, Sinkhorn-Knopp (unequal counts,
-   padding), one whole DDP step of both objectives.
+   padding), one whole step of both objectives, with DDP and with FSDP, in both ways to clip.
 2. When one of two processes is asked to stop, both save and go; the run goes on with one.
 3. Features and k-NN of two processes are exactly those of one, for odd sizes too.
 
@@ -16,29 +16,40 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import runtime
 import train
 from augment import Masking, collate, hidden_places
+from conftest import saved
 from data import open_images
 from features import extract
 from losses import EMACenter, SinkhornKnopp, all_sum, entropies
 from recipes import PRESETS, Config
-from runtime import Place, UsageError, load_checkpoint, parse
+from runtime import Place, UsageError, parse, whole_state
 from vit import VisionTransformer
 
 
-def one_step(config, place, batch):
+def one_step(config, place, batch, fsdp=False):
     """A whole step on one batch: (loss, student's and teacher's weights, centre)."""
     student, teacher = train.build(config, place)
     makers = train.target_makers(config)
-    optimizer = train.OPTIMIZERS["sgd"](train.parameter_groups(student))
-    network = student if place.world_size == 1 else train.DistributedDataParallel(student)
+    network = student
+    if fsdp:
+        for each in (student, teacher):
+            runtime.shard(each, list(each.backbone.blocks), [each.dino_head], place, "fp32")
+    elif place.world_size > 1:
+        network = train.DistributedDataParallel(student)
+    optimizer = train.OPTIMIZERS["adamw"](train.parameter_groups(student))
+    for group in optimizer.param_groups:
+        group["eps"] = 1.0  # a step as long as its gradient: rounding stays rounding
     now = dict(
         lr=0.5, last_layer_lr=0.5, weight_decay=0.1, momentum=0.9, teacher_temp=0.05, generator=None
     )
     out = train.train_step(
         network, teacher, makers, optimizer, batch, now, config, place, train.ema_update
     )
-    return out["loss"], dict(student.state_dict()), dict(teacher.state_dict()), dict(makers.state_dict())
+    states = (whole_state(student), whole_state(teacher)) if fsdp else (
+        student.state_dict(), teacher.state_dict())
+    return out["loss"], *map(dict, states), dict(makers.state_dict())
 
 
 def batch_of(config, indices):
@@ -76,6 +87,8 @@ def process(rank, port, flags, folder):
     for config.centering in ("ema", "sinkhorn"):
         batch = batch_of(config, range(4 * rank, 4 * rank + 4))
         out[config.centering] = one_step(config, place, batch)
+    for config.clip_mode in ("network", "parameter"):  # of Sinkhorn
+        out[f"fsdp {config.clip_mode}"] = one_step(config, place, batch, fsdp=True)
     model = VisionTransformer(16, 8, embed_dim=64, depth=1, num_heads=1)
     model.load_state_dict(torch.load(f"{folder}/backbone.pt"))
     out["features"] = extract(model, open_images("shapes:11"), 16, place)
@@ -133,8 +146,9 @@ def test_sums_and_centre(spawned):
 def test_a_step_of_two_is_a_step_of_one(spawned):
     _, flags, outs, _ = spawned
     config = parse(Config, flags, PRESETS)
-    for name in ("sinkhorn", "ema"):
-        config.centering = name
+    for name in ("sinkhorn", "ema", "fsdp network", "fsdp parameter"):
+        config.centering = "ema" if name == "ema" else "sinkhorn"
+        config.clip_mode = "network" if name == "fsdp network" else "parameter"
         loss, *states = one_step(config, Place(torch.device("cpu")), batch_of(config, range(8)))
         for out in outs:
             torch.testing.assert_close(out[name][0], loss, rtol=1e-5, atol=1e-6)
@@ -154,7 +168,7 @@ def test_features_of_two_are_those_of_one(spawned):
 def test_saved_by_two_continued_by_one(spawned, capsys):
     folder, flags, outs, _ = spawned
     assert [out["exit"] for out in outs] == [143, 143]
-    assert load_checkpoint(folder / "run/checkpoint")["step"] == 5
+    assert saved(folder / "run/checkpoint")[0] == 5
     config = parse(
         Config,
         [*flags, "--batch_size_per_gpu", "4", "--epochs", "1", "--output_dir", str(folder / "run")],

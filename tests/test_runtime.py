@@ -6,7 +6,9 @@
 5. The clock does not count pauses.
 """
 
+import json
 import pickle
+import shutil
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -83,35 +85,55 @@ def test_exit_code(capsys):
     assert capsys.readouterr().err == "error: --size 3: too small\n"
 
 
-def test_checkpoints(tmp_path):
+HERE = runtime.Place(torch.device("cpu"))
+
+
+def save(folder, step):
+    state = {"student": {"a.b": torch.full((100,), step), "c": torch.tensor(1.5)}}
+    runtime.save_checkpoint(folder, step, state, {"figures": {"knn": None}}, HERE)
+
+
+def newest(folder, capsys):
+    """Its step, and what was said about others."""
+    found = runtime.find_checkpoint(folder, HERE)
+    return found and found[1]["step"], capsys.readouterr().out
+
+
+def test_checkpoints(tmp_path, capsys):
     for step in (1, 2, 3):
-        runtime.save_checkpoint(tmp_path, step, {"step": step, "x": torch.full((100,), step)})
+        save(tmp_path, step)
     assert [p.name for p in runtime.checkpoints(tmp_path)] == ["step-3", "step-2"]
-    assert runtime.load_checkpoint(tmp_path)["step"] == 3
+    path, manifest = runtime.find_checkpoint(tmp_path, HERE)
+    assert manifest["step"] == 3 and manifest["figures"] == {"knn": None}
+    state = {"student": {"a.b": torch.zeros(100, dtype=torch.int64), "c": torch.tensor(0.0)}}
+    runtime.load_checkpoint(path, state, HERE)
+    assert (state["student"]["a.b"] == 3).all() and state["student"]["c"] == 1.5
+    wrong = {"student": {"a.b": torch.zeros(99, dtype=torch.int64)}}
+    with pytest.raises(UsageError, match="step-3 does not fit this run"):
+        runtime.load_checkpoint(path, wrong, HERE)
 
-    said = []
-    data = bytearray((tmp_path / "step-3/state.pt").read_bytes())
+    file = next((tmp_path / "step-3").glob("*.distcp"))
+    data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1  # one flipped bit
-    (tmp_path / "step-3/state.pt").write_bytes(data)
-    assert runtime.load_checkpoint(tmp_path, said.append)["step"] == 2
-    assert "checksum" in said[0] and "step-3" in said[0]
-    (tmp_path / "step-3/state.pt").write_bytes(data[:100])  # cut short
-    assert runtime.load_checkpoint(tmp_path, said.append)["step"] == 2
+    file.write_bytes(data)
+    step, said = newest(tmp_path, capsys)
+    assert step == 2 and "checksum" in said and "step-3" in said
+    file.write_bytes(data[:100])  # cut short
+    assert newest(tmp_path, capsys)[0] == 2
     (tmp_path / "step-3/manifest.json").unlink()  # killed before the manifest
-    assert runtime.load_checkpoint(tmp_path, said.append)["step"] == 2
-    assert runtime.load_checkpoint(tmp_path / "none") is None
+    assert newest(tmp_path, capsys)[0] == 2
+    assert newest(tmp_path / "none", capsys)[0] is None
 
 
-def test_a_kill_while_saving_loses_nothing(tmp_path, monkeypatch):
-    runtime.save_checkpoint(tmp_path, 1, {"step": 1})
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(runtime, "write_json", killed)
-    with pytest.raises(KeyboardInterrupt):
-        runtime.save_checkpoint(tmp_path, 2, {"step": 2})
-    assert runtime.load_checkpoint(tmp_path)["step"] == 1
+def test_a_kill_while_saving_loses_nothing(tmp_path, monkeypatch, capsys):
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "write_json", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            save(tmp_path, 2)
+    assert newest(tmp_path, capsys)[0] == 1
+    save(tmp_path, 3)  # and leaves nothing lying about
+    assert {p.name for p in tmp_path.iterdir()} == {"step-1", "step-3"}
 
 
 class Evil:
@@ -119,11 +141,38 @@ class Evil:
         return (print, ("code ran",))
 
 
-def test_code_in_a_checkpoint_does_not_run(tmp_path, capsys):
-    runtime.save_checkpoint(tmp_path, 1, {"step": 1, "evil": Evil()})
-    with pytest.raises(pickle.UnpicklingError):
-        runtime.load_checkpoint(tmp_path)
-    assert "code ran" not in capsys.readouterr().out
+def vouch(folder):
+    """A manifest that fits whatever is in the folder now: a forger writes one, too."""
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": runtime.digest(p)}
+             for p in folder.iterdir() if p.name != "manifest.json"}
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("where", ["index", "shard", "bytes"])
+def test_code_in_a_checkpoint_does_not_run(where, tmp_path, capsys):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    folder = tmp_path / "step-2"
+    shard = next(folder.glob("*.distcp"))
+    if where == "index":
+        (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
+    elif where == "shard":
+        torch.save(Evil(), shard)
+    else:  # what DCP writes for anything that is no tensor, and would unpickle
+        shutil.rmtree(folder)
+        runtime.dcp.save({"x": Evil()}, checkpoint_id=folder, no_dist=True)
+        (folder / "manifest.json").write_text(json.dumps({"step": 2, "figures": {}}))
+    vouch(folder)
+    step, said = newest(tmp_path, capsys)
+    if where == "shard":  # found out when it is read
+        assert step == 2
+        with pytest.raises(UsageError, match="does not fit"):
+            runtime.load_checkpoint(folder, {"student": {"c": torch.tensor(0.0)}}, HERE)
+        said = capsys.readouterr().out
+    else:
+        assert step == 1 and "has no place there" in said
+    assert "code ran" not in said
 
 
 def test_device_is_checked():

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 import train
 from augment import Masking, collate, photometry
+from conftest import saved
 from recipes import PRESETS, Config
 from runtime import UsageError, parse
 
@@ -183,11 +184,10 @@ def test_killed_and_resumed_equals_uninterrupted(workers, tiny, tmp_path, monkey
     train.run(broken)
     a, b = (weights(tmp_path / name / "run") for name in ("whole", "broken"))
     assert all(torch.equal(a[k], b[k]) for k in a)
-    states = [
-        train.runtime.load_checkpoint(tmp_path / n / "run/checkpoint") for n in ("whole", "broken")
-    ]
-    for k in states[0]["student"]:
-        assert torch.equal(states[0]["student"][k], states[1]["student"][k]), k
+    states = [saved(tmp_path / n / "run/checkpoint")[1] for n in ("whole", "broken")]
+    assert any(k.startswith("optimizer.") for k in states[0])
+    for k in states[0]:
+        assert torch.equal(states[0][k], states[1][k]), k
     logged = [
         [json.loads(x) for x in open(tmp_path / n / "run/metrics.jsonl")]
         for n in ("whole", "broken")
@@ -213,7 +213,7 @@ def test_asked_to_stop_it_saves_and_goes(number, tiny, tmp_path, monkeypatch, ca
     with pytest.raises(SystemExit) as stop:
         train.run(asked)
     assert stop.value.code == 128 + number and f"{number.name}: stopped after step 7" in capsys.readouterr().out
-    assert train.runtime.load_checkpoint(tmp_path / "asked/run/checkpoint")["step"] == 7
+    assert saved(tmp_path / "asked/run/checkpoint")[0] == 7
     assert signal.getsignal(number) is not None and "Farewell" not in str(signal.getsignal(number))
     train.run(asked)
     a, b = (weights(tmp_path / name / "run") for name in ("whole", "asked"))
@@ -329,8 +329,8 @@ def test_a_step_that_is_not_finite(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "view_pair_loss", breaks)
     with pytest.raises(UsageError, match="step 6: the loss .dino. is not finite.*train-0"):
         train.run(config)
-    state = train.runtime.load_checkpoint(tmp_path / "run/checkpoint")
-    assert state["step"] == 4 and all(v.isfinite().all() for v in state["student"].values())
+    step, state = saved(tmp_path / "run/checkpoint")
+    assert step == 4 and all(v.isfinite().all() for v in state.values())
 
 
 @pytest.mark.slow
@@ -415,8 +415,8 @@ def test_each_ingredient_can_be_left_out(flags, tiny, tmp_path):
     rows = [r for r in rows if "loss" in r]
     terms, parts = OFF[flags]
     assert not any(key.split("_")[0] in terms for key in rows[0])
-    state = train.runtime.load_checkpoint(tmp_path / "run/checkpoint")
-    assert not any(part in key for part in parts for key in state["student"])
+    state = saved(tmp_path / "run/checkpoint")[1]
+    assert not any(part in key for part in parts for key in state)
     assert all(math.isfinite(v) for r in rows for v in r.values())
     assert rows[-1]["loss"] < rows[0]["loss"]
 
