@@ -361,10 +361,10 @@ def check(config: Config):
                          "--nproc_per_node=N train.py ...")
     if config.parallel == "fsdp" and (config.convnet or config.use_bn_in_head):
         raise UsageError("--parallel fsdp: BatchNorm (--use_bn_in_head, convnets) has statistics "
-                         "that no process owns; use --parallel ddp, or a ViT and --no_use_bn_in_head")
+                         "that no process owns; give --parallel ddp, or do without it")
     if config.parallel == "fsdp" and config.optimizer != "adamw":
-        raise UsageError(f"--parallel fsdp with --optimizer {config.optimizer}: PyTorch has no fused "
-                         "step for it on split tensors; give --optimizer adamw, or --parallel ddp")
+        raise UsageError(f"--parallel fsdp with --optimizer {config.optimizer}: it has no step on "
+                         "split tensors; give --optimizer adamw, or --parallel ddp")
     if config.warmup_epochs >= config.epochs:
         raise UsageError(f"--warmup_epochs {config.warmup_epochs} leaves nothing of "
                          f"--epochs {config.epochs}")
