@@ -365,7 +365,8 @@ def check(config: Config):
     if config.parallel == "fsdp" and config.optimizer != "adamw":
         raise UsageError(f"--parallel fsdp with --optimizer {config.optimizer}: it has no step on "
                          "split tensors; give --optimizer adamw, or --parallel ddp")
-    if config.warmup_epochs >= config.epochs:
+    open_to_rules = config.auto_scale and "warmup_epochs" not in config.given
+    if config.warmup_epochs >= config.epochs and not open_to_rules:
         raise UsageError(f"--warmup_epochs {config.warmup_epochs} leaves nothing of "
                          f"--epochs {config.epochs}")
 

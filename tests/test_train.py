@@ -267,9 +267,10 @@ def test_auto_scale_is_settled_when_a_run_begins(tiny, tmp_path, capsys):
     with pytest.raises(UsageError, match="--warmup_epochs"):  # a flag, which the rules obey
         train.run(config_of(tiny, tmp_path, "--auto_scale", "--epochs", "1", "--warmup_epochs", "2"))
     train.run(scaled)
-    assert "--auto_scale: momentum_teacher 0.9 " in capsys.readouterr().out
+    assert "--auto_scale: momentum_teacher 0.98 " in capsys.readouterr().out
     stored = json.loads((tmp_path / "run/config.json").read_text())
-    assert stored["momentum_teacher"] == 0.9 and stored["lr_scaling"] == "none"
+    assert stored["momentum_teacher"] == 0.98  # a flag
+    assert stored["ibot_n_prototypes"] == 256 and stored["local_crops_scale"] == [0.25, 0.6]
     train.run(scaled)  # the same command finds its run
     assert "is finished" in capsys.readouterr().out
 
