@@ -296,7 +296,7 @@ def test_unlabelled_photos(tiny, tmp_path, photos):
         ("--data folder:ONE", "--batch_size_per_gpu"),
         ("--batch_size_per_gpu 1000000", "--batch_size_per_gpu"),
         ("--local_crops_size 4", "--local_crops_size"),
-        ("--global_crops_size 33", "try 32"),
+        ("--global_crops_size 33", "try 30"),
         ("--val_data folder:/none", "--val_data"),
         ("--device tpu", "--device"),
         ("--teacher_temp 0", "--teacher_temp"),
