@@ -440,6 +440,23 @@ def open_data(config: Config) -> tuple[Images, Images]:
     return parts[0], parts[1]
 
 
+def batches_from(step: int, total: int, images: Images, config: Config, place: Place):
+    """The loader of this process's batches, of steps `step` to `total`."""
+    sampler = Sampler(len(images), config.batch_size_per_gpu, total, step, config.seed, place.rank,
+                      place.world_size)
+    crops = MultiCrop(config.global_crops_size, config.local_crops_size,
+                      config.global_crops_number,
+                      config.local_crops_number if config.dino_weight else 0,
+                      config.global_crops_scale, config.local_crops_scale, config.photometry)
+    masking = None
+    if config.hides_patches:
+        side = config.global_crops_size // config.patch_size
+        masking = Masking((side, side), config.mask_ratio, config.mask_probability,
+                          config.mask_shape, config.mask_min_patches, config.seed, place.rank)
+    return training_loader(Views(images, crops, config.seed), sampler, config.num_workers,
+                           place.device.type == "cuda", masking)
+
+
 def prepare(folder: Path, config: Config, place: Place):
     """Write what a run directory holds from the start. A new run clears an old one of its name."""
     if not config.resume:
@@ -533,27 +550,16 @@ def run(config: Config, build=build, update=ema_update) -> dict:
                                 {"figures": figures}, place, config.keep)
         state = runtime.whole_state(teacher)
         if place.main:
-            mine = {name: {} for name, _ in teacher.named_children()}
+            backbone, heads = {}, {"makers": makers.state_dict()}
             for key, value in state.items():
-                name, rest = key.split(".", 1)
-                mine[name][rest] = value.cpu()
-            runtime.save(folder / "teacher.pt", mine.pop("backbone"))
-            runtime.save(folder / "heads.pt", mine | {"makers": makers.state_dict()})
+                part, name = key.split(".", 1)
+                out = backbone if part == "backbone" else heads.setdefault(part, {})
+                out[name] = value.cpu()
+            runtime.save(folder / "teacher.pt", backbone)
+            runtime.save(folder / "heads.pt", heads)
 
     # -- the loop
-    sampler = Sampler(len(images), config.batch_size_per_gpu, total, step, config.seed, place.rank,
-                      place.world_size)
-    crops = MultiCrop(config.global_crops_size, config.local_crops_size,
-                      config.global_crops_number,
-                      config.local_crops_number if config.dino_weight else 0,
-                      config.global_crops_scale, config.local_crops_scale, config.photometry)
-    masking = None
-    if config.hides_patches:
-        side = config.global_crops_size // config.patch_size
-        masking = Masking((side, side), config.mask_ratio, config.mask_probability,
-                          config.mask_shape, config.mask_min_patches, config.seed, place.rank)
-    batches = iter(training_loader(Views(images, crops, config.seed), sampler, config.num_workers,
-                                   place.device.type == "cuda", masking))
+    batches = iter(batches_from(step, total, images, config, place))
     network = student
     if place.world_size > 1 and config.parallel == "ddp":
         network = DistributedDataParallel(student, gradient_as_bucket_view=True)
