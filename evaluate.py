@@ -29,7 +29,7 @@ from weights import load_backbone
 @dataclass
 class Config:
     # -- what to judge
-    weights: str = ""  # a run directory, its teacher.pt, or an official backbone file
+    weights: str = ""  # a run, a released name such as dinov2_vits14, a URL, or a file
     data: str = "shapes"  # images with labels that vote; for `features`, the images
     val_data: str = "shapes:val"  # images with labels that are judged
     data_root: str = "data"  # where torchvision keeps its data sets

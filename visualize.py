@@ -199,7 +199,7 @@ def draw_curves(run: Path) -> Path:
 @dataclass
 class Config:
     # -- attention
-    weights: str = ""  # a run directory, its teacher.pt, or an official backbone file
+    weights: str = ""  # a run, a released name such as dino_vits8, a URL, or a file
     image_size: int = 480  # shorter side of the photo in pixels, before cutting to whole patches
     block: int = -1  # which block's attention; -1 is the last
     share: float = 0.6  # share of the mass that the mask holds

@@ -22,6 +22,7 @@ import evaluate
 import runtime
 import train
 import visualize
+import weights
 from recipes import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +54,7 @@ PARSERS = {
     "train.py": lambda argv: runtime.parse(train.Config, argv, PRESETS),
     "evaluate.py": lambda argv: (evaluate.TASKS[argv[0]], runtime.parse(evaluate.Config, argv[1:])),
     "visualize.py": lambda argv: runtime.parse(visualize.Config, argv[2:]),
+    "weights.py": lambda argv: runtime.parse(weights.Config, argv[2:]),
 }
 
 
