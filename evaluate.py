@@ -29,7 +29,7 @@ from weights import load_backbone
 @dataclass
 class Config:
     # -- what to judge
-    weights: str = ""  # a run, a released name such as dinov2_vits14, a URL, or a file
+    weights: str = "dino_vits16"  # a run, a released name, a URL, or a file
     data: str = "shapes"  # images with labels that vote; for `features`, the images
     val_data: str = "shapes:val"  # images with labels that are judged
     data_root: str = "data"  # where torchvision keeps its data sets
@@ -126,8 +126,6 @@ def main(argv):
         given = argv[0] if argv else ""
         raise UsageError(f"task {given!r}: choose from {', '.join(TASKS)}; {usage}")
     config = runtime.parse(Config, argv[1:], usage=usage)
-    if not config.weights:
-        raise UsageError("--weights: give a run directory or a weights file")
     place = runtime.start(config.device)
     with runtime.usage():
         results = TASKS[argv[0]](config, place)

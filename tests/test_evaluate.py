@@ -75,7 +75,6 @@ def test_features(backbone, photos, tmp_path):
     "line, words",
     [
         ("", "choose from knn, features"),
-        ("knn", "--weights"),
         ("knn --weights /none", "no such file"),
         ("knn --weights W --data folder:FLAT", "needs labels"),
         ("knn --weights W --nb_knn 0", "--nb_knn"),
