@@ -21,7 +21,7 @@ import torch
 
 import runtime
 from data import open_images
-from features import extract, knn_accuracy
+from features import extract, knn_accuracy, same_labels
 from runtime import UsageError
 from weights import load_backbone
 
@@ -78,16 +78,11 @@ def knn(config: Config, place: runtime.Place) -> dict:
         if not images.labels:
             raise UsageError(f"{flag} {getattr(config, flag[2:])}: k-NN needs labels; "
                              "put the images into one folder per class")
-    if bank.classes and queries.classes and not set(queries.classes) <= set(bank.classes):
-        odd = sorted(set(queries.classes) - set(bank.classes))
-        raise UsageError(f"--val_data has classes that --data has not: {', '.join(odd[:5])}")
+    labels = same_labels(bank, queries)
     ks = tuple(k for k in config.nb_knn if 0 < k <= len(bank))
     if not ks:
         raise UsageError(f"--nb_knn {config.nb_knn}: none fits the {len(bank)} images of --data")
     features = Features(config, place)
-    labels = torch.tensor(queries.labels)
-    if bank.classes and queries.classes:  # a split may lack a class: go by names, not by numbers
-        labels = torch.tensor([bank.classes.index(c) for c in queries.classes])[labels]
     accuracy = knn_accuracy(features(bank), bank.labels, features(queries), labels, ks,
                             config.temperature)
     place.print(f"teacher, class token, {features.size} px centre crop, T = {config.temperature}, "
@@ -119,7 +114,7 @@ TASKS = {"knn": knn, "features": features}
 
 @runtime.command
 def main(argv):
-    usage = f"python evaluate.py {{{','.join(TASKS)}}} --weights RUN_OR_FILE [--flag value ...]"
+    usage = f"python evaluate.py {{{','.join(TASKS)}}} --weights RUN_OR_FILE_OR_NAME [--flag ...]"
     if argv[:1] and argv[0] in ("-h", "--help"):
         return runtime.parse(Config, argv, usage=usage)
     if not argv or argv[0] not in TASKS:
@@ -129,8 +124,10 @@ def main(argv):
     place = runtime.start(config.device)
     with runtime.usage():
         results = TASKS[argv[0]](config, place)
-    results |= {"task": argv[0], "weights": os.path.abspath(config.weights), "data": config.data,
-                "val_data": config.val_data, "precision": config.precision}
+    here = os.path.exists(config.weights)  # a file or a run; else a name or URL
+    results |= {"task": argv[0], "data": config.data, "val_data": config.val_data,
+                "weights": os.path.abspath(config.weights) if here else config.weights,
+                "precision": config.precision}
     if place.main and (argv[0] != "features" or config.output_dir):
         folder = Path(config.output_dir or f"evaluations/{argv[0]}")
         folder.mkdir(parents=True, exist_ok=True)

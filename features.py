@@ -106,6 +106,20 @@ def knn_accuracy(bank: Tensor, bank_labels, queries: Tensor, query_labels,
             .float().mean().item() for k in ks}
 
 
+def same_labels(bank: Images, queries: Images) -> Tensor:
+    """Labels of the queries in the bank's numbers. A split may lack a class: go by names.
+
+    ValueError if the queries have a class that the bank has not.
+    """
+    labels = torch.as_tensor(queries.labels)
+    if not (bank.classes and queries.classes):
+        return labels
+    odd = sorted(set(queries.classes) - set(bank.classes))
+    if odd:
+        raise ValueError(f"--val_data has classes that --data has not: {', '.join(odd[:5])}")
+    return torch.tensor([bank.classes.index(c) for c in queries.classes])[labels]
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     centres, labels = torch.randn(4, 16), torch.arange(800) % 4

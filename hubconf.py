@@ -1,6 +1,7 @@
 """Hub: the released backbones under their official names, for torch.hub.load.
 
-    torch.hub.load("PATH_OR_REPOSITORY", "dinov2_vits14_reg") --> weights.load_backbone --> network
+    torch.hub.load("OWNER/REPOSITORY", "dinov2_vits14_reg") --> weights.load_backbone --> network
+    torch.hub.load("PATH", "dinov2_vits14_reg", source="local")
 
 Idea     What others ask of Meta's repositories by name, they can ask of this one.
 Paper    none

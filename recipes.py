@@ -168,7 +168,9 @@ SMALL = dict(
 # What the two later papers add, in the measure that a short run can bear: at a weight of 1 the
 # patches take over the features before there is anything in them to share.
 SMALL_IBOT = dict(ibot_weight=0.2, separate_head=True, ibot_head_bottleneck_dim=32)
-SMALL_DINOV2 = SMALL_IBOT | dict(koleo_weight=0.1, layerscale=0.1, num_register_tokens=2)
+SMALL_DINOV2 = SMALL_IBOT | dict(
+    koleo_weight=0.1, layerscale=1.0, num_register_tokens=2, pos_embed_resize="antialias",
+)
 
 SHAPES = SMALL | dict(
     data="shapes", val_data="shapes:val", arch="vit_nano", patch_size=5, head_hidden_dim=256,
@@ -211,7 +213,8 @@ PRESETS = {
     "shapes": SHAPES,
     "shapes_dino": SHAPES,
     "shapes_ibot": SHAPES | SMALL_IBOT,
-    "shapes_dinov2": SHAPES | SMALL_DINOV2,
+    # Ten kinds of things leave KoLeo little to spread: less of it, and of iBOT.
+    "shapes_dinov2": SHAPES | SMALL_DINOV2 | dict(ibot_weight=0.1, koleo_weight=0.02),
     # For one GPU; not yet measured.
     "cifar10": CIFAR10,
     "cifar10_dino": CIFAR10,

@@ -285,7 +285,7 @@ def shard(network: nn.Module, cheap: list[nn.Module], exact: list[nn.Module], pl
     # It warns of outputs that are views, for those who would write into them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(place.device.type, (place.world_size,))
-    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    low = torch.bfloat16 if precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low, cast_forward_inputs=False)
     for module in cheap:
         fully_shard(module, mesh=mesh, mp_policy=policy)

@@ -39,7 +39,7 @@ import runtime
 import visualize
 from augment import Masking, MultiCrop, photometry
 from data import Images, Sampler, Views, held_out, open_images, training_loader
-from features import extract, knn_accuracy, top_neighbours
+from features import extract, knn_accuracy, same_labels, top_neighbours
 from heads import DINOHead
 from losses import (CENTERING, all_sum, effective_rank, entropies, koleo_loss, make_targets,
                     patch_loss, view_pair_loss)
@@ -106,8 +106,11 @@ def build(config: Config, place: Place) -> tuple[nn.Module, nn.Module]:
     """The student, and a teacher that starts as its copy and never gets a gradient."""
     torch.manual_seed(config.seed)
     student = Network(config, config.drop_path_rate).to(place.device)
+    if place.world_size > 1 and place.device.type == "cuda":  # on a CPU it does not exist
+        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     teacher = copy.deepcopy(student).requires_grad_(False)
-    if place.device.type == "cuda" if config.compile is None else config.compile:
+    wanted = place.device.type == "cuda" if config.compile is None else config.compile
+    if wanted:
         # Block by block and in place: all blocks share one graph, and keys stay as they are.
         for network in (student, teacher):
             for block in getattr(network.backbone, "blocks", network.backbone.children()):
@@ -242,6 +245,8 @@ class Judge:
         self.bank, self.queries = evenly(train, 10_000), evenly(val, 5_000)
         self.config, self.place = config, place
         self.labelled = bool(train.labels and val.labels)
+        if self.labelled:
+            same_labels(train, val)
         self.protocol = "k-NN(20)" if self.labelled else "other-view retrieval"
 
     def __call__(self, backbone: nn.Module) -> float | None:
@@ -257,19 +262,22 @@ class Judge:
             extract(backbone, images, config.global_crops_size, self.place,
                     num_workers=config.num_workers, precision=config.precision)
             for images in (self.bank, self.queries))
-        k = min(20, len(bank))
-        return knn_accuracy(bank, self.bank.labels, queries, self.queries.labels, (k,))[k]
+        k, labels = min(20, len(bank)), same_labels(self.bank, self.queries)
+        return knn_accuracy(bank, self.bank.labels, queries, labels, (k,))[k]
 
     @torch.no_grad()
     def retrieve_other_view(self, backbone: nn.Module) -> float:
         config, device = self.config, self.place.device
         crops = MultiCrop(config.global_crops_size, config.local_crops_size, 2, 0,
                           config.global_crops_scale, photometry=config.photometry)
-        views, out = Views(self.queries, crops, seed=0), []
+        views, out, training = Views(self.queries, crops, seed=0), [], backbone.training
+        backbone.eval()
         for i in range(len(self.queries)):
             sample = views[0, 0, i]
             pixels = photometry(sample["global_crops"].to(device), sample["photometry"])
-            out.append(backbone(pixels).float().cpu())  # (2, D)
+            with runtime.autocast(config.precision, device):
+                out.append(backbone(pixels).float().cpu())  # (2, D)
+        backbone.train(training)
         first, second = torch.stack(out).unbind(1)
         nearest = top_neighbours(first, second, 1)[1][:, 0]
         return (nearest == torch.arange(len(nearest))).float().mean().item()
@@ -317,6 +325,71 @@ def log_line(row: dict, total: int, config: Config, clock: runtime.Clock) -> str
         f"{row['memory_gb']:.1f} GB", f"eta {clock.eta}"])
 
 
+class Recent:
+    """Figures of the steps since the last look, kept on the device until read."""
+
+    def __init__(self, images: Images):
+        self.images, self.rows = images, []
+
+    def add(self, step: int, batch: dict, out: dict):
+        self.rows.append((step, batch["index"], batch["broken"], out))
+
+    def read(self, figures: dict, seen: int) -> dict:
+        """Means over the interval. Stops the run over a step that was not finite or bad images."""
+        names = [name for name in self.rows[0][-1] if name != "features"]
+        table = torch.stack([torch.stack([out[n].float() for n in names])
+                             for *_, out in self.rows]).tolist()
+        for (step, index, _, _), row in zip(self.rows, table):
+            row = dict(zip(names, row))
+            if not row["ok"]:
+                losses = [n for n in ("dino", "ibot", "koleo", "loss")
+                          if not math.isfinite(row.get(n, 0.0))]
+                term = f"the loss ({losses[0]})" if losses else "a gradient"
+                names = ", ".join(self.images.names[i] for i in index[:8].tolist())
+                raise UsageError(
+                    f"step {step}: {term} is not finite; weights are as before it, the last "
+                    f"checkpoint is good. Images of this process: {names}, ... Lower --lr, or use "
+                    "--precision fp32")
+        means = dict(zip(names, (sum(column) / len(table) for column in zip(*table))))
+        for term in ("dino", "ibot"):
+            if term in means:
+                means[f"{term}_kl"] = means[term] - means[f"{term}_entropy"]
+                means[f"{term}_in_use"] = math.exp(means[f"{term}_mean_entropy"])
+        means["rank"] = effective_rank(self.rows[-1][-1]["features"]).item()
+        del means["ok"]
+        self.count_broken(figures, seen)
+        self.rows.clear()
+        return means
+
+    def count_broken(self, figures: dict, seen: int):
+        broken = [name for _, _, names, _ in self.rows for name in names]
+        for name in broken:
+            print(f"replaced an image that does not decode: {name}", flush=True)
+        device = self.rows[-1][-1]["loss"].device
+        figures["broken"] += int(all_sum(torch.tensor(float(len(broken)), device=device)))
+        if figures["broken"] > max(3, 0.01 * seen):
+            raise UsageError(f"--data: {figures['broken']} of {seen} images did not decode, more "
+                             "than one in a hundred; the last are named above")
+
+
+def record(folder: Path, row: dict, place: Place):
+    if place.main:
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def forget_metrics_after(file: Path, step: int, place: Place):
+    """A run that was killed had logged steps which the checkpoint does not have."""
+    if place.main and file.exists():
+        lines = file.read_text().splitlines()
+        kept = []
+        for line in lines:
+            with contextlib.suppress(json.JSONDecodeError):  # the last line may be half written
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+        runtime.write_text(file, "".join(kept))
+
+
 # ------------------------------------------------------------------------------------------------
 # A run is its directory
 
@@ -332,7 +405,7 @@ def check(config: Config):
             raise UsageError(f"--{name} {size} is not a multiple of --patch_size {p}; "
                              f"try {size // p * p}")
     for name in ("epochs", "batch_size_per_gpu", "save_every", "log_every", "global_crops_number",
-                 "n_prototypes"):
+                 "n_prototypes", "keep"):
         if getattr(config, name) < 1:
             raise UsageError(f"--{name} {getattr(config, name)}: expected at least 1")
     for name in ("teacher_temp", "warmup_teacher_temp", "student_temp"):
@@ -406,8 +479,8 @@ def adopt(config: Config, folder: Path, place: Place, images: int) -> Config:
         return config
     stored = json.loads(stored_file.read_text())
     for name in SCALED if config.auto_scale else ():  # as they were found when the run began
-        if name not in config.given:
-            value = stored[name]
+        if name not in config.given and name not in stored.get("given", ()):
+            value = stored.get(name, getattr(config, name))
             setattr(config, name, tuple(value) if isinstance(value, list) else value)
     if config.precision == "auto":
         config.precision = stored["precision"]
@@ -493,6 +566,7 @@ def run(config: Config, build=build, update=ema_update) -> dict:
         config = adopt(config, folder, place, len(images))
         if config.auto_scale:
             place.print("--auto_scale: " + "  ".join(f"{k} {getattr(config, k)}" for k in SCALED))
+        check(config)  # once more: the batch of each process may have become another
         probe = Sampler(len(images), config.batch_size_per_gpu, 1, world_size=place.world_size)
         epoch_steps = config.epoch_length or probe.steps_per_pass
         total = config.epochs * epoch_steps
@@ -510,7 +584,8 @@ def run(config: Config, build=build, update=ema_update) -> dict:
             runtime.shard(network, list(backbone.blocks), heads, place, config.precision)
     optimizer = OPTIMIZERS[config.optimizer](
         parameter_groups(student, config.layerwise_decay, config.patch_embed_lr_mult))
-    judge = Judge(images, val, config, place)
+    with runtime.usage():
+        judge = Judge(images, val, config, place)
     if place.main:
         prepare(folder, config, place)
     place.print(f"{config.preset or 'run'} -> {folder}: {len(images):,d} images, {total:,d} steps "
@@ -528,11 +603,11 @@ def run(config: Config, build=build, update=ema_update) -> dict:
     # -- where we are: the beginning, or a checkpoint
     parts = {"student": student, "teacher": teacher, "makers": makers}
     figures = {"seconds": 0.0, "broken": 0, "untrained": None, "pixels": None, "knn": None}
-    step = 0
+    step, last = 0, {}
     if found:
         state = runtime.live_state(parts, optimizer, of="student")
         runtime.load_checkpoint(found[0], state, place)
-        step, figures = found[1]["step"], found[1]["figures"]
+        step, figures, last = (found[1][name] for name in ("step", "figures", "last"))
         place.print(f"continuing from step {step}")
     forget_metrics_after(folder / "metrics.jsonl", step, place)
     begun = time.time() - figures["seconds"]
@@ -547,7 +622,10 @@ def run(config: Config, build=build, update=ema_update) -> dict:
         figures["seconds"] = time.time() - begun
         runtime.save_checkpoint(folder / "checkpoint", step,
                                 runtime.live_state(parts, optimizer, of="student"),
-                                {"figures": figures}, place, config.keep)
+                                {"figures": figures, "last": last}, place, config.keep)
+        write_teacher()
+
+    def write_teacher():
         state = runtime.whole_state(teacher)
         if place.main:
             backbone, heads = {}, {"makers": makers.state_dict()}
@@ -563,7 +641,7 @@ def run(config: Config, build=build, update=ema_update) -> dict:
     network = student
     if place.world_size > 1 and config.parallel == "ddp":
         network = DistributedDataParallel(student, gradient_as_bucket_view=True)
-    clock, recent, warned, last = runtime.Clock(step, total), Recent(images), set(), {}
+    clock, recent, warned = runtime.Clock(step, total), Recent(images), set()
     with runtime.Farewell(place) as farewell:
         while step < total:
             batch = clock.wait(batches)
@@ -592,7 +670,7 @@ def run(config: Config, build=build, update=ema_update) -> dict:
                     place.print(f"warning: {illness[1]}")
             with clock.pause():
                 due = config.knn_every and step % (config.knn_every * epoch_steps) == 0
-                if due or step == total:
+                if (due and not asked_to_stop) or step == total:
                     figures["knn"] = judge(fill_whole())
                     if figures["knn"] is not None:
                         place.print(f"epoch {step // epoch_steps}: {judge.protocol} of the teacher "
@@ -607,6 +685,9 @@ def run(config: Config, build=build, update=ema_update) -> dict:
                 raise SystemExit(128 + asked_to_stop)
 
     # -- what came of it
+    if found and found[1]["step"] == total:  # stopped between its last save and here
+        write_teacher()
+        fill_whole()
     illness = diagnose(last, config)
     summary = dict(
         preset=config.preset, seed=config.seed, steps=total, loss=last["loss"],
@@ -633,75 +714,16 @@ def run(config: Config, build=build, update=ema_update) -> dict:
     return summary
 
 
-class Recent:
-    """Figures of the steps since the last look, kept on the device until read."""
-
-    def __init__(self, images: Images):
-        self.images, self.rows = images, []
-
-    def add(self, step: int, batch: dict, out: dict):
-        self.rows.append((step, batch["index"], batch["broken"], out))
-
-    def read(self, figures: dict, seen: int) -> dict:
-        """Means over the interval. Stops the run over a step that was not finite or bad images."""
-        names = [name for name in self.rows[0][-1] if name != "features"]
-        table = torch.stack([torch.stack([out[n].float() for n in names])
-                             for *_, out in self.rows]).tolist()
-        for (step, index, _, _), row in zip(self.rows, table):
-            row = dict(zip(names, row))
-            if not row["ok"]:
-                losses = [n for n in ("dino", "ibot", "koleo", "loss")
-                          if not math.isfinite(row.get(n, 0.0))]
-                term = f"the loss ({losses[0]})" if losses else "a gradient"
-                names = ", ".join(self.images.names[i] for i in index[:8].tolist())
-                raise UsageError(
-                    f"step {step}: {term} is not finite; weights are as before it, the last "
-                    f"checkpoint is good. Images of this process: {names}, ... Lower --lr, or use "
-                    "--precision fp32")
-        means = dict(zip(names, (sum(column) / len(table) for column in zip(*table))))
-        for term in ("dino", "ibot"):
-            if term in means:
-                means[f"{term}_kl"] = means[term] - means[f"{term}_entropy"]
-                means[f"{term}_in_use"] = math.exp(means[f"{term}_mean_entropy"])
-        means["rank"] = effective_rank(self.rows[-1][-1]["features"]).item()
-        del means["ok"]
-        self.count_broken(figures, seen)
-        self.rows.clear()
-        return means
-
-    def count_broken(self, figures: dict, seen: int):
-        broken = [name for _, _, names, _ in self.rows for name in names]
-        for name in broken:
-            print(f"replaced an image that does not decode: {name}", flush=True)
-        device = self.rows[-1][-1]["loss"].device
-        figures["broken"] += int(all_sum(torch.tensor(float(len(broken)), device=device)))
-        if figures["broken"] > max(3, 0.01 * seen):
-            raise UsageError(f"--data: {figures['broken']} of {seen} images did not decode, more "
-                             "than one in a hundred; the last are named above")
-
-
-def record(folder: Path, row: dict, place: Place):
-    if place.main:
-        with open(folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def forget_metrics_after(file: Path, step: int, place: Place):
-    """A run that was killed had logged steps which the checkpoint does not have."""
-    if place.main and file.exists():
-        lines = file.read_text().splitlines()
-        kept = []
-        for line in lines:
-            with contextlib.suppress(json.JSONDecodeError):  # the last line may be half written
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-        runtime.write_text(file, "".join(kept))
+def read_flags(argv: list[str]) -> Config:
+    config = runtime.parse(Config, argv, PRESETS, "python train.py [PRESET] [--flag value ...]")
+    if "data" in config.given and "val_data" not in config.given:
+        config.val_data = ""  # the preset's would judge by other images than the ones given
+    return config
 
 
 @runtime.command
 def main(argv):
-    usage = "python train.py [PRESET] [--flag value ...]"
-    return run(runtime.parse(Config, argv, PRESETS, usage))
+    return run(read_flags(argv))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 Idea     The class token gathers what it needs by attending to patches. Nobody told the network
          where objects are; the map shows that it found out, which is what made DINO famous.
 Paper    DINO fig. 1 and 3, sec. 4.2.2 and H (mass threshold)
-Try      python visualize.py attention PHOTO --weights RUN_OR_FILE
+Try      python visualize.py attention PHOTO --weights RUN_OR_FILE_OR_NAME
          python visualize.py curves RUN
 Change   a new figure is one draw_* function and one branch in main
 Tests    pytest tests/test_visualize.py
@@ -206,7 +206,7 @@ class Config:
     output: str = ""  # the picture to write; empty: attention.png here
 
 
-USAGE = "python visualize.py attention PHOTO --weights RUN_OR_FILE | curves RUN"
+USAGE = "python visualize.py attention PHOTO --weights RUN_OR_FILE_OR_NAME | curves RUN"
 
 
 @runtime.command
@@ -223,7 +223,8 @@ def main(argv):
         else:
             config = runtime.parse(Config, rest, usage=USAGE)
             if not config.weights:
-                raise UsageError("--weights: give a run directory or a weights file")
+                raise UsageError("--weights: give a run, a file, or a released name such as "
+                                 "dino_vits8")
             if not 0 < config.share < 1:
                 raise UsageError(f"--share {config.share}: expected between 0 and 1")
             model, path = load_backbone(config.weights), Path(config.output or "attention.png")

@@ -15,11 +15,13 @@ Tests    pytest tests/test_weights.py
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
 import re
 import struct
+import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +59,10 @@ def fetch(url: str) -> Path:
     It appears in the cache when it is whole, and not before.
     """
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    path = folder / Path(url).name
+    name = Path(urllib.parse.urlparse(url).path).name
+    if not url.startswith(_BASE):  # many files of the world are called model.safetensors
+        name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
+    path = folder / name
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(path.name + f".{os.getpid()}")
@@ -215,8 +220,8 @@ def from_timm(state: dict) -> dict:
 LAYOUTS = (from_training, from_chunks, from_ibot, from_hf, from_timm)
 
 
-def to_hf(state: dict, heads: int) -> dict:
-    """Official names -> Hugging Face's of DINOv2 (with or without registers)."""
+def to_hf(state: dict) -> dict:
+    """Official names -> Hugging Face's of DINOv2 (with or without registers): the tensors alone."""
     back = [
         (r"^pos_embed$", "embeddings.position_embeddings"),
         (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
@@ -310,13 +315,19 @@ def architecture(state: dict[str, Tensor]) -> dict:
     )
 
 
+def is_resnet50(state: dict) -> bool:
+    """The one convnet that was released; others are known by the config.json of their run."""
+    wide = state.get("layer4.2.conv2.weight")
+    return wide is not None and wide.shape[0] == 512 and "layer3.6.conv1.weight" not in state
+
+
 def load_backbone(what: str | Path) -> VisionTransformer | ConvNet:
     """The network with its weights, in eval mode. ValueError with the difference if one is left.
 
     what: a name of RELEASED, a URL, a file of any of LAYOUTS, or a run directory of ours.
     """
     state, config = read_backbone(what)
-    if config.get("arch") in NAMES or "layer4.2.bn3.weight" in state:
+    if config.get("arch") in NAMES or is_resnet50(state):
         model = ConvNet(config.get("arch", "resnet50"), config.get("global_crops_size", 224))
     else:
         options = architecture(state)
@@ -376,14 +387,20 @@ def main(argv):
             config = runtime.parse(Config, argv[2:])
             state, _ = read_backbone(argv[1])
             if config.to == "hf":
-                state = to_hf(state, architecture(state)["num_heads"])
+                architecture(state)  # which refuses what is no ViT
+                state = to_hf(state)
             path = Path(config.output)
             write_safetensors(path, state) if path.suffix == ".safetensors" else runtime.save(
                 path, state)
             print(f"wrote {path}: {len(state)} tensors")
             return path
         for what in argv:
-            print(what, architecture(read_backbone(what)[0]))
+            model = load_backbone(what)
+            print(f"{what}: {type(model).__name__}, width {model.embed_dim}, {model.img_size} px, "
+                  f"{sum(p.numel() for p in model.parameters()):,d} parameters")
+            if isinstance(model, VisionTransformer):
+                print("   ", ", ".join(f"{k} {v}" for k, v in
+                                       architecture(model.state_dict()).items()))
     if not argv:
         print(f"{'released':22s} k-NN  linear (ImageNet, %, their READMEs)")
         for name, (_, knn, linear) in RELEASED.items():

@@ -2,6 +2,7 @@
 1. The vote equals a plain loop; ties of distance do not matter, chunks do not either.
 2. Features do not depend on the batch size, and come in order.
 3. Impossible k is refused.
+4. Labels of two sets are compared by the names of their classes.
 """
 
 import math
@@ -9,8 +10,8 @@ import math
 import pytest
 import torch
 
-from data import open_images
-from features import extract, gather, knn_accuracy, knn_vote, top_neighbours
+from data import Images, open_images
+from features import extract, gather, knn_accuracy, knn_vote, same_labels, top_neighbours
 from runtime import Place
 from vit import VisionTransformer
 
@@ -49,3 +50,11 @@ def test_extraction():
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
     assert one.shape == (10, 64) and model.training
     assert torch.equal(gather(one, 10, place), one)
+
+
+def test_labels_go_by_names():
+    bank = Images("a", None, list("abc"), [0, 1, 2], ["cat", "dog", "owl"])
+    some = Images("b", None, list("de"), [0, 1], ["dog", "owl"])  # no cat among them
+    assert same_labels(bank, some).tolist() == [1, 2]
+    with pytest.raises(ValueError, match="--val_data has classes that --data has not: cat"):
+        same_labels(some, bank)

@@ -275,6 +275,34 @@ def test_auto_scale_is_settled_when_a_run_begins(tiny, tmp_path, capsys):
     assert "is finished" in capsys.readouterr().out
 
 
+def test_auto_scale_does_not_keep_a_flag_that_was_dropped(tiny, tmp_path):
+    flags = [*tiny, "--auto_scale", "--epochs", "1"]
+    train.run(config_of(flags, tmp_path))
+    without = flags[:flags.index("--lr")] + flags[flags.index("--lr") + 2:]
+    other = config_of(without, tmp_path)
+    other.lr = 0.5
+    with pytest.raises(UsageError, match="--lr 0.5"):
+        train.run(other)
+
+
+def test_killed_between_the_last_save_and_the_end(tiny, tmp_path, monkeypatch):
+    config = config_of(tiny, tmp_path, "--epochs", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(train.visualize, "draw_curves", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.run(config)
+    (tmp_path / "run/teacher.pt").unlink()
+    summary = train.run(config)
+    assert summary["steps"] == 8 and math.isfinite(summary["loss"])
+    assert (tmp_path / "run/teacher.pt").exists() and (tmp_path / "run/curves.png").exists()
+
+
+def test_images_given_are_not_judged_by_the_presets():
+    assert train.read_flags(["shapes"]).val_data == "shapes:val"
+    assert train.read_flags(["shapes", "--data", "folder:x"]).val_data == ""
+    assert train.read_flags(["--data", "folder:x", "--val_data", "folder:y"]).val_data == "folder:y"
+
+
 def test_unlabelled_photos(tiny, tmp_path, photos):
     flags = tiny[:1] + ["--data", f"folder:{photos / 'cats'}"] + tiny[3:]
     flags = [f for i, f in enumerate(flags) if f != "--val_data" and flags[i - 1] != "--val_data"]
