@@ -100,10 +100,15 @@ def open_folder(argument: str, split: str, root: str, download: bool) -> Images:
 
 
 class _Drawn:
-    """Draws each image of a world once and keeps it: drawing takes longer than cropping."""
+    """Draws each image of a world once and keeps it: drawing takes longer than cropping.
+
+    A small world is drawn before there are workers, so that all of them have it.
+    """
 
     def __init__(self, world: Shapes):
         self.world, self.kept = world, {}
+        for i in range(len(world) if len(world) <= 10_000 else 0):
+            self(i)
 
     def __call__(self, i: int) -> Tensor:
         if i not in self.kept:
