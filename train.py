@@ -617,6 +617,7 @@ def run(config: Config, build=build, update=ema_update) -> dict:
         if figures["pixels"] is not None:
             place.print(f"{judge.protocol}: raw pixels {figures['pixels']:.1%}, "
                         f"untrained network {figures['untrained']:.1%}")
+            record(folder, dict(step=0, knn=figures["untrained"], pixels=figures["pixels"]), place)
 
     def save():
         figures["seconds"] = time.time() - begun

@@ -159,35 +159,36 @@ def draw_curves(run: Path) -> Path:
     prototypes = {"dino": config["n_prototypes"],
                   "ibot": config["ibot_n_prototypes"] if own else config["n_prototypes"]}
     fig, axes = plt.subplots(1, 4, figsize=(16, 3.2), layout="constrained")
-    for term, style in (("dino", "-"), ("ibot", "--")):
-        if term not in steps[0]:
-            continue
-        ln_k = math.log(prototypes[term])
-        for color, (key, name) in enumerate(((term, f"{term} = H + KL"),
+    terms = [term for term in ("dino", "ibot") if term in steps[0]]
+    for term, style, also in zip(terms, ("-", "--"), ("", "_")):  # "_..." stays out of the legend
+        for color, (key, name) in enumerate(((term, "loss = H + KL"),
                                              (f"{term}_entropy", "H, entropy of a target"),
                                              (f"{term}_kl", "KL, still to learn"))):
-            axes[0].plot(x, [r[key] for r in steps], style, color=f"C{color}", label=name)
+            axes[0].plot(x, [r[key] for r in steps], style, color=f"C{color}", label=also + name)
         axes[1].plot(x, [r[f"{term}_mean_entropy"] for r in steps], style, color="C0",
                      label=f"entropy of the mean target, {term}")
         for axis in axes[:2]:
-            axis.axhline(ln_k, color="gray", ls=":", label="ln K")
-    axes[0].set_title("losses, nats: at ln K nothing is known")
+            axis.axhline(math.log(prototypes[term]), color="gray", ls=":", label=also + "ln K")
+    dashed = "; dashed: patches" if len(terms) > 1 else ""
+    axes[0].set_title(f"losses, nats: at ln K nothing is known{dashed}", fontsize=10)
     axes[1].set_ylim(bottom=0)
     right = axes[1].twinx()
     right.plot(x, [r["rank"] for r in steps], color="tab:green", label="effective rank (right)")
     right.set_ylim(bottom=0)
     right.legend(loc="lower right", fontsize=7)
-    axes[1].set_title("balance: at ln K all prototypes are in use")
-    axes[2].plot([r["step"] for r in knn], [100 * r["knn"] for r in knn], "o-")
-    axes[2].set_title("k-NN of the teacher, %")
+    axes[1].set_title("balance: at ln K all prototypes are in use", fontsize=10)
+    axes[2].plot([r["step"] for r in knn], [100 * r["knn"] for r in knn], "o-", label="teacher")
+    if knn and "pixels" in knn[0]:
+        axes[2].axhline(100 * knn[0]["pixels"], color="gray", ls=":", label="raw pixels")
+    axes[2].set_title("k-NN of the teacher, %; at step 0 untrained", fontsize=10)
     for key in ("lr", "weight_decay", "teacher_temp"):
         top = max(r[key] for r in steps) or 1
         axes[3].plot(x, [r[key] / top for r in steps], label=f"{key} / {top:.2g}")
-    axes[3].set_title("schedules, as a share of their peak")
+    axes[3].set_title("schedules, as a share of their peak", fontsize=10)
     for axis in axes:
         axis.set_xlabel("step")
-        if axis is not axes[2]:
-            axis.legend(fontsize=7)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7, framealpha=0.5)
     fig.savefig(run / "curves.png", dpi=110)
     plt.close(fig)
     return run / "curves.png"
