@@ -405,7 +405,7 @@ def check(config: Config):
             raise UsageError(f"--{name} {size} is not a multiple of --patch_size {p}; "
                              f"try {size // p * p}")
     for name in ("epochs", "batch_size_per_gpu", "save_every", "log_every", "global_crops_number",
-                 "n_prototypes", "keep"):
+                 "n_prototypes", "ibot_n_prototypes", "keep"):
         if getattr(config, name) < 1:
             raise UsageError(f"--{name} {getattr(config, name)}: expected at least 1")
     for name in ("teacher_temp", "warmup_teacher_temp", "student_temp"):
@@ -415,9 +415,12 @@ def check(config: Config):
         low, high = getattr(config, name)
         if not 0 < low <= high <= 1:
             raise UsageError(f"--{name} {low} {high}: expected 0 < low <= high <= 1")
-    for name in ("dino_weight", "ibot_weight", "koleo_weight"):
+    for name in ("dino_weight", "ibot_weight", "koleo_weight", "layerscale", "num_register_tokens",
+                 "patch_embed_lr_mult"):
         if getattr(config, name) < 0:
             raise UsageError(f"--{name} {getattr(config, name)}: expected 0 or more")
+    if not 0 < config.layerwise_decay <= 1:
+        raise UsageError(f"--layerwise_decay {config.layerwise_decay}: expected above 0, at most 1")
     if not (config.dino_weight or config.hides_patches or config.koleo_weight):
         raise UsageError("--dino_weight 0 and no other loss: nothing to learn; give --ibot_weight "
                          "(with --mask_probability) or --koleo_weight")
@@ -609,7 +612,7 @@ def run(config: Config, build=build, update=ema_update) -> dict:
         runtime.load_checkpoint(found[0], state, place)
         step, figures, last = (found[1][name] for name in ("step", "figures", "last"))
         place.print(f"continuing from step {step}")
-    forget_metrics_after(folder / "metrics.jsonl", step, place)
+    forget_metrics_after(folder / "metrics.jsonl", step if found else -1, place)
     begun = time.time() - figures["seconds"]
     if step == 0:
         figures["pixels"] = judge(pixels_as_features())

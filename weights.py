@@ -380,18 +380,21 @@ class Config:
 def main(argv):
     """export WHAT --to .. --output ..; or tell what is in each argument; or list the released."""
     with runtime.usage():
-        if argv[:1] == ["export"]:
-            if len(argv) < 2 or argv[1].startswith("--"):
-                raise ValueError("usage: python weights.py export WHAT [--to official|hf] "
-                                 "[--output FILE]")
+        exporting = argv[:1] == ["export"]
+        if any(word.startswith("-") for word in argv[:2]) or argv == ["export"]:
+            raise ValueError("usage: python weights.py [WHAT ...] | "
+                             "export WHAT [--to official|hf] [--output FILE]")
+        if exporting:
             config = runtime.parse(Config, argv[2:])
             state, _ = read_backbone(argv[1])
             if config.to == "hf":
                 architecture(state)  # which refuses what is no ViT
                 state = to_hf(state)
             path = Path(config.output)
-            write_safetensors(path, state) if path.suffix == ".safetensors" else runtime.save(
-                path, state)
+            if not path.parent.is_dir():
+                raise ValueError(f"--output {path}: there is no folder {path.parent}")
+            write = write_safetensors if path.suffix == ".safetensors" else runtime.save
+            write(path, state)
             print(f"wrote {path}: {len(state)} tensors")
             return path
         for what in argv:

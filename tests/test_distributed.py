@@ -1,7 +1,8 @@
 """Claims
 1. Two processes move as one would on the joined batch: centre, Sinkhorn-Knopp (unequal counts,
    padding), one whole step of both objectives, with DDP and with FSDP, in both ways to clip.
-2. When one of two processes is asked to stop, both save and go; the run goes on with one.
+2. When one of two processes is asked to stop, both save and go; what they saved with FSDP goes on
+   with one process and whole tensors.
 3. Features and k-NN of two processes are exactly those of one, for odd sizes too.
 
 Every claim is checked in one spawn: starting processes is what costs time.
@@ -93,6 +94,7 @@ def process(rank, port, flags, folder):
     model.load_state_dict(torch.load(f"{folder}/backbone.pt"))
     out["features"] = extract(model, open_images("shapes:11"), 16, place)
     config.batch_size_per_gpu, config.output_dir, config.epochs = 4, f"{folder}/run", 1
+    config.parallel, config.clip_mode = "fsdp", "parameter"
     # one of the two is asked to stop in step 5: both save and go
     calls, step = [], train.train_step
 

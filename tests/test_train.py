@@ -32,6 +32,12 @@ def config_of(flags, tmp_path, *more):
     return parse(Config, [*flags, "--output_dir", str(tmp_path / "run"), *more], PRESETS)
 
 
+def views_of(batch):
+    """The two global and then the local crops of all images, one tensor (B, 3, s, s) each."""
+    return [photometry(crops, draws) for key, first in (("global_crops", 0), ("local_crops", 2))
+            for crops, draws in zip(batch[key], batch["photometry"][first:])]
+
+
 def weights(folder):
     return torch.load(folder / "teacher.pt", weights_only=True)
 
@@ -62,11 +68,7 @@ def test_a_step_is_algorithm_1(tiny, tmp_path):
         student, teacher, makers, optimizer, batch, now, config, place, train.ema_update
     )
 
-    crops = [
-        photometry(c, p)
-        for key, first in (("global_crops", 0), ("local_crops", 2))
-        for c, p in zip(batch[key], batch["photometry"][first:])
-    ]
+    crops = views_of(batch)
     with torch.no_grad():
         t = [plain_teacher.dino_head(plain_teacher.backbone(x)) for x in crops[:2]]
     s = [plain_student.dino_head(plain_student.backbone(x)) for x in crops]
@@ -113,11 +115,7 @@ def test_a_step_of_dinov2(separate, tiny, tmp_path):
         student, teacher, makers, optimizer, batch, now, config, place, train.ema_update
     )
 
-    crops = [
-        photometry(c, p)
-        for key, first in (("global_crops", 0), ("local_crops", 2))
-        for c, p in zip(batch[key], batch["photometry"][first:])
-    ]
+    crops = views_of(batch)
     masks = batch["masks"].view(2, 6, 9)
     seen = [teacher.backbone.forward_features(x) for x in crops[:2]]
     said = [student.backbone.forward_features(x, masks[v] if v < 2 else None)
@@ -212,7 +210,8 @@ def test_asked_to_stop_it_saves_and_goes(number, tiny, tmp_path, monkeypatch, ca
     monkeypatch.setattr(train, "train_step", signalled)
     with pytest.raises(SystemExit) as stop:
         train.run(asked)
-    assert stop.value.code == 128 + number and f"{number.name}: stopped after step 7" in capsys.readouterr().out
+    assert stop.value.code == 128 + number
+    assert f"{number.name}: stopped after step 7" in capsys.readouterr().out
     assert saved(tmp_path / "asked/run/checkpoint")[0] == 7
     assert signal.getsignal(number) is not None and "Farewell" not in str(signal.getsignal(number))
     train.run(asked)
@@ -265,7 +264,7 @@ def test_a_run_and_its_directory(tiny, tmp_path, capsys):
 def test_auto_scale_is_settled_when_a_run_begins(tiny, tmp_path, capsys):
     scaled = config_of(tiny, tmp_path, "--auto_scale", "--epochs", "1")
     with pytest.raises(UsageError, match="--warmup_epochs"):  # a flag, which the rules obey
-        train.run(config_of(tiny, tmp_path, "--auto_scale", "--epochs", "1", "--warmup_epochs", "2"))
+        train.run(config_of(tiny, tmp_path, *"--auto_scale --epochs 1 --warmup_epochs 2".split()))
     train.run(scaled)
     assert "--auto_scale: momentum_teacher 0.98 " in capsys.readouterr().out
     stored = json.loads((tmp_path / "run/config.json").read_text())
@@ -332,6 +331,11 @@ def test_unlabelled_photos(tiny, tmp_path, photos):
         ("--centering both", "--centering"),
         ("--warmup_epochs 99", "--warmup_epochs"),
         ("--local_crops_number 0 --global_crops_number 1", "at least two"),
+        ("--keep 0", "--keep 0"),
+        ("--num_register_tokens -1", "--num_register_tokens"),
+        ("--layerwise_decay 1.5", "--layerwise_decay"),
+        ("--parallel fsdp", "torchrun"),
+        ("--arch resnet18 --ibot_weight 1", "--arch resnet18"),
     ],
 )
 def test_misuse(line, words, tmp_path, photos, capsys):

@@ -107,8 +107,9 @@ def as_ibot(state):
 def as_hf_vit(state):
     """transformers' ViTModel, which holds DINO."""
     names = {"pos_embed": "embeddings.position_embeddings", "cls_token": "embeddings.cls_token",
-             "patch_embed.proj": "embeddings.patch_embeddings.projection", "norm1": "layernorm_before",
-             "norm2": "layernorm_after", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
+             "patch_embed.proj": "embeddings.patch_embeddings.projection",
+             "norm1": "layernorm_before", "norm2": "layernorm_after", "mlp.fc1": "intermediate.dense",
+             "mlp.fc2": "output.dense",
              "attn.proj": "attention.output.dense", "blocks": "encoder.layer"}
     out = {"pooler.dense.weight": torch.zeros(2, 2)}
     for key, value in state.items():
@@ -197,7 +198,8 @@ class Half(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", str(len(self.server.data)))
         self.end_headers()
-        self.wfile.write(self.server.data[:len(self.server.data) // (2 if "half" in self.path else 1)])
+        whole = self.server.data
+        self.wfile.write(whole[:len(whole) // 2] if "half" in self.path else whole)
 
     def log_message(self, *_):
         pass
