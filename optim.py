@@ -126,6 +126,37 @@ def set_schedule(optimizer: torch.optim.Optimizer, lr: float, weight_decay: floa
 # Between backward and the next forward
 
 
+class LossScale(nn.Module):
+    """A factor that keeps fp16 gradients in range. Micikevicius 2018, sec. 3.2.
+
+    Halved after a step whose gradients overflowed (and which was skipped), doubled after `patience`
+    steps that did not. As torch's GradScaler, but never asks the device, whatever the optimiser,
+    and FSDP's parts of a tensor agree on it, since the norm they are judged by is of the whole.
+    """
+
+    def __init__(self, start: float = 2.0**16, patience: int = 2000):
+        super().__init__()
+        self.patience = patience
+        self.register_buffer("scale", torch.tensor(start))
+        self.register_buffer("good", torch.tensor(0.0))  # steps since the last change
+
+    def backward(self, loss: Tensor, optimizer: torch.optim.Optimizer):
+        """loss.backward(), in range; the gradients end up as if nothing had been scaled."""
+        (loss * self.scale).backward()
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        torch._foreach_mul_(local([g for g in grads if g is not None]), 1 / self.scale)
+
+    def update(self, ok: Tensor) -> Tensor:
+        """`ok`: were the gradients finite? Returns whether the run can go on: all of them were, or
+        there is room for a smaller factor."""
+        can_go_on = ok | (self.scale > 1)
+        self.good.copy_(torch.where(ok, self.good + 1, 0))
+        grow = self.good >= self.patience
+        self.scale.mul_(torch.where(ok, torch.where(grow, 2.0, 1.0), 0.5))
+        self.good.mul_(~grow)
+        return can_go_on
+
+
 def local(tensors: list[Tensor]) -> list[Tensor]:
     """Of each tensor what this process holds: all of it, unless FSDP has split it."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]

@@ -94,9 +94,10 @@ class Config:
     seed: int = 0  # everything random follows from it
     # -- machine
     device: str = "auto"  # auto | cpu | cuda | mps
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; losses are float32
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of products; losses: fp32
     parallel: Literal["ddp", "fsdp"] = "ddp"  # copies of the network, or one split over processes
     compile: bool | None = None  # fuse the blocks' kernels by torch.compile [on CUDA]
+    activation_checkpointing: bool = False  # less memory, a quarter more time
     num_workers: int = 2  # loader processes
     # -- run
     output_dir: str = ""  # the run; empty: runs/PRESET
@@ -119,7 +120,7 @@ class Config:
 
 # Fields that do not change the result: a run may be continued with others.
 NEUTRAL = {"output_dir", "given", "resume", "save_every", "log_every", "knn_every", "num_workers",
-           "device", "data_root", "download", "compile", "parallel", "keep"}
+           "device", "data_root", "download", "compile", "parallel", "keep", "activation_checkpointing"}
 
 # ------------------------------------------------------------------------------------------------
 # Other data, other batches: the papers had a million images or more, a thousand of them a step

@@ -244,6 +244,9 @@ class Farewell:
         return int(flag)
 
 
+LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def resolve_precision(precision: str, device: torch.device) -> str:
     """auto -> bf16 where the hardware multiplies matrices in it, else fp32."""
     if precision != "auto":
@@ -255,8 +258,8 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def autocast(precision: str, device: torch.device):
-    """A context in which matrix products run in bf16; parameters and losses stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """A context in which matrix products run in `precision`; parameters stay float32."""
+    return torch.autocast(device.type, LOW.get(precision), enabled=precision in LOW)
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -285,7 +288,7 @@ def shard(network: nn.Module, cheap: list[nn.Module], exact: list[nn.Module], pl
     # It warns of outputs that are views, for those who would write into them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(place.device.type, (place.world_size,))
-    low = torch.bfloat16 if precision == "bf16" else None
+    low = LOW.get(precision)
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low, cast_forward_inputs=False)
     for module in cheap:
         fully_shard(module, mesh=mesh, mp_policy=policy)

@@ -43,8 +43,8 @@ from features import extract, knn_accuracy, same_labels, top_neighbours
 from heads import DINOHead
 from losses import (CENTERING, all_sum, effective_rank, entropies, koleo_loss, make_targets,
                     patch_loss, view_pair_loss)
-from optim import (OPTIMIZERS, clip_gradients, cosine, ema_update, linear, parameter_groups,
-                   set_schedule)
+from optim import (OPTIMIZERS, LossScale, clip_gradients, cosine, ema_update, linear,
+                   parameter_groups, set_schedule)
 from recipes import NEUTRAL, PRESETS, SCALED, Config, auto_scale
 from resnet import ConvNet
 from runtime import Place, UsageError
@@ -109,6 +109,7 @@ def build(config: Config, place: Place) -> tuple[nn.Module, nn.Module]:
     if place.world_size > 1 and place.device.type == "cuda":  # on a CPU it does not exist
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     teacher = copy.deepcopy(student).requires_grad_(False)
+    student.backbone.activation_checkpointing = config.activation_checkpointing
     wanted = place.device.type == "cuda" if config.compile is None else config.compile
     if wanted:
         # Block by block and in place: all blocks share one graph, and keys stay as they are.
@@ -147,11 +148,11 @@ def to_device(batch: dict, device: torch.device) -> tuple[list[Tensor], dict]:
                    for name in ("masks", "mask_indices", "mask_weights") if name in batch}
 
 
-def train_step(student, teacher, makers, optimizer, batch, now, config, place, update) -> dict:
+def train_step(student, teacher, makers, optimizer, batch, now, config, place, update, scaler=None):
     """One step of DINO, iBOT or DINOv2. Returns figures as tensors; nothing waits for the device.
 
     `now` holds this step's values of the schedules, `makers` make targets (losses.CENTERING),
-    `update` moves the teacher. `batch` is augment.collate's.
+    `update` moves the teacher, `scaler` keeps fp16 in range. `batch` is augment.collate's.
     """
     B, G = len(batch["index"]), len(batch["global_crops"])
     views, hidden = to_device(batch, place.device)
@@ -183,7 +184,7 @@ def train_step(student, teacher, makers, optimizer, batch, now, config, place, u
 
     # Only the student learns.
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    scaler.backward(loss, optimizer) if scaler else loss.backward()
     norm = clip_gradients(list(unwrap(student).children()), config.clip_grad, config.clip_mode)
     # Should anything not be finite, on any process, nothing below moves; the log will hear of it.
     figures = torch.stack([loss, *terms.values()]).detach()
@@ -202,6 +203,8 @@ def train_step(student, teacher, makers, optimizer, batch, now, config, place, u
         figures |= zip((f"{name}_entropy", f"{name}_mean_entropy"), rows)
     if "ibot" in terms:  # for the log: per hidden patch, where the loss counts unmasked crops too
         figures["ibot"] = figures["ibot"] * G * B / weights.sum()
+    if scaler:  # an overflow is no illness in fp16: the step is left out
+        norm, ok = torch.where(ok, norm, 0), figures["loss"].isfinite() & scaler.update(ok)
     return figures | dict(grad_norm=norm, ok=ok, features=seen["features"])
 
 
@@ -432,6 +435,9 @@ def check(config: Config):
                          "give at least 2, or --koleo_weight 0")
     if config.hides_patches:
         check_masks(config)
+    if config.activation_checkpointing and config.convnet:
+        raise UsageError("--activation_checkpointing: BatchNorm would count each batch twice; give "
+                         "a ViT, or a smaller --batch_size_per_gpu")
     if config.parallel == "fsdp" and "WORLD_SIZE" not in os.environ:
         raise UsageError("--parallel fsdp splits a network over processes: start it with torchrun "
                          "--nproc_per_node=N train.py ...")
@@ -604,7 +610,10 @@ def run(config: Config, build=build, update=ema_update) -> dict:
         return whole
 
     # -- where we are: the beginning, or a checkpoint
+    scaler = LossScale().to(place.device) if config.precision == "fp16" else None
     parts = {"student": student, "teacher": teacher, "makers": makers}
+    if scaler:
+        parts["scaler"] = scaler
     figures = {"seconds": 0.0, "broken": 0, "untrained": None, "pixels": None, "knn": None}
     step, last = 0, {}
     if found:
@@ -650,7 +659,8 @@ def run(config: Config, build=build, update=ema_update) -> dict:
         while step < total:
             batch = clock.wait(batches)
             now = schedules(step, epoch_steps, total, config, place)
-            out = train_step(network, teacher, makers, optimizer, batch, now, config, place, update)
+            out = train_step(network, teacher, makers, optimizer, batch, now, config, place, update,
+                             scaler)
             recent.add(step, batch, out)
             step += 1
             clock.tick()

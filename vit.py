@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------------------------
 # From pixels to tokens
@@ -263,6 +264,7 @@ class VisionTransformer(nn.Module):
         self.patch_size, self.embed_dim, self.depth = patch_size, embed_dim, depth
         self.num_heads, self.num_register_tokens = num_heads, num_register_tokens
         self.pos_embed_resize = pos_embed_resize
+        self.activation_checkpointing = False  # True: compute the blocks again in backward
         self.drop_path_rates = [
             drop_path_rate if drop_path_uniform else drop_path_rate * i / max(depth - 1, 1)
             for i in range(depth)
@@ -348,7 +350,10 @@ class VisionTransformer(nn.Module):
         groups = tuple((len(t), t.shape[1]) for t in tokens)
         x = torch.cat([t.flatten(0, 1) for t in tokens])  # (T, D)
         for block, keep in zip(self.blocks, plan or [None] * self.depth, strict=True):
-            x = block(x, groups, keep)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, groups, keep, use_reentrant=False)
+            else:
+                x = block(x, groups, keep)
         normed = self.norm(x)
         sizes, first = [b * n for b, n in groups], 1 + self.num_register_tokens
         outs = []

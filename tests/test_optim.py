@@ -4,6 +4,7 @@
 3. Both clip modes equal a plain loop.
 4. The teacher is an exact moving average; a step that is not finite moves nothing.
 5. LARS equals its formula.
+6. Scaled for fp16, gradients are as unscaled; the factor halves on overflow, doubles after patience.
 """
 
 import math
@@ -16,6 +17,7 @@ from heads import DINOHead
 from optim import (
     LARS,
     OPTIMIZERS,
+    LossScale,
     clip_gradients,
     cosine,
     ema_update,
@@ -159,3 +161,20 @@ def test_prototypes_rest_while_their_lr_is_zero(name):
     optimizer.step()
     moved = {n for n, p in head.named_parameters() if not torch.equal(p, before[n])}
     assert moved == {n for n in before if "last_layer" not in n}
+
+
+def test_loss_scale():
+    torch.manual_seed(0)
+    w, scaler = nn.Parameter(torch.randn(5)), LossScale(start=2.0**10, patience=3)
+    optimizer = OPTIMIZERS["sgd"](parameter_groups(nn.ParameterDict({"w": w})))
+    loss = (w**2).sum()
+    scaler.backward(loss, optimizer)
+    torch.testing.assert_close(w.grad, 2 * w.detach())  # exact: a power of two
+    scales = []
+    for ok in (True, True, True, True, False, True, True, True):
+        assert scaler.update(torch.tensor(ok))
+        scales.append(scaler.scale.item() / 2**10)
+    assert scales == [1, 1, 2, 2, 1, 1, 1, 2]
+    for _ in range(11):
+        assert scaler.update(torch.tensor(False))
+    assert scaler.scale == 1 and not scaler.update(torch.tensor(False))  # no room: an illness

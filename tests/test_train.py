@@ -5,11 +5,13 @@
 3. A run writes what the README says, and a finished one says so.
 4. Bad input is one line that names the flag, exit code 2, and leaves no run directory behind.
 5. A step that is not finite stops the run, names step and images, and the checkpoint stays good.
-6. Compiled, a run gives the same weights to rounding, without a new graph after the first step.
+6. With fp16, a step that overflows is left out and the run goes on, bit for bit when resumed;
+   activation checkpointing changes no weight. Compiled, a run gives the same weights to rounding, without a new graph after the first step.
 7. Warnings name the illness and the term; each ingredient can be left out by a flag.
 8. The algorithm fits on one screen.
 """
 
+import contextlib
 import inspect
 import json
 import math
@@ -336,6 +338,7 @@ def test_unlabelled_photos(tiny, tmp_path, photos):
         ("--layerwise_decay 1.5", "--layerwise_decay"),
         ("--parallel fsdp", "torchrun"),
         ("--arch resnet18 --ibot_weight 1", "--arch resnet18"),
+        ("--arch resnet18 --activation_checkpointing", "--activation_checkpointing"),
     ],
 )
 def test_misuse(line, words, tmp_path, photos, capsys):
@@ -364,6 +367,43 @@ def test_a_step_that_is_not_finite(tiny, tmp_path, monkeypatch):
         train.run(config)
     step, state = saved(tmp_path / "run/checkpoint")
     assert step == 4 and all(v.isfinite().all() for v in state.values())
+
+
+def test_fp16_leaves_out_what_overflows(tiny, tmp_path, monkeypatch):
+    for name in ("whole", "broken"):
+        config = config_of([*tiny, "--precision", "fp16", "--epochs", "1"], tmp_path / name)
+        step, calls = train.train_step, []
+
+        def dies(*args):
+            calls.append(1)
+            scaler = args[-1]
+            if len(calls) in (1, 3):  # gradients are large at the start; none bears 2**60
+                scaler.scale.fill_(16 if len(calls) == 1 else 2.0**60)
+            out = step(*args)
+            assert out["ok"]
+            if len(calls) == 3:
+                assert not out["grad_norm"] and scaler.scale == 2.0**59
+                scaler.scale.fill_(16)
+            if name == "broken" and len(calls) == 7:
+                raise Killed
+            return out
+
+        monkeypatch.setattr(train, "train_step", dies)
+        with contextlib.suppress(Killed):
+            train.run(config)
+        monkeypatch.setattr(train, "train_step", step)
+    train.run(config)
+    a, b = (saved(tmp_path / name / "run/checkpoint")[1] for name in ("whole", "broken"))
+    assert a["scaler.scale"] == 16 and a["scaler.good"] == 5
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_activation_checkpointing_changes_no_weight(tiny, tmp_path):
+    for name in ("kept", "again"):
+        more = ["--activation_checkpointing", str(name == "again"), "--epochs", "1"]
+        train.run(config_of(tiny, tmp_path / name, *more))
+    a, b = (weights(tmp_path / name / "run") for name in ("kept", "again"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.slow

@@ -248,3 +248,26 @@ def test_intermediate_layers():
     torch.testing.assert_close(raw[1], out["x_prenorm"][:, 2:])
     with pytest.raises(ValueError, match="depth 3"):
         model.get_intermediate_layers(images, 4)
+
+
+def test_activation_checkpointing_keeps_less_and_changes_nothing():
+    model = VisionTransformer(32, 8, embed_dim=64, depth=4, num_heads=1, drop_path_rate=0.5)
+    images = torch.randn(4, 3, 32, 32)
+    plan, found = model.draw_plan(images, torch.Generator().manual_seed(0)), []
+    for again in (False, True):
+        model.activation_checkpointing = again
+        kept = {}
+
+        def keep(x):
+            kept[x.untyped_storage().data_ptr()] = x  # a storage that two need counts once
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            out = model.forward_features(images, plan=plan)["x_norm_patchtokens"]
+        model.zero_grad()
+        out.square().sum().backward()
+        found.append((out, sum(x.untyped_storage().nbytes() for x in kept.values()),
+                      [p.grad.clone() for p in model.parameters()]))
+    (a, much, grads), (b, little, same) = found
+    assert torch.equal(a, b) and all(map(torch.equal, grads, same))
+    assert little < much / 3
