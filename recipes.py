@@ -120,7 +120,8 @@ class Config:
 
 # Fields that do not change the result: a run may be continued with others.
 NEUTRAL = {"output_dir", "given", "resume", "save_every", "log_every", "knn_every", "num_workers",
-           "device", "data_root", "download", "compile", "parallel", "keep", "activation_checkpointing"}
+           "device", "data_root", "download", "compile", "parallel", "keep",
+           "activation_checkpointing"}
 
 # ------------------------------------------------------------------------------------------------
 # Other data, other batches: the papers had a million images or more, a thousand of them a step

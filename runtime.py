@@ -262,6 +262,13 @@ def autocast(precision: str, device: torch.device):
     return torch.autocast(device.type, LOW.get(precision), enabled=precision in LOW)
 
 
+def memory_gb(device: torch.device) -> float:
+    """What the device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 2**30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
 def peak_memory_gb(device: torch.device) -> float:
     """Most memory held at once: of the GPU, or of this process and its largest worker."""
     if device.type == "cuda":

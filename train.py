@@ -119,6 +119,37 @@ def build(config: Config, place: Place) -> tuple[nn.Module, nn.Module]:
     return student, teacher
 
 
+def expected_memory(student: nn.Module, config: Config, place: Place) -> tuple[float, float]:
+    """GB that a process will hold: (weights and what moves them, what the forward pass keeps).
+
+    By a forward pass of a few images: what autograd keeps is counted, and grows with the batch.
+    What lives for a moment is not in it, some tenth more; compiled blocks keep some third less.
+    """
+    device = place.device
+    few = min(config.batch_size_per_gpu, 8 if device.type == "cuda" else 2)
+    sizes = ((config.global_crops_number, config.global_crops_size),
+             (config.local_crops_number, config.local_crops_size))
+    views = [torch.zeros(n * few, 3, side, side, device=device) for n, side in sizes if n]
+    state = dict(student.named_parameters())
+    state |= {name: x.clone() for name, x in student.named_buffers()}  # BatchNorm will count
+    plan, kept = student.backbone.draw_plan(views, torch.Generator().manual_seed(0)), {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with (torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+          torch.compiler.set_stance("force_eager"), runtime.autocast(config.precision, device)):
+        out = torch.func.functional_call(student, state, (views, plan))
+    own = {x.untyped_storage().data_ptr() for x in state.values()}
+    forward = sum(storage.nbytes() for at, storage in kept.items() if at not in own)
+    del out
+    parameters = sum(p.nbytes for p in student.parameters())
+    parts = place.world_size if config.parallel == "fsdp" else 1
+    # Student, teacher, gradient and two moments.
+    return 5 * parameters / parts / 2**30, forward / few * config.batch_size_per_gpu / 2**30
+
+
 def objectives(config: Config) -> dict[str, int]:
     """What is learned, "dino" (class tokens) and "ibot" (patches): name -> its prototypes K."""
     found = {"dino": config.n_prototypes} if config.dino_weight else {}
@@ -148,7 +179,8 @@ def to_device(batch: dict, device: torch.device) -> tuple[list[Tensor], dict]:
                    for name in ("masks", "mask_indices", "mask_weights") if name in batch}
 
 
-def train_step(student, teacher, makers, optimizer, batch, now, config, place, update, scaler=None):
+def train_step(student, teacher, makers, optimizer, batch, now, config, place, update,
+               scaler=None) -> dict:
     """One step of DINO, iBOT or DINOv2. Returns figures as tensors; nothing waits for the device.
 
     `now` holds this step's values of the schedules, `makers` make targets (losses.CENTERING),
@@ -585,6 +617,7 @@ def run(config: Config, build=build, update=ema_update) -> dict:
             return json.loads((folder / "summary.json").read_text())
         student, teacher = build(config, place)
         makers = target_makers(config).to(place.device)
+    weights, forward = expected_memory(student, config, place)
     whole = teacher.backbone
     if config.parallel == "fsdp":
         whole = copy.deepcopy(teacher.backbone)  # to be judged and saved: filled when needed
@@ -600,6 +633,12 @@ def run(config: Config, build=build, update=ema_update) -> dict:
     place.print(f"{config.preset or 'run'} -> {folder}: {len(images):,d} images, {total:,d} steps "
                 f"of {config.batch_size_per_gpu} x {place.world_size}, {place.device}, "
                 f"{config.precision}, {sum(p.numel() for p in student.parameters()):,d} parameters")
+    there_is = runtime.memory_gb(place.device)
+    place.print(f"expects {weights + forward:.1f} of {there_is:.0f} GB: {weights:.1f} of weights "
+                f"and moments, {forward:.1f} of activations")
+    if weights + forward > there_is:
+        place.print("warning: that is too much; give --activation_checkpointing, --precision bf16, "
+                    "--parallel fsdp or a smaller --batch_size_per_gpu")
 
     def fill_whole() -> nn.Module:
         """The teacher's backbone in one piece, as it is now."""
@@ -659,8 +698,8 @@ def run(config: Config, build=build, update=ema_update) -> dict:
         while step < total:
             batch = clock.wait(batches)
             now = schedules(step, epoch_steps, total, config, place)
-            out = train_step(network, teacher, makers, optimizer, batch, now, config, place, update,
-                             scaler)
+            out = train_step(network, teacher, makers, optimizer, batch, now, config, place,
+                             update, scaler)
             recent.add(step, batch, out)
             step += 1
             clock.tick()

@@ -4,7 +4,7 @@
 3. Both clip modes equal a plain loop.
 4. The teacher is an exact moving average; a step that is not finite moves nothing.
 5. LARS equals its formula.
-6. Scaled for fp16, gradients are as unscaled; the factor halves on overflow, doubles after patience.
+6. Scaled for fp16, gradients are as unscaled; the factor halves on overflow, doubles after a while.
 """
 
 import math

@@ -5,8 +5,9 @@
 3. A run writes what the README says, and a finished one says so.
 4. Bad input is one line that names the flag, exit code 2, and leaves no run directory behind.
 5. A step that is not finite stops the run, names step and images, and the checkpoint stays good.
-6. With fp16, a step that overflows is left out and the run goes on, bit for bit when resumed;
-   activation checkpointing changes no weight. Compiled, a run gives the same weights to rounding, without a new graph after the first step.
+6. With fp16, a step that overflows is left out and the run goes on, bit for bit when resumed.
+   Activation checkpointing changes no weight; the memory that is expected grows with the batch.
+   Compiled, a run gives the same weights to rounding, without a new graph after the first step.
 7. Warnings name the illness and the term; each ingredient can be left out by a flag.
 8. The algorithm fits on one screen.
 """
@@ -404,6 +405,20 @@ def test_activation_checkpointing_changes_no_weight(tiny, tmp_path):
         train.run(config_of(tiny, tmp_path / name, *more))
     a, b = (weights(tmp_path / name / "run") for name in ("kept", "again"))
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_expected_memory(tiny, tmp_path):
+    place, found = train.runtime.start("cpu"), {}
+    for name, more in {"1": (), "2": ("--batch_size_per_gpu", "16"),
+                       "again": ("--activation_checkpointing",)}.items():
+        config = config_of([*tiny, "--precision", "fp32"], tmp_path, *more)
+        student, _ = train.build(config, place)
+        before = {k: v.clone() for k, v in student.state_dict().items()}
+        found[name] = train.expected_memory(student, config, place)
+        assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
+    size = sum(p.numel() * 4 for p in student.parameters())
+    assert found["1"][0] == found["2"][0] == 5 * size / 2**30
+    assert found["2"][1] == 2 * found["1"][1] > 2 * found["again"][1] > 0
 
 
 @pytest.mark.slow

@@ -108,8 +108,8 @@ def as_hf_vit(state):
     """transformers' ViTModel, which holds DINO."""
     names = {"pos_embed": "embeddings.position_embeddings", "cls_token": "embeddings.cls_token",
              "patch_embed.proj": "embeddings.patch_embeddings.projection",
-             "norm1": "layernorm_before", "norm2": "layernorm_after", "mlp.fc1": "intermediate.dense",
-             "mlp.fc2": "output.dense",
+             "norm1": "layernorm_before", "norm2": "layernorm_after",
+             "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
              "attn.proj": "attention.output.dense", "blocks": "encoder.layer"}
     out = {"pooler.dense.weight": torch.zeros(2, 2)}
     for key, value in state.items():
