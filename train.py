@@ -634,8 +634,8 @@ def run(config: Config, build=build, update=ema_update) -> dict:
                 f"of {config.batch_size_per_gpu} x {place.world_size}, {place.device}, "
                 f"{config.precision}, {sum(p.numel() for p in student.parameters()):,d} parameters")
     there_is = runtime.memory_gb(place.device)
-    place.print(f"expects {weights + forward:.1f} of {there_is:.0f} GB: {weights:.1f} of weights "
-                f"and moments, {forward:.1f} of activations")
+    place.print(f"expects {weights + forward:.2f} of {there_is:.0f} GB: {weights:.2f} of weights "
+                f"and moments, {forward:.2f} of activations")
     if weights + forward > there_is:
         place.print("warning: that is too much; give --activation_checkpointing, --precision bf16, "
                     "--parallel fsdp or a smaller --batch_size_per_gpu")
