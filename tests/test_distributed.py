@@ -1,6 +1,7 @@
 """Claims
 1. Two processes move as one would on the joined batch: centre, Sinkhorn-Knopp (unequal counts,
-   padding), one whole step of both objectives, with DDP and with FSDP, in both ways to clip.
+   padding); ten whole steps of DINO and of DINOv2 (masks, stochastic depth, KoLeo), with DDP and
+   with FSDP, in both ways to clip.
 2. When one of two processes is asked to stop, both save and go; what they saved with FSDP goes on
    with one process and whole tensors.
 3. Features and k-NN of two processes are exactly those of one, for odd sizes too.
@@ -8,6 +9,7 @@
 Every claim is checked in one spawn: starting processes is what costs time.
 """
 
+import functools
 import os
 import signal
 import socket
@@ -23,44 +25,109 @@ from augment import Masking, collate, hidden_places
 from conftest import saved
 from data import open_images
 from features import extract
-from losses import EMACenter, SinkhornKnopp, all_sum, entropies
+from losses import (EMACenter, SinkhornKnopp, all_sum, entropies, koleo_loss, make_targets,
+                    patch_loss, view_pair_loss)
 from recipes import PRESETS, Config
 from runtime import Place, UsageError, parse, whole_state
 from vit import VisionTransformer
 
 
-def one_step(config, place, batch, fsdp=False):
-    """A whole step on one batch: (loss, student's and teacher's weights, centre)."""
+METHODS = {  # what differs, how a process runs it, and what it is compared with
+    "dino": ["--centering", "ema", "--clip_mode", "parameter"],
+    "dinov2": "--centering sinkhorn --ibot_weight 1 --koleo_weight 0.1 --drop_path_rate 0.3 "
+    "--separate_head --ibot_n_prototypes 24 --clip_mode network".split(),
+    "dinov2, each tensor clipped": "--centering sinkhorn --ibot_weight 1 --koleo_weight 0.1 "
+    "--drop_path_rate 0.3 --clip_mode parameter".split(),
+}
+STEPS = 10
+
+
+@functools.cache
+def images():
+    return open_images("shapes:64")
+
+
+def share(config, step, rank):
+    """The batch of a process, and its schedules: images, masks and dropped samples of its own."""
+    views = train.Views(images(), train.MultiCrop(24, 16, 2, 2), seed=0)
+    first = 8 * (step % 8) + 4 * rank
+    batch = collate([views[0, 0, i] for i in range(first, first + 4)])
+    if config.hides_patches:
+        masks = Masking((3, 3), (0.2, 0.7))(8, 10 * step + rank)["masks"]
+        batch |= hidden_places(masks, 15)
+    now = dict(lr=0.5, last_layer_lr=0.5, weight_decay=0.1, momentum=0.9, teacher_temp=0.05,
+               generator=torch.Generator().manual_seed(100 * step + rank))
+    return batch, now
+
+
+def begin(config, place):
     student, teacher = train.build(config, place)
-    makers = train.target_makers(config)
-    network = student
-    if fsdp:
-        for each in (student, teacher):
-            runtime.shard(each, list(each.backbone.blocks), [each.dino_head], place, "fp32")
-    elif place.world_size > 1:
-        network = train.DistributedDataParallel(student)
+    return student, teacher, train.target_makers(config)
+
+
+def optimizer_of(student):
     optimizer = train.OPTIMIZERS["adamw"](train.parameter_groups(student))
     for group in optimizer.param_groups:
         group["eps"] = 1.0  # a step as long as its gradient: rounding stays rounding
-    now = dict(
-        lr=0.5, last_layer_lr=0.5, weight_decay=0.1, momentum=0.9, teacher_temp=0.05, generator=None
-    )
-    out = train.train_step(
-        network, teacher, makers, optimizer, batch, now, config, place, train.ema_update
-    )
-    states = (whole_state(student), whole_state(teacher)) if fsdp else (
-        student.state_dict(), teacher.state_dict())
-    return out["loss"], *map(dict, states), dict(makers.state_dict())
+    return optimizer
 
 
-def batch_of(config, indices):
-    """Crops of these images, and their share of the masks of images 0 to 7."""
-    images, _ = train.open_data(config)
-    views = train.Views(images, train.MultiCrop(24, 16, 2, 2), seed=0)
-    batch = collate([views[0, 0, i] for i in indices])
-    masks = Masking((3, 3), (0.2, 0.7))(16, 0)["masks"].unflatten(0, (2, 8))
-    masks = masks[:, list(indices)].flatten(0, 1)
-    return batch | hidden_places(masks, 30)
+def ten_steps(config, place, fsdp):
+    """(losses, student's and teacher's weights, centres) as the program makes them."""
+    student, teacher, makers = begin(config, place)
+    if fsdp:
+        for each in (student, teacher):
+            backbone, *heads = each.children()
+            runtime.shard(each, list(backbone.blocks), heads, place, "fp32")
+        network = student
+    else:
+        network = train.DistributedDataParallel(student)
+    optimizer, losses = optimizer_of(student), []
+    for step in range(STEPS):
+        batch, now = share(config, step, place.rank)
+        losses.append(train.train_step(network, teacher, makers, optimizer, batch, now, config,
+                                       place, train.ema_update)["loss"])
+    states = [whole_state(x) if fsdp else x.state_dict() for x in (student, teacher)]
+    return torch.stack(losses), *map(dict, states), dict(makers.state_dict())
+
+
+def ten_joined_steps(config):
+    """The same, by one process that has both batches: written out here."""
+    student, teacher, makers = begin(config, Place(torch.device("cpu")))
+    optimizer, losses = optimizer_of(student), []
+    for step in range(STEPS):
+        halves = [share(config, step, rank) for rank in (0, 1)]
+        now, loss = halves[0][1], 0.0
+        inputs = [train.to_device(batch, "cpu") for batch, _ in halves]
+        weights = [hidden.pop("mask_weights", None) for _, hidden in inputs]
+        with torch.no_grad():
+            seen = [teacher(views[:1], mask_indices=hidden.get("mask_indices"))
+                    for views, hidden in inputs]
+        rows = {name: torch.cat([s[name] for s in seen]) for name in makers}
+        real = {"dino": None, "ibot": None if weights[0] is None else torch.cat(weights) > 0}
+        bias = {name: makers[name](rows[name], 0.05, real[name]) for name in makers}
+        for (views, hidden), w, s, (_, mine) in zip(inputs, weights, seen, halves):
+            plan = student.backbone.draw_plan(views, mine["generator"])
+            said = student(views, plan, **hidden)
+            targets = {name: make_targets(s[name], 0.05, bias[name]) for name in makers}
+            loss = loss + view_pair_loss(targets["dino"].unflatten(0, (2, 4)),
+                                         said["dino"].unflatten(0, (4, 4))) / 2
+            if "ibot" in targets:
+                loss = loss + patch_loss(targets["ibot"], said["ibot"], w, 8) / 2
+            if config.koleo_weight:  # neighbours among the images of one process
+                first, second = said["features"][:8].chunk(2)
+                loss = loss + 0.1 * (koleo_loss(first) + koleo_loss(second)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        train.clip_gradients(list(student.children()), config.clip_grad, config.clip_mode)
+        train.set_schedule(optimizer, 0.5, 0.1, 0.5)
+        optimizer.step()
+        train.ema_update(teacher, student, now["momentum"])
+        for name, maker in makers.items():
+            maker.update(rows[name], real[name])
+        losses.append(loss.detach())
+    return (torch.stack(losses), dict(student.state_dict()), dict(teacher.state_dict()),
+            dict(makers.state_dict()))
 
 
 def process(rank, port, flags, folder):
@@ -85,11 +152,11 @@ def process(rank, port, flags, folder):
     out["bias"] = SinkhornKnopp(8)(some, 0.1)
     padded = torch.cat([some, torch.randn(3, 8)])
     out["bias of padded"] = SinkhornKnopp(8)(padded, 0.1, torch.arange(len(padded)) < len(some))
-    for config.centering in ("ema", "sinkhorn"):
-        batch = batch_of(config, range(4 * rank, 4 * rank + 4))
-        out[config.centering] = one_step(config, place, batch)
-    for config.clip_mode in ("network", "parameter"):  # of Sinkhorn
-        out[f"fsdp {config.clip_mode}"] = one_step(config, place, batch, fsdp=True)
+    for name, more in METHODS.items():
+        method = parse(Config, [*flags, *more], PRESETS)
+        for fsdp in (False, True):
+            out[name, fsdp] = ten_steps(method, place, fsdp)
+    config = parse(Config, [*flags, *METHODS["dinov2"]], PRESETS)
     model = VisionTransformer(16, 8, embed_dim=64, depth=1, num_heads=1)
     model.load_state_dict(torch.load(f"{folder}/backbone.pt"))
     out["features"] = extract(model, open_images("shapes:11"), 16, place)
@@ -119,8 +186,7 @@ def spawned(tmp_path_factory):
     from conftest import TINY
 
     folder = tmp_path_factory.mktemp("two")
-    flags = [*TINY, "--drop_path_rate", "0", "--ibot_weight", "1", "--centering", "sinkhorn"]
-    flags += ["--separate_head", "--ibot_n_prototypes", "24"]
+    flags = [*TINY, "--drop_path_rate", "0"]
     torch.manual_seed(0)
     backbone = VisionTransformer(16, 8, embed_dim=64, depth=1, num_heads=1)
     torch.save(backbone.state_dict(), folder / "backbone.pt")
@@ -145,19 +211,19 @@ def test_sums_and_centre(spawned):
             torch.testing.assert_close(out[name] - out[name].mean(), bias - bias.mean())
 
 
-def test_a_step_of_two_is_a_step_of_one(spawned):
+@pytest.mark.parametrize("fsdp", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_ten_steps_of_two_are_those_of_one(name, fsdp, spawned, joined={}):
     _, flags, outs, _ = spawned
-    config = parse(Config, flags, PRESETS)
-    for name in ("sinkhorn", "ema", "fsdp network", "fsdp parameter"):
-        config.centering = "ema" if name == "ema" else "sinkhorn"
-        config.clip_mode = "network" if name == "fsdp network" else "parameter"
-        loss, *states = one_step(config, Place(torch.device("cpu")), batch_of(config, range(8)))
-        for out in outs:
-            torch.testing.assert_close(out[name][0], loss, rtol=1e-5, atol=1e-6)
-            for ours, theirs in zip(states, out[name][1:]):
-                for k in ours:
-                    # float32 sums in another order; the step is large on purpose
-                    torch.testing.assert_close(ours[k], theirs[k], rtol=1e-4, atol=2e-6, msg=k)
+    if name not in joined:
+        joined[name] = ten_joined_steps(parse(Config, [*flags, *METHODS[name]], PRESETS))
+    losses, *states = joined[name]
+    assert losses[-1] < losses[0]
+    for out in outs:
+        torch.testing.assert_close(out[name, fsdp][0], losses, rtol=1e-5, atol=1e-5)
+        for ours, theirs in zip(states, out[name, fsdp][1:], strict=True):
+            for k in ours:
+                torch.testing.assert_close(ours[k], theirs[k], rtol=1e-4, atol=1e-5, msg=k)
 
 
 def test_features_of_two_are_those_of_one(spawned):
@@ -173,7 +239,8 @@ def test_saved_by_two_continued_by_one(spawned, capsys):
     assert saved(folder / "run/checkpoint")[0] == 5
     config = parse(
         Config,
-        [*flags, "--batch_size_per_gpu", "4", "--epochs", "1", "--output_dir", str(folder / "run")],
+        [*flags, *METHODS["dinov2"], "--clip_mode", "parameter", "--batch_size_per_gpu", "4",
+         "--epochs", "1", "--output_dir", str(folder / "run")],
         PRESETS,
     )
     summary = train.run(config)
