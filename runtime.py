@@ -81,7 +81,8 @@ def command(main):
 def describe(config_class) -> dict[str, tuple[str, str]]:
     """Field -> (group, help), read from the source of the dataclass."""
     group, out = "options", {}
-    for line in inspect.getsource(config_class).splitlines():
+    classes = [cls for cls in reversed(config_class.__mro__) if dataclasses.is_dataclass(cls)]
+    for line in (line for cls in classes for line in inspect.getsource(cls).splitlines()):
         if match := re.match(r"\s*# -- (.+)", line):
             group = match[1].strip()
         elif match := re.match(r"\s*(\w+): [^#]+?(?:#\s*(.*))?$", line):
@@ -205,7 +206,8 @@ def start(device: str = "auto") -> Place:
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         device = f"cuda:{torch.cuda.current_device()}"
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     return Place(torch.device(device), dist.get_rank(), dist.get_world_size())
 
 
