@@ -171,6 +171,8 @@ def clip_gradients(networks: list[nn.Module], max_norm: float, mode: str) -> Ten
     norms = []
     for network in networks:
         whole = [p.grad for p in network.parameters() if p.grad is not None]
+        if not whole:  # frozen
+            continue
         grads = local(whole)
         each = torch.stack(torch._foreach_norm(grads))
         if isinstance(whole[0], DTensor):  # the norm of all of a tensor, not of our part of it
