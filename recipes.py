@@ -113,9 +113,14 @@ class Config:
         return not self.arch.startswith("vit_")
 
     @property
-    def hides_patches(self) -> bool:
-        """Whether there is an iBOT objective: a weight for it, and masks to learn from."""
+    def learns_patches(self) -> bool:
+        """Whether there is an iBOT objective: a weight for it, and places to learn it at."""
         return self.ibot_weight > 0 and self.mask_probability > 0
+
+    @property
+    def hides_patches(self) -> bool:
+        """Whether the student has to guess what is at those places."""
+        return self.learns_patches
 
 
 # Fields that do not change the result: a run may be continued with others.

@@ -54,6 +54,18 @@ from vit import ARCHS, VisionTransformer
 # The two networks and the algorithm
 
 
+def new_backbone(config: Config, drop_path_rate: float) -> nn.Module:
+    if config.convnet:
+        return ConvNet(config.arch)
+    return VisionTransformer(
+        config.global_crops_size, config.patch_size, ffn_layer=config.ffn_layer,
+        num_register_tokens=config.num_register_tokens, layerscale=config.layerscale or None,
+        mask_token=config.hides_patches, drop_path_rate=drop_path_rate,
+        drop_path_uniform=config.drop_path_uniform, pos_embed_resize=config.pos_embed_resize,
+        **ARCHS[config.arch],
+    )
+
+
 class Network(nn.Module):
     """Backbone and heads; called once a step with all crops, so that DDP sees one forward.
 
@@ -61,39 +73,34 @@ class Network(nn.Module):
     patches without any. Patches share the head of the class tokens, or have their own.
     """
 
-    def __init__(self, config: Config, drop_path_rate: float = 0.0):
+    def __init__(self, config: Config, drop_path_rate: float = 0.0, backbone=None):
         super().__init__()
-        self.backbone = ConvNet(config.arch) if config.convnet else VisionTransformer(
-            config.global_crops_size, config.patch_size, ffn_layer=config.ffn_layer,
-            num_register_tokens=config.num_register_tokens, layerscale=config.layerscale or None,
-            mask_token=config.hides_patches, drop_path_rate=drop_path_rate,
-            drop_path_uniform=config.drop_path_uniform, pos_embed_resize=config.pos_embed_resize,
-            **ARCHS[config.arch],
-        )
+        self.backbone = backbone or new_backbone(config, drop_path_rate)
         sizes = dict(hidden_dim=config.head_hidden_dim, nlayers=config.head_nlayers,
                      use_bn=config.use_bn_in_head, norm_last_layer=config.norm_last_layer)
-        shared = config.hides_patches and not config.separate_head
+        shared = config.learns_patches and not config.separate_head
         if config.dino_weight or shared:
             self.dino_head = DINOHead(self.backbone.embed_dim, config.n_prototypes,
                                       bottleneck_dim=config.head_bottleneck_dim, **sizes)
-        if config.hides_patches and config.separate_head:
+        if config.learns_patches and config.separate_head:
             self.ibot_head = DINOHead(self.backbone.embed_dim, config.ibot_n_prototypes,
                                       bottleneck_dim=config.ibot_head_bottleneck_dim, **sizes)
         self.classes = config.dino_weight > 0
 
     def forward(self, views: list[Tensor], plan=None, masks=None, mask_indices=None) -> dict:
         """A list of crop sizes, globals first -> features (V*B, D), class tokens, views in order;
-        dino (V*B, K), their logits; ibot (M, K), logits of the patches at mask_indices.
+        patches (G*B, P, D), of the globals; dino (V*B, K), logits of the class tokens; ibot (M, K),
+        logits of the patches at mask_indices.
 
         masks (G*B, P) are the student's: the teacher sees everything.
         """
         masks = [masks] + [None] * (len(views) - 1)
         tokens = self.backbone.forward_features(views, masks, plan)
-        out = {"features": torch.cat([t["x_norm_clstoken"] for t in tokens])}
+        out = {"features": torch.cat([t["x_norm_clstoken"] for t in tokens]),
+               "patches": tokens[0]["x_norm_patchtokens"]}
         ask = {"dino": out["features"]} if self.classes else {}
         if mask_indices is not None:
-            patches = tokens[0]["x_norm_patchtokens"].flatten(0, 1)  # (G*B*P, D)
-            ask["ibot"] = patches.index_select(0, mask_indices)
+            ask["ibot"] = out["patches"].flatten(0, 1).index_select(0, mask_indices)  # (M, D)
         if "ibot" in ask and hasattr(self, "ibot_head"):
             out["ibot"] = self.ibot_head(ask.pop("ibot"))
         if ask:  # all that share a head go through it together
@@ -101,22 +108,35 @@ class Network(nn.Module):
             out |= zip(ask, logits.split([len(x) for x in ask.values()]))
         return out
 
+    def more_terms(self, seen: dict, said: dict) -> dict[str, Tensor]:
+        """Further losses of what a teacher and this student answered, each with its NAME_weight."""
+        return {}
 
-def build(config: Config, place: Place) -> tuple[nn.Module, nn.Module]:
+
+def build(config: Config, place: Place, network=Network) -> tuple[nn.Module, nn.Module]:
     """The student, and a teacher that starts as its copy and never gets a gradient."""
     torch.manual_seed(config.seed)
-    student = Network(config, config.drop_path_rate).to(place.device)
+    student = network(config, config.drop_path_rate).to(place.device)
     if place.world_size > 1 and place.device.type == "cuda":  # on a CPU it does not exist
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     teacher = copy.deepcopy(student).requires_grad_(False)
     student.backbone.activation_checkpointing = config.activation_checkpointing
-    wanted = place.device.type == "cuda" if config.compile is None else config.compile
-    if wanted:
-        # Block by block and in place: all blocks share one graph, and keys stay as they are.
-        for network in (student, teacher):
-            for block in getattr(network.backbone, "blocks", network.backbone.children()):
-                block.compile()
+    compile_blocks((student, teacher), config, place)
     return student, teacher
+
+
+def compile_blocks(networks, config: Config, place: Place):
+    """Block by block and in place: all blocks share one graph, and keys stay as they are."""
+    wanted = place.device.type == "cuda" if config.compile is None else config.compile
+    for network in networks if wanted else ():
+        for block in getattr(network.backbone, "blocks", network.backbone.children()):
+            block.compile()
+
+
+def shard(network: nn.Module, config: Config, place: Place):
+    """Split over all processes: blocks in the low precision, heads, norm and tokens in float32."""
+    backbone, *heads = network.children()
+    runtime.shard(network, list(backbone.blocks), heads, place, config.precision)
 
 
 def expected_memory(student: nn.Module, config: Config, place: Place) -> tuple[float, float]:
@@ -153,7 +173,7 @@ def expected_memory(student: nn.Module, config: Config, place: Place) -> tuple[f
 def objectives(config: Config) -> dict[str, int]:
     """What is learned, "dino" (class tokens) and "ibot" (patches): name -> its prototypes K."""
     found = {"dino": config.n_prototypes} if config.dino_weight else {}
-    if config.hides_patches:
+    if config.learns_patches:
         own = config.separate_head
         found["ibot"] = config.ibot_n_prototypes if own else config.n_prototypes
     return found
@@ -212,6 +232,7 @@ def train_step(student, teacher, makers, optimizer, batch, now, config, place, u
                                    config.student_temp)
     if config.koleo_weight:
         terms["koleo"] = sum(koleo_loss(view) for view in said["features"][:G * B].chunk(G))
+    terms |= unwrap(student).more_terms(seen, said)
     loss = sum(getattr(config, f"{name}_weight") * term for name, term in terms.items())
 
     # Only the student learns.
@@ -352,8 +373,8 @@ def log_line(row: dict, total: int, config: Config, clock: runtime.Clock) -> str
         parts.append(f"{term} {row[term]:.3f} = H {row[term + '_entropy']:.3f} + "
                      f"KL {row[term + '_kl']:.3f} (ln K {math.log(prototypes):.2f}, mean H "
                      f"{row[term + '_mean_entropy']:.2f})")
-    if "koleo" in row:
-        parts.append(f"koleo {row['koleo']:.2f}")
+    parts += [f"{name} {row[name]:.2f}" for name in row  # terms without targets, such as KoLeo
+              if name not in objectives(config) and hasattr(config, f"{name}_weight")]
     return "  ".join([
         *parts, f"rank {row['rank']:.0f}", f"lr {row['lr']:.1e}", f"m {row['momentum']:.4f}",
         f"{row['images_per_second']:.0f} img/s", f"wait {clock.waiting:.0%}",
@@ -456,7 +477,9 @@ def check(config: Config):
             raise UsageError(f"--{name} {getattr(config, name)}: expected 0 or more")
     if not 0 < config.layerwise_decay <= 1:
         raise UsageError(f"--layerwise_decay {config.layerwise_decay}: expected above 0, at most 1")
-    if not (config.dino_weight or config.hides_patches or config.koleo_weight):
+    weights = [value for name, value in vars(config).items()
+               if name.endswith("_weight") and name != "ibot_weight"]
+    if not (any(weights) or config.learns_patches):
         raise UsageError("--dino_weight 0 and no other loss: nothing to learn; give --ibot_weight "
                          "(with --mask_probability) or --koleo_weight")
     if config.dino_weight and config.global_crops_number + config.local_crops_number < 2:
@@ -465,7 +488,7 @@ def check(config: Config):
     if config.koleo_weight and config.batch_size_per_gpu < 2:
         raise UsageError("--batch_size_per_gpu 1 leaves KoLeo no other image to keep away from: "
                          "give at least 2, or --koleo_weight 0")
-    if config.hides_patches:
+    if config.learns_patches:
         check_masks(config)
     if config.activation_checkpointing and config.convnet:
         raise UsageError("--activation_checkpointing: BatchNorm would count each batch twice; give "
@@ -491,8 +514,8 @@ def check_masks(config: Config):
                          "--ibot_weight 0")
     low, high = config.mask_ratio
     patches = (config.global_crops_size // config.patch_size) ** 2
-    if not 0 <= low <= high < 1 or int(patches * high) < 1:
-        raise UsageError(f"--mask_ratio {low} {high}: expected 0 <= low <= high < 1, and at least "
+    if not 0 <= low <= high <= 1 or int(patches * high) < 1:
+        raise UsageError(f"--mask_ratio {low} {high}: expected 0 <= low <= high <= 1, and at least "
                          f"one of the {patches} patches of a global crop")
     if not 0 <= config.mask_probability <= 1:
         raise UsageError(f"--mask_probability {config.mask_probability}: expected 0 to 1")
@@ -563,7 +586,7 @@ def batches_from(step: int, total: int, images: Images, config: Config, place: P
                       config.local_crops_number if config.dino_weight else 0,
                       config.global_crops_scale, config.local_crops_scale, config.photometry)
     masking = None
-    if config.hides_patches:
+    if config.learns_patches:
         side = config.global_crops_size // config.patch_size
         masking = Masking((side, side), config.mask_ratio, config.mask_probability,
                           config.mask_shape, config.mask_min_patches, config.seed, place.rank)
@@ -622,8 +645,7 @@ def run(config: Config, build=build, update=ema_update) -> dict:
     if config.parallel == "fsdp":
         whole = copy.deepcopy(teacher.backbone)  # to be judged and saved: filled when needed
         for network in (student, teacher):
-            backbone, *heads = network.children()
-            runtime.shard(network, list(backbone.blocks), heads, place, config.precision)
+            shard(network, config, place)
     optimizer = OPTIMIZERS[config.optimizer](
         parameter_groups(student, config.layerwise_decay, config.patch_embed_lr_mult))
     with runtime.usage():
@@ -726,7 +748,7 @@ def run(config: Config, build=build, update=ema_update) -> dict:
                 if (due and not asked_to_stop) or step == total:
                     figures["knn"] = judge(fill_whole())
                     if figures["knn"] is not None:
-                        place.print(f"epoch {step // epoch_steps}: {judge.protocol} of the teacher "
+                        place.print(f"epoch {step // epoch_steps}: {judge.protocol} "
                                     f"{figures['knn']:.1%} (untrained {figures['untrained']:.1%}, "
                                     f"pixels {figures['pixels']:.1%})")
                         record(folder, dict(step=step, knn=figures["knn"]), place)
@@ -767,8 +789,8 @@ def run(config: Config, build=build, update=ema_update) -> dict:
     return summary
 
 
-def read_flags(argv: list[str]) -> Config:
-    config = runtime.parse(Config, argv, PRESETS, "python train.py [PRESET] [--flag value ...]")
+def read_flags(argv: list[str], kind=Config, presets=PRESETS, program="train.py") -> Config:
+    config = runtime.parse(kind, argv, presets, f"python {program} [PRESET] [--flag value ...]")
     if "data" in config.given and "val_data" not in config.given:
         config.val_data = ""  # the preset's would judge by other images than the ones given
     return config
