@@ -418,6 +418,7 @@ class VisionTransformer(nn.Module):
 # Heads are 64 wide everywhere, which is also what the kernels like best (DINOv2 sec. 5). Giant is
 # used with ffn_layer="swiglu", the released DINOv2 ones with LayerScale and mask token: arguments.
 ARCHS = {
+    "vit_pico": dict(embed_dim=64, depth=4, num_heads=1),  # ours: to be distilled from nano
     "vit_nano": dict(embed_dim=128, depth=4, num_heads=2),  # ours: a laptop trains it in minutes
     "vit_tiny": dict(embed_dim=192, depth=12, num_heads=3),
     "vit_small": dict(embed_dim=384, depth=12, num_heads=6),

@@ -18,12 +18,13 @@ import numpy as np
 import pytest
 import torch
 
+import distill
 import evaluate
 import runtime
 import train
 import visualize
 import weights
-from recipes import PRESETS
+from recipes import DISTILLATION, PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
@@ -52,6 +53,7 @@ def test_readme_names_what_exists():
 
 PARSERS = {
     "train.py": lambda argv: runtime.parse(train.Config, argv, PRESETS),
+    "distill.py": lambda argv: runtime.parse(distill.Config, argv, DISTILLATION),
     "evaluate.py": lambda argv: (evaluate.TASKS[argv[0]], runtime.parse(evaluate.Config, argv[1:])),
     "visualize.py": lambda argv: runtime.parse(visualize.Config, argv[2:]),
     "weights.py": lambda argv: runtime.parse(weights.Config, argv[2:]),
@@ -95,7 +97,8 @@ def test_imports(name):
     elif stem in SHARED:
         assert used <= set(LEAVES) | set(SHARED)
     else:
-        assert used <= set(LEAVES) | set(SHARED) | ({"visualize"} if stem == "train" else set())
+        more = {"train": {"visualize"}, "distill": {"train"}}
+        assert used <= set(LEAVES) | set(SHARED) | more.get(stem, set())
     third = set(imports(name, top_only=True)) - OURS - set(sys.stdlib_module_names)
     assert third <= {"torch", "torchvision", "numpy", "PIL"}
 
