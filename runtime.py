@@ -189,6 +189,13 @@ class Place:
         dist.broadcast_object_list(box, device=self.device)
         return box[0]
 
+    def everyone(self, thing) -> list:
+        """What each process has, in the order of their ranks, on all processes."""
+        things = [thing] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(things, thing)
+        return things
+
 
 def start(device: str = "auto") -> Place:
     """Choose the device and, under torchrun, join the other processes."""
@@ -410,10 +417,7 @@ def save_checkpoint(folder: Path, step: int, state: dict, facts: dict, place: Pl
         dcp.save(state, storage_writer=dcp.FileSystemWriter(aside), no_dist=alone)
     mine = {file.name: {"bytes": file.stat().st_size, "sha256": digest(file)}
             for file in aside.glob(f"__{place.rank}_*")}  # each process vouches for what it wrote
-    files = [mine]
-    if not alone:
-        files = [None] * place.world_size
-        dist.all_gather_object(files, mine)
+    files = place.everyone(mine)
     if place.main:
         index = aside / ".metadata"
         files.append({index.name: {"bytes": index.stat().st_size, "sha256": digest(index)}})
@@ -513,6 +517,29 @@ class Clock:
     def eta(self) -> str:
         left = int((self.total - self.step) * self.step_seconds)
         return f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+
+
+class Progress:
+    """Called with the number done: tells it and the time left, on stderr of the main process.
+
+    On a terminal one line that is rewritten, elsewhere a line every half minute.
+    """
+
+    def __init__(self, what: str, total: int, place: Place):
+        self.what, self.total, self.place = what, total, place
+        self.live = sys.stderr.isatty()
+        self.begun = self.told = time.perf_counter()
+
+    def __call__(self, done: int):
+        now, last = time.perf_counter(), done >= self.total
+        if not self.place.main or now - self.told < (0.2 if self.live else 30) and not (
+                last and self.live):
+            return
+        self.told, left = now, int((now - self.begun) * (self.total / max(done, 1) - 1))
+        text = (f"{self.what}: {done:,d} of {self.total:,d}, "
+                f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
+        print(f"\r{text:79s}" if self.live else text, end="\n" if last or not self.live else "",
+              file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
