@@ -141,14 +141,31 @@ class MultiCrop:
         }
 
 
-def center_crop(image: Tensor, size: int) -> Tensor:
-    """How features are judged: short side to 8/7 of size, then the centre (256 -> 224). uint8."""
+def center_crop(image: Tensor, size: int, short: int = 0) -> Tensor:
+    """How features are judged: short side to 8/7 of size (256), then the centre (224). uint8.
+
+    short: another length for the short side.
+    """
     height, width = image.shape[-2:]
-    short = round(size * 8 / 7)
+    short = short or round(size * 8 / 7)
     h, w = (short, max(short, int(short * width / height))) if height <= width else (
         max(short, int(short * height / width)), short)
     image = TF.resize(image, [h, w], interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
     return TF.center_crop(image, [size, size])
+
+
+def fit_inside(image: Tensor, longest: int) -> Tensor:
+    """The whole image with its shape kept, made smaller if its long side is beyond `longest`."""
+    height, width = image.shape[-2:]
+    scale = min(1.0, longest / max(height, width))
+    size = [max(1, round(height * scale)), max(1, round(width * scale))]
+    return TF.resize(image, size, interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
+
+
+def squash(image: Tensor, size: int) -> Tensor:
+    """The whole image as a square, whatever its shape."""
+    return TF.resize(image, [size, size], interpolation=TF.InterpolationMode.BICUBIC,
+                     antialias=True)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -14,74 +14,172 @@ Tests    pytest tests/test_features.py
 Letters  n images, D width, k neighbours, C classes.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from augment import center_crop, normalise
-from data import Images
+from augment import MultiCrop, center_crop, normalise
+from data import Images, Sampler, Views, training_loader
 from runtime import Place, autocast
 
+MOST = 2**27  # similarities at once: half a GB
 
-class Centered(torch.utils.data.Dataset):
-    """Image i as evaluations see it: (3, size, size) uint8."""
 
-    def __init__(self, images: Images, size: int):
-        self.images, self.size = images, size
+class Prepared(torch.utils.data.Dataset):
+    """Image i as an evaluation sees it: prepare(image), uint8."""
+
+    def __init__(self, images: Images, prepare: Callable[[Tensor], Tensor]):
+        self.images, self.prepare = images, prepare
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, i: int) -> Tensor:
-        return center_crop(self.images.read(i), self.size)
+        return self.prepare(self.images.read(i))
 
 
 @torch.no_grad()
 def extract(model: nn.Module, images: Images, size: int, place: Place, batch_size: int = 128,
-            num_workers: int = 0, precision: str = "fp32", report=None) -> Tensor:
+            num_workers: int = 0, precision: str = "fp32", report=None, prepare=None) -> Tensor:
     """Features (n, D) float32 of all images, on the CPU, the same on every process.
 
-    model maps normalised images to (B, D). Process r takes images r, r + W, ...; `report` is called
-    with the number of images done. An image that does not decode raises: judging needs them all.
+    model maps normalised images to (B, D). `report` is called with the number of images done;
+    `prepare` takes the place of the centre crop to `size` pixels, with batch_size 1 where images
+    keep their shapes. An image that does not decode raises: judging needs them all.
     """
-    mine = list(range(place.rank, len(images), place.world_size))
+    mine = spread(range(len(images)), place)
     loader = torch.utils.data.DataLoader(
-        torch.utils.data.Subset(Centered(images, size), mine), batch_size, num_workers=num_workers)
-    training, parts, done = model.training, [], 0
+        torch.utils.data.Subset(Prepared(images, prepare or partial(center_crop, size=size)), mine),
+        batch_size, num_workers=num_workers)
+    training, out, done = model.training, torch.empty(0), 0
     model.eval()
     for batch in loader:
         with autocast(precision, place.device):
-            parts.append(model(normalise(batch.to(place.device))).float().cpu())
-        done += len(batch)
+            rows = model(normalise(batch.to(place.device))).float()  # (B, D)
+        rows = gather(rows, len(images) - done, place)
+        if not done:  # one table for all, in place: these can be gigabytes
+            out = torch.empty(len(images), rows.shape[1])
+        out[done:done + len(rows)] = rows
+        done += len(rows)
         if report:
-            report(done * place.world_size)
+            report(done)
     model.train(training)
-    rows = torch.cat(parts) if parts else torch.empty(0, 0)
-    return gather(rows, len(images), place)
-
-
-def gather(rows: Tensor, total: int, place: Place) -> Tensor:
-    """Rows r, r + W, ... of process r -> all rows in order, on every process."""
-    if place.world_size == 1:
-        return rows
-    parts = [None] * place.world_size
-    dist.all_gather_object(parts, rows)
-    out = torch.empty(total, parts[0].shape[1])
-    for r, part in enumerate(parts):
-        out[r::place.world_size] = part
     return out
 
 
-def top_neighbours(queries: Tensor, bank: Tensor, k: int, chunk: int = 1024):
+def spread(rows, place: Place) -> list:
+    """This process's share of rows: r, r + W, ... Shares are equally long: the first rows fill up.
+
+    So every process takes as many steps, and none waits for another that has finished.
+    """
+    world = place.world_size
+    return [rows[i % len(rows)] for i in range(place.rank, -(-len(rows) // world) * world, world)]
+
+
+def gather(rows: Tensor, total: int, place: Place) -> Tensor:
+    """What all processes made of their shares -> all `total` rows in order, on every process."""
+    if place.world_size == 1:
+        return rows[:total]
+    parts = [torch.empty_like(rows) for _ in range(place.world_size)]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.stack(parts, 1).flatten(0, 1)[:total]
+
+
+def random_crops(images: Images, size: int, batch_size: int, steps: int, place: Place,
+                 num_workers: int = 0, seed: int = 0, together: int = 1):
+    """What classifiers are trained on: this process's share of each batch of random crops.
+
+    Yields crops (b, 3, size, size), normalised, and their labels (b,). The batches, batch_size
+    images on all processes together, are the same for any number of them. `together` neighbours
+    stay on one process. A crop covers 8 to 100 % of its image. A broken image raises: its label
+    would go to another one.
+    """
+    def shares():
+        for keys in Sampler(len(images), batch_size, steps, seed=seed):
+            groups = [keys[i:i + together] for i in range(0, len(keys), together)]
+            yield [key for group in spread(groups, place) for key in group]
+
+    crop = MultiCrop(size, size, 1, 0, (0.08, 1.0), photometry="none")
+    labels = torch.as_tensor(images.labels)
+    for batch in training_loader(Views(images, crop, seed), shares(), num_workers):
+        if batch["broken"]:
+            raise ValueError(f"--data: an image does not decode: {batch['broken'][0]}")
+        crops = normalise(batch["global_crops"][0].to(place.device))  # (b, 3, H, W)
+        yield crops, labels[batch["index"]].to(place.device)
+
+
+# ------------------------------------------------------------------------------------------------
+# What is read off a network beside its class token
+
+
+class Blocks(nn.Module):
+    """Class tokens of the last n blocks in order, and the mean patch of the last: (B, (n+1)*D)."""
+
+    def __init__(self, model: nn.Module, n: int):
+        super().__init__()
+        self.model, self.n = model, n
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not hasattr(self.model, "blocks"):  # a convnet: its class token is the mean
+            return self.model(images).repeat(1, 2)
+        outs = self.model.get_intermediate_layers(images, self.n, return_class_token=True)
+        return torch.cat([cls for _, cls in outs] + [outs[-1][0].mean(1)], 1)
+
+
+def gem(patches: Tensor, p: float = 4.0) -> Tensor:
+    """Generalised mean over patches: (B, P, D) -> (B, D). p = 1 is the mean, large p the maximum.
+
+    Radenovic 2017, eq. 3.
+    """
+    return patches.clamp(min=1e-6).pow(p).mean(1).pow(1 / p)
+
+
+class Descriptor(nn.Module):
+    """Class token and GeM of the patches, for copy detection: (B, 2*D). DINO sec. 4.2."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        out = self.model.forward_features(images)
+        return torch.cat([out["x_norm_clstoken"], gem(out["x_norm_patchtokens"].float())], 1)
+
+
+class Scales(nn.Module):
+    """Mean of the class tokens at several sizes. DINO's retrieval."""
+
+    def __init__(self, model: nn.Module, scales: tuple[float, ...] = (1, 0.5**0.5, 0.5)):
+        super().__init__()
+        self.model, self.scales = model, scales
+
+    def forward(self, images: Tensor) -> Tensor:
+        sizes = [[max(self.model.patch_size, int(side * s)) for side in images.shape[-2:]]
+                 for s in self.scales]
+        views = [F.interpolate(images, size, mode="bilinear") for size in sizes]
+        return torch.stack([self.model(view) for view in views]).mean(0)
+
+
+# ------------------------------------------------------------------------------------------------
+# Nearest neighbours and their vote
+
+
+def top_neighbours(queries: Tensor, bank: Tensor, k: int, chunk: int = 0):
     """Cosine similarities and bank rows of the k nearest: (n, k) each, nearest first.
 
-    Both are normalised here. Works through the queries in chunks: memory is chunk * n_bank numbers.
+    Neither need be of unit length. Works through the queries in chunks, memory beyond the bank is
+    chunk * n_bank numbers; chunk 0: as many queries as fill MOST numbers.
     """
     if not 0 < k <= len(bank):
         raise ValueError(f"k={k} neighbours out of a bank of {len(bank)} images")
-    bank = F.normalize(bank, dim=1)
-    best = [(F.normalize(part, dim=1) @ bank.T).topk(k) for part in queries.split(chunk)]
+    chunk = chunk or max(1, MOST // len(bank))
+    lengths = torch.linalg.vector_norm(bank, dim=1).clamp(min=1e-12)  # a normalised copy is large
+    best = [(F.normalize(part, dim=1) @ bank.T).div_(lengths).topk(k)
+            for part in queries.split(chunk)]
     return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
 
 
@@ -91,19 +189,44 @@ def knn_vote(similarities: Tensor, labels: Tensor, temperature: float = 0.07) ->
     Each neighbour votes for its label with weight exp(similarity / temperature).
     """
     weights = (similarities / temperature).exp()  # (n, k)
-    votes = torch.zeros(len(labels), int(labels.max()) + 1)
-    votes = votes.to(weights.dtype).scatter_add_(1, labels, weights)  # (n, C)
+    votes = weights.new_zeros(len(labels), int(labels.max()) + 1)  # (n, C)
+    votes = votes.scatter_add_(1, labels, weights)  # (n, C)
     return votes.argmax(1)
+
+
+def knn_predict(bank: Tensor, bank_labels, queries: Tensor, ks: tuple[int, ...] = (20,),
+                temperature: float = 0.07) -> dict[int, Tensor]:
+    """The class that the neighbours of each query vote for, (n,) for each k. Found once."""
+    bank_labels = torch.as_tensor(bank_labels, device=bank.device)
+    similarities, rows = top_neighbours(queries, bank, max(ks))
+    labels = bank_labels[rows]  # (n, k)
+    return {k: knn_vote(similarities[:, :k], labels[:, :k], temperature) for k in ks}
 
 
 def knn_accuracy(bank: Tensor, bank_labels, queries: Tensor, query_labels,
                  ks: tuple[int, ...] = (20,), temperature: float = 0.07) -> dict[int, float]:
-    """Share of queries whose neighbours vote for their label, for each k. Neighbours found once."""
-    bank_labels, query_labels = torch.as_tensor(bank_labels), torch.as_tensor(query_labels)
-    similarities, rows = top_neighbours(queries, bank, max(ks))
-    labels = bank_labels[rows]  # (n, k)
-    return {k: (knn_vote(similarities[:, :k], labels[:, :k], temperature) == query_labels)
-            .float().mean().item() for k in ks}
+    """Share of queries whose neighbours vote for their label, for each k."""
+    predicted = knn_predict(bank, bank_labels, queries, ks, temperature)
+    return {k: accuracy(p, query_labels)["top1"] for k, p in predicted.items()}
+
+
+def accuracy(predicted: Tensor, labels) -> dict[str, float]:
+    """Share of images that are right; and the mean over classes of each class's own share.
+
+    The second counts a rare class as much as a frequent one. Classes without an image do not count.
+    """
+    predicted, labels = predicted.cpu(), torch.as_tensor(labels).cpu()
+    right = (predicted == labels).double()  # (n,)
+    count, hits = labels.bincount(), labels.bincount(right)
+    return {"top1": right.mean().item(),
+            "mean_per_class": (hits / count)[count > 0].mean().item()}
+
+
+def few_of(labels: list[int], n: int, seed: int) -> Tensor:
+    """n rows of each class, drawn from the seed."""
+    labels = torch.tensor(labels)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    return torch.cat([order[labels[order] == c][:n] for c in labels.unique()])
 
 
 def same_labels(bank: Images, queries: Images) -> Tensor:
@@ -125,5 +248,5 @@ if __name__ == "__main__":
     centres, labels = torch.randn(4, 16), torch.arange(800) % 4
     for noise in (0.5, 1.0, 2.0, 4.0):
         x = centres[labels] + noise * torch.randn(800, 16)
-        accuracy = knn_accuracy(x[:600], labels[:600], x[600:], labels[600:], (1, 20))
-        print(f"noise {noise}: k-NN(1) {accuracy[1]:.1%}, k-NN(20) {accuracy[20]:.1%}, chance 25 %")
+        right = knn_accuracy(x[:600], labels[:600], x[600:], labels[600:], (1, 20))
+        print(f"noise {noise}: k-NN(1) {right[1]:.1%}, k-NN(20) {right[20]:.1%}, chance 25 %")
