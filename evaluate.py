@@ -1,45 +1,85 @@
 """Evaluate: how good are frozen features? One command per protocol of the papers.
 
-    --weights --> backbone, frozen --> features of --data and --val_data --> results.json
+    --weights --> backbone, frozen --> features of --data and --val_data --> table, results.json
+                                          |
+         knn, linear, logreg (probes.py), retrieval, copies (retrieval.py); finetune (finetune.py)
 
 Idea     A network is judged by what can be read off its features without changing them.
-Paper    DINO sec. 4.1; protocol in features.py
+Paper    DINO sec. 4 and F; DINOv2 sec. 7; each task below names its place
 Try      python evaluate.py knn --weights RUN
+         python evaluate.py all --weights RUN        one report card
          python evaluate.py features --weights RUN --data folder:PATH --output features.npy
 Change   a new protocol is one function below and one line in TASKS
 Tests    pytest tests/test_evaluate.py
 """
 
+import hashlib
 import os
-import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import runtime
-from data import open_images
-from features import extract, knn_accuracy, same_labels
+from augment import center_crop, fit_inside, squash
+from data import Images, open_images
+from features import (Blocks, Descriptor, Scales, accuracy, extract, few_of, gather, knn_predict,
+                      random_crops, same_labels, spread)
+from finetune import finetune as train_all
+from optim import cosine
+from probes import CS, LRS, Logistic, Probes, kinds_of_input, real_accuracy, released_head
+from retrieval import (EDITS, KAPPAS, LEVELS, Whitening, judge, read_groups, read_revisited,
+                       relevance)
 from runtime import UsageError
-from weights import load_backbone
+from weights import load_backbone, read_tensors
 
 
 @dataclass
 class Config:
     # -- what to judge
     weights: str = "dino_vits16"  # a run, a released name, a URL, or a file
-    data: str = "shapes"  # images with labels that vote; for `features`, the images
+    data: str = "shapes"  # images with labels to learn from, or to search in
     val_data: str = "shapes:val"  # images with labels that are judged
+    test_data: str = ""  # linear: images judged by the probe that was best on --val_data
     data_root: str = "data"  # where torchvision keeps its data sets
     download: bool = False  # let torchvision fetch them
-    # -- protocol
-    image_size: int = 0  # pixels of the centre crop; 0: what the positions were built for
+    # -- features
+    image_size: int = 0  # pixels of the crop; 0: what the positions were built for
+    features_dir: str = ""  # keep features there, and take them from there the next time
+    # -- knn
     nb_knn: tuple[int, ...] = (10, 20, 100, 200)  # numbers of neighbours
     temperature: float = 0.07  # of the vote
+    n_per_class: tuple[int, ...] = ()  # few-shot: also with so many images of each class
+    n_tries: int = 1  # few-shot: random choices to average over
+    # -- linear
+    protocol: Literal["dinov2", "dino"] = "dinov2"  # 52 probes, or one
+    head: str = ""  # judge this saved or released linear head, and train none
+    class_mapping: str = ""  # lines "class in --val_data, class in --data", if they differ
+    real_labels: str = ""  # ImageNet-ReaL's real.json, for ImageNet's validation images
+    # -- retrieval
+    ground_truth: str = ""  # gnd_roxford5k.pkl or gnd_rparis6k.pkl, about the images of --data
+    groups: str = ""  # .csv with path,group: images of --data in one group belong together
+    multiscale: bool = False  # mean of the features at scales 1, 1/sqrt(2), 1/2
+    crop_queries: bool = False  # --ground_truth: only the box of the query, as others than DINO do
+    # -- copies
+    n_originals: int = 157  # images of --val_data that get copied; --data are the distractors
+    # -- learning, for linear and finetune
+    epochs: int = 0  # passes over --data; 0: 10, of linear --protocol dino 100
+    lr: float = 5e-4  # finetune: for 256 images
+    weight_decay: float = 0.05  # finetune
+    layerwise_decay: float = 0.75  # finetune: factor of the learning rate from block to block
+    label_smoothing: float = 0.1  # finetune
+    mixup: float = 0.8  # finetune: Beta(a, a) draws the shares of two blended images; 0: off
+    cutmix: float = 1.0  # finetune: the same for a patch of one image in another; 0: off
+    seed: int = 0  # of all that is drawn
     # -- machine
-    batch_size: int = 128  # images at once
+    batch_size: int = 128  # images at once, on all processes together
     device: str = "auto"  # auto | cpu | cuda | mps
     precision: Literal["fp32", "bf16"] = "fp32"  # of matrix products
     num_workers: int = 2  # loader processes
@@ -48,8 +88,12 @@ class Config:
     output: str = "features.npy"  # for `features`: the file; names go beside it as .txt
 
 
+# ------------------------------------------------------------------------------------------------
+# The network and its features
+
+
 class Features:
-    """The network of --weights, ready to be asked for features."""
+    """The network of --weights, ready to be asked for features, and what it was asked on."""
 
     def __init__(self, config: Config, place: runtime.Place):
         self.config, self.place = config, place
@@ -58,48 +102,420 @@ class Features:
         if self.size < self.model.patch_size:
             raise UsageError(f"--image_size {self.size} is smaller than one patch of "
                              f"{self.model.patch_size}")
+        digest = hashlib.sha256()
+        for key, value in sorted(self.model.state_dict().items()):
+            digest.update(key.encode() + value.cpu().numpy().tobytes())
+        self.sha256 = digest.hexdigest()
 
-    def __call__(self, images):
-        def report(done):
-            if self.place.main and sys.stderr.isatty():
-                print(f"\r{min(done, len(images)):,d} of {len(images):,d} images", end="",
-                      file=sys.stderr, flush=True)
+    def __call__(self, images: Images, name: str, read: nn.Module | None = None,
+                 prepare=None, batch_size: int = 0) -> Tensor:
+        """(n, D) on the CPU. `read` stands in for the network (class tokens), `prepare` for the
+        centre crop. With --features_dir they are kept there as `name`.
+        """
+        config, place = self.config, self.place
+        known = {"weights": self.sha256, "images": hashlib.sha256(
+            "\n".join(images.names).encode()).hexdigest(), "precision": config.precision,
+            "protocol": f"{name}, {self.size} px"}
+        file = Path(config.features_dir) / f"{name}.pt"
+        if config.features_dir and place.agree(file.exists()):
+            return self.reuse(file, known)
+        batch = batch_size or -(-config.batch_size // place.world_size)
+        rows = extract(read or self.model, images, self.size, place, batch, config.num_workers,
+                       config.precision, runtime.Progress(name, len(images), place), prepare)
+        self.check(rows, images.names, f"--weights {config.weights}")
+        if config.features_dir and place.main:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            runtime.save(file, {"rows": rows, **known})
+        return rows
 
-        config = self.config
-        return extract(self.model, images, self.size, self.place, config.batch_size,
-                       config.num_workers, config.precision, report)
+    def reuse(self, file: Path, known: dict) -> Tensor:
+        try:
+            kept = read_tensors(file)
+            theirs = {key: kept[key] for key in known}
+        except Exception:  # torch names no single kind
+            raise UsageError(f"--features_dir: {file} holds no features that were kept there; "
+                             "delete it") from None
+        odd = [key for key in known if theirs[key] != known[key]]
+        if odd:
+            raise UsageError(f"--features_dir: {file} holds features of other {odd[0]} "
+                             f"({theirs[odd[0]]:.16s}, here {known[odd[0]]:.16s}); delete it or "
+                             "name another folder")
+        self.check(kept["rows"], None, f"--features_dir: {file}")
+        return kept["rows"]
+
+    def check(self, rows: Tensor, names: list[str] | None, source: str):
+        bad = (~rows.isfinite().all(1)).nonzero()[:, 0].tolist()
+        if bad:
+            raise UsageError(f"{source}: {len(bad)} of {len(rows)} images have features that are "
+                             f"no numbers, the first {names[bad[0]] if names else bad[0]}")
+
+    def steps(self, images: Images, epochs: int) -> tuple[int, int, int]:
+        """Passes, batch size and steps of learning from these images."""
+        epochs, batch = self.config.epochs or epochs, min(self.config.batch_size, len(images))
+        return epochs, batch, epochs * (len(images) // batch)
 
 
-def knn(config: Config, place: runtime.Place) -> dict:
-    """Weighted k-NN vote on the class token. DINO F."""
-    bank = open_images(config.data, config.data_root, config.download)
-    queries = open_images(config.val_data, config.data_root, config.download, "--val_data")
-    for flag, images in (("--data", bank), ("--val_data", queries)):
-        if not images.labels:
-            raise UsageError(f"{flag} {getattr(config, flag[2:])}: k-NN needs labels; "
-                             "put the images into one folder per class")
-    labels = same_labels(bank, queries)
-    ks = tuple(k for k in config.nb_knn if 0 < k <= len(bank))
+def labelled(config: Config) -> tuple[Images, Images, Tensor]:
+    """--data, --val_data, and the labels of the second in the numbers of the first."""
+    train = open_images(config.data, config.data_root, config.download)
+    if not train.labels:
+        raise UsageError(f"--data {config.data}: this task needs labels; "
+                         "put the images into one folder per class")
+    return train, *judged(config, train, "val_data")
+
+
+def judged(config: Config, train: Images, flag: str) -> tuple[Images, Tensor]:
+    spec = getattr(config, flag)
+    images = open_images(spec, config.data_root, config.download, f"--{flag}")
+    if not images.labels:
+        raise UsageError(f"--{flag} {spec}: this task needs labels; "
+                         "put the images into one folder per class")
+    if config.class_mapping:
+        try:
+            pairs = [line.split(",") for line in
+                     Path(config.class_mapping).read_text().splitlines() if line]
+            names = {ours.strip(): theirs.strip() for ours, theirs in pairs}
+            images = replace(images, classes=[names[c] for c in images.classes or ()])
+        except (OSError, ValueError, KeyError) as error:
+            raise UsageError(f"--class_mapping {config.class_mapping}: expected a line 'class in "
+                             f"--{flag}, class in --data' for each class ({error})") from None
+    labels = same_labels(train, images)
+    missing = sorted(set(labels.tolist()) - set(train.labels))
+    if missing:
+        raise UsageError(f"--data {config.data} has no image of {len(missing)} classes of "
+                         f"--{flag}, the first: {name_of(train, missing[0])}")
+    return images, labels
+
+
+def name_of(images: Images, label: int) -> str:
+    return str(images.classes[label] if images.classes else label)
+
+
+# ------------------------------------------------------------------------------------------------
+# Tasks: each prints its table and returns its figures; "headline" goes on the report card
+
+
+def knn(features: Features) -> dict:
+    """Weighted k-NN vote on the class token. DINO F; few-shot as in DINOv2's code."""
+    config, place = features.config, features.place
+    train, val, labels = labelled(config)
+    ks = tuple(k for k in config.nb_knn if 0 < k <= len(train))
     if not ks:
-        raise UsageError(f"--nb_knn {config.nb_knn}: none fits the {len(bank)} images of --data")
-    features = Features(config, place)
-    accuracy = knn_accuracy(features(bank), bank.labels, features(queries), labels, ks,
-                            config.temperature)
-    place.print(f"teacher, class token, {features.size} px centre crop, T = {config.temperature}, "
-                f"{len(bank):,d} images vote on {len(queries):,d}")
-    for k, value in accuracy.items():
-        place.print(f"  k-NN({k:3d})  {value:.2%}")
-    return {"knn": {str(k): v for k, v in accuracy.items()}, "image_size": features.size,
-            "temperature": config.temperature}
+        raise UsageError(f"--nb_knn {config.nb_knn}: none fits the {len(train)} images of --data")
+    least = min(train.labels.count(c) for c in set(train.labels)) if config.n_per_class else 0
+    for n in config.n_per_class:
+        if not 0 < n <= least:
+            raise UsageError(f"--n_per_class {n}: the smallest class of --data has {least} images")
+    bank = features(train, "knn-data").to(place.device)
+    mine = torch.tensor(spread(range(len(val)), place))
+    queries = features(val, "knn-val_data")[mine].to(place.device)
+
+    def vote(rows, ks):
+        """k -> the two accuracies, with these rows of the bank; each process asks its share."""
+        known = torch.tensor(train.labels)[rows].to(place.device)
+        found = knn_predict(bank if isinstance(rows, slice) else bank[rows.to(place.device)],
+                            known, queries, ks, config.temperature)
+        return {k: accuracy(gather(p, len(val), place), labels) for k, p in found.items()}
+
+    full = vote(slice(None), ks)
+    place.print(f"k-NN: class token, {features.size} px centre crop, T = {config.temperature}, "
+                f"{len(train):,d} images vote on {len(val):,d}")
+    for k, value in full.items():
+        place.print(f"  k-NN({k:3d})  {value['top1']:.2%}   mean per class "
+                    f"{value['mean_per_class']:.2%}")
+    few = {}
+    for n in config.n_per_class:
+        tries = [vote(few_of(train.labels, n, seed), sorted({k for k in ks if k < n} | {n}))
+                 for seed in range(config.n_tries)]
+        few[str(n)] = {str(k): [t[k]["top1"] for t in tries] for k in tries[0]}
+        for k, values in few[str(n)].items():
+            place.print(f"  {n} of each class, k-NN({k:>3s})  {np.mean(values):.2%} +- "
+                        f"{np.std(values):.2%} over {len(values)} choices")
+    best = max(v["top1"] for v in full.values())
+    return {"knn": {str(k): v["top1"] for k, v in full.items()},
+            "mean_per_class": {str(k): v["mean_per_class"] for k, v in full.items()},
+            "few_shot": few, "protocol": f"class token, weighted vote, T = {config.temperature}",
+            "headline": {"k-NN": best}}
 
 
-def features(config: Config, place: runtime.Place) -> dict:
+def linear(features: Features) -> dict:
+    """Linear classifiers on random crops, judged on centre crops. DINO F; DINOv2 sec. 7.1.
+
+    dinov2: 13 learning rates x {1, 4} blocks x {without, with} mean patch at once, the best of them
+    on --val_data. dino: one rate; 4 blocks for ViT-S and smaller, else 1 with the mean patch.
+    """
+    config, place, model = features.config, features.place, features.model
+    train, val, labels = labelled(config)
+    if config.head:
+        return judge_head(features, train, read_head(config.head))
+    blocks, pools, lrs, epochs = (1, 4), (False, True), LRS, 10
+    if config.protocol == "dino":
+        small = model.embed_dim <= 384
+        blocks, pools, lrs, epochs = (4 if small else 1,), (not small,), (0.001,), 100
+    depth = len(getattr(model, "blocks", [0]))
+    blocks = tuple(sorted({min(n, depth) for n in blocks}))
+    pools = pools if hasattr(model, "blocks") else (False,)
+    kinds, read = kinds_of_input(model.embed_dim, blocks, pools), Blocks(model, max(blocks))
+    epochs, batch, steps = features.steps(train, epochs)
+    rows = features(val, f"linear{max(blocks)}-val_data", read)
+    # Every process has all features and trains its share of the learning rates on them.
+    probes = Probes(kinds, 1 + max(train.labels), lrs[place.rank::place.world_size],
+                    place.device, seed=config.seed)
+    batches = random_crops(train, features.size, batch, steps, place, config.num_workers,
+                           config.seed)
+    report = runtime.Progress(f"linear, {len(kinds) * len(lrs)} probes", steps, place)
+    for step, (crops, targets) in enumerate(batches):
+        with torch.no_grad(), runtime.autocast(config.precision, place.device):
+            seen = read(crops).float()
+        probes.step(gather(seen, batch, place), gather(targets, batch, place),
+                    cosine(step, batch / 256, 0.0, steps))
+        report(step + 1)
+    mine = {name: accuracy(p, labels) for name, p in probes.predict(rows).items()}
+    results = {name: value for part in place.everyone(mine) for name, value in part.items()}
+    (kind, lr) = best = max(sorted(results), key=lambda name: results[name]["top1"])
+    heads = place.everyone(probes.head(kind, lr) if best in mine else None)
+    head = next(h for h in heads if h)
+    if place.main:
+        runtime.save(folder_of(config, "linear") / "head.pt", head)
+
+    def title(kind):
+        return f"{kind[0]} block{'s' * (kind[0] > 1)}{' + patches' * kind[1]}"
+
+    place.print(f"linear: {len(results)} probes, {epochs} epochs of random crops at "
+                f"{features.size} px, batch {batch}, {len(val):,d} images judged\n  lr      "
+                + "".join(f"{title(k):>20s}" for k in kinds))
+    for rate in lrs:
+        place.print(f"  {rate:<8g}" + "".join(f"{results[k, rate]['top1']:>20.2%}" for k in kinds))
+    figures = results[best]
+    place.print(f"  best: {title(kind)}, lr {lr:g}: {figures['top1']:.2%}, mean per class "
+                f"{figures['mean_per_class']:.2%}")
+    out = {"linear": figures | {"blocks": kind[0], "avgpool": kind[1], "lr": lr},
+           "probes": {f"{title(k)}, lr {r:g}": v for (k, r), v in sorted(results.items())},
+           "protocol": f"{config.protocol}, {epochs} epochs, batch {batch}",
+           "headline": {"linear": figures["top1"]}}
+    if config.test_data:
+        out["test"] = judge_head(features, train, head, "test_data")["linear"]
+    return out
+
+
+def read_head(file: str) -> dict:
+    try:
+        return read_tensors(Path(file))
+    except Exception as error:  # torch names no single kind
+        raise UsageError(f"--head {file}: not a readable file of tensors "
+                         f"({str(error).splitlines()[0]})") from None
+
+
+def judge_head(features: Features, train: Images, state: dict, flag: str = "val_data") -> dict:
+    """A linear head on other images. Where these have fewer classes, only those compete."""
+    config, place = features.config, features.place
+    images, labels = judged(config, train, flag)
+    try:
+        n, pool, weight, bias = released_head(state, features.model.embed_dim)
+    except ValueError as error:
+        raise UsageError(f"--head {config.head}: {error}") from None
+    if len(bias) <= max(train.labels):
+        raise UsageError(f"--head {config.head} knows {len(bias)} classes, --data has "
+                         f"{1 + max(train.labels)}")
+    rows = features(images, f"linear{n}-{flag}", Blocks(features.model, n))
+    logits = rows[:, kinds_of_input(features.model.embed_dim, (n,), (pool,))[n, pool]] @ weight.T
+    present = torch.zeros(len(bias), dtype=torch.bool)
+    present[labels if images.classes and train.classes else slice(None)] = True
+    found = (logits + bias).masked_fill(~present, -torch.inf).argmax(1)
+    figures = accuracy(found, labels)
+    if config.real_labels:
+        figures["real"] = real_accuracy(found, images.names, config.real_labels)
+    place.print(f"linear head on --{flag}, {len(images):,d} images of {int(present.sum())} classes:"
+                + ",".join(f" {key} {value:.2%}" for key, value in figures.items()))
+    return {"linear": figures, "protocol": f"head {config.head}", "headline":
+            {"linear": figures["top1"]}}
+
+
+def logreg(features: Features) -> dict:
+    """Logistic regression by L-BFGS in float64, for 45 strengths of the penalty. DINOv2's code.
+
+    A random tenth of --data chooses the strength, then all of it is fitted. Images are resized to
+    the crop's size, so that nothing is cut off their short side.
+    """
+    config, place = features.config, features.place
+    train, val, labels = labelled(config)
+    whole = partial(center_crop, size=features.size, short=features.size)
+    device = torch.device("cpu") if place.device.type == "mps" else place.device  # no float64 there
+    rows = features(train, "logreg-data", prepare=whole).double().to(device)
+    tests = features(val, "logreg-val_data", prepare=whole).double().to(device)
+    targets, classes = torch.tensor(train.labels, device=device), 1 + max(train.labels)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))
+    held, rest = order.to(device).tensor_split([max(1, len(rows) // 10)])
+    problem, mine = Logistic(rows[rest], targets[rest], classes), {}
+    report = runtime.Progress("logistic regression", len(CS), place)
+    for done, C in enumerate(CS[place.rank::place.world_size], 1):
+        weight, bias = problem.fit(C)
+        mine[C] = accuracy((rows[held] @ weight.T + bias).argmax(1), targets[held])["top1"]
+        report(min(done * place.world_size, len(CS)))
+    chosen = {C: value for part in place.everyone(mine) for C, value in part.items()}
+    best = max(sorted(chosen), key=chosen.get)  # of equals the one with the strongest penalty
+    weight, bias = Logistic(rows, targets, classes).fit(best)
+    figures = accuracy((tests @ weight.T + bias).argmax(1), labels)
+    place.print(f"logistic regression: {len(train):,d} images, a tenth chose C = {best:.2g} "
+                f"({chosen[best]:.2%} of them right)\n  {figures['top1']:.2%}, mean per class "
+                f"{figures['mean_per_class']:.2%} of {len(val):,d} images")
+    return {"logreg": figures | {"C": best}, "chosen_by": {f"{C:.3g}": chosen[C] for C in CS},
+            "protocol": "L-BFGS in float64, 45 values of C, a tenth of --data held out to choose",
+            "headline": {"logistic regression": figures["top1"]}}
+
+
+def finetune(features: Features) -> dict:
+    """The whole network trained on labels, judged by the average of its weights. DINO sec. 4.3."""
+    config, place = features.config, features.place
+    train, val, labels = labelled(config)
+    epochs, batch, steps = features.steps(train, 10)
+    recipe = {key: getattr(config, key) for key in (
+        "lr", "weight_decay", "layerwise_decay", "label_smoothing", "mixup", "cutmix",
+        "precision", "num_workers", "seed")}
+    model = train_all(features.model, train, 1 + max(train.labels), place, features.size,
+                      epochs=epochs, batch_size=batch, **recipe,
+                      report=runtime.Progress("fine-tuning", steps, place))
+    logits = extract(model, val, features.size, place, -(-config.batch_size // place.world_size),
+                     config.num_workers, config.precision)
+    features.check(logits, val.names, f"--lr {config.lr}")
+    figures = accuracy(logits.argmax(1), labels)
+    if place.main:
+        runtime.save(folder_of(config, "finetune") / "model.pt", model.state_dict())
+    place.print(f"fine-tuning: {epochs} epochs at {features.size} px, batch {batch}\n  "
+                f"{figures['top1']:.2%}, mean per class {figures['mean_per_class']:.2%} of "
+                f"{len(val):,d} images")
+    return {"finetune": figures, "protocol": f"{epochs} epochs, batch {batch}, {recipe}",
+            "headline": {"fine-tuning": figures["top1"]}}
+
+
+def rank(queries: Tensor, rows: Tensor, truth, place: runtime.Place) -> Tensor:
+    """Means (4,) of judge over queries with an answer; each process judges its share of them.
+
+    truth: number of a query -> right and junk, (n,) bool each.
+    """
+    queries, rows = F.normalize(queries, dim=1), F.normalize(rows, dim=1)
+    mine = [judge(rows @ queries[i], *truth(i)) for i in spread(range(len(queries)), place)]
+    parts = place.everyone(mine)
+    each = [parts[i % len(parts)][i // len(parts)] for i in range(len(queries))]
+    return torch.tensor(each, dtype=torch.float64).nanmean(0)
+
+
+def retrieval(features: Features) -> dict:
+    """Cosine ranking by class token: mAP and mP@k. DINO sec. 4.2; Radenovic 2018.
+
+    With --ground_truth or --groups whole images of --data are looked for among each other; without,
+    --val_data are looked for in --data, and images with the same label are right.
+    """
+    config, place, model = features.config, features.place, features.model
+    read = Scales(model) if config.multiscale else model
+    name = f"retrieval{'-multiscale' * config.multiscale}"
+    if not (config.ground_truth or config.groups):
+        train, val, labels = labelled(config)
+        rows, targets = features(train, f"{name}-data", read), torch.tensor(train.labels)
+        none = torch.zeros(len(rows), dtype=torch.bool)
+        figures = {"labels": rank(features(val, f"{name}-val_data", read), rows,
+                                  lambda i: (targets == labels[i], none), place)}
+    else:
+        images = open_images(config.data, config.data_root, config.download)
+        whole = partial(fit_inside, longest=features.size)
+
+        def see(images, name):  # every image has its own shape: one at a time
+            return features(images, f"{name}-whole", read, whole, batch_size=1)
+
+        if config.ground_truth:
+            figures = revisited(config, images, see, name, place)
+        else:
+            groups = np.array(read_groups(config.groups, images.names))
+            rows = see(images, name)
+            myself = torch.eye(len(rows), dtype=torch.bool)
+            figures = {"groups": rank(rows, rows, lambda i: (torch.from_numpy(
+                groups == groups[i]) & ~myself[i], myself[i]), place)}
+    columns = ("mAP", *(f"mP@{k}" for k in KAPPAS))
+    place.print(f"retrieval: class token at {features.size} px"
+                f"{', three scales' * config.multiscale}\n  {'':8s}"
+                + "".join(f"{c:>8s}" for c in columns))
+    for level, values in figures.items():
+        place.print(f"  {level:8s}" + "".join(f"{v:8.2%}" for v in values.tolist()))
+    out = {level: dict(zip(columns, values.tolist())) for level, values in figures.items()}
+    return {"retrieval": out, "protocol": f"cosine of class tokens, {name}",
+            "headline": {f"retrieval mAP, {level}": v["mAP"] for level, v in out.items()}}
+
+
+def revisited(config: Config, images: Images, see, name: str, place: runtime.Place) -> dict:
+    """Level -> means, by the ground truth of revisited Oxford or Paris."""
+    truth = read_revisited(config.ground_truth)
+    places = {Path(n).stem: i for i, n in enumerate(images.names)}
+    missing = [n for n in (*truth["imlist"], *truth["qimlist"]) if n not in places]
+    if missing:
+        raise UsageError(f"--ground_truth {config.ground_truth}: {len(missing)} of its images are "
+                         f"not in --data {config.data}, the first {missing[0]}")
+    asked = images.subset(places[n] for n in truth["qimlist"])
+    if config.crop_queries:
+        asked = replace(asked, read=partial(read_box, asked.read,
+                                            [each["bbx"] for each in truth["gnd"]]))
+        name += "-boxes"
+    rows = see(images.subset(places[n] for n in truth["imlist"]), f"{name}-data")
+    queries = see(asked, f"{name}-queries")
+    return {level: rank(queries, rows, lambda i: relevance(truth["gnd"][i], level, len(rows)),
+                        place) for level in LEVELS}
+
+
+def read_box(read, boxes, i: int) -> Tensor:
+    left, top, right, bottom = (round(float(x)) for x in boxes[i])
+    return read(i)[:, max(top, 0):max(bottom, top + 1), max(left, 0):max(right, left + 1)]
+
+
+def read_edited(read, edit: str, i: int) -> Tensor:
+    return EDITS[edit](read(i), i)
+
+
+def copies(features: Features) -> dict:
+    """Edited copies of --n_originals of --val_data, looked for among these and --data.
+
+    Class token and GeM of patches, whitened on --data; images squashed to a square. DINO sec. 4.2,
+    whose copies are those of the Copydays data set: here they are made on the spot.
+    """
+    config, place, model = features.config, features.place, features.model
+    others = open_images(config.data, config.data_root, config.download)
+    val = open_images(config.val_data, config.data_root, config.download, "--val_data")
+    if config.n_originals < 1:
+        raise UsageError(f"--n_originals {config.n_originals}: expected at least 1")
+    some = sorted({round(i) for i in np.linspace(0, len(val) - 1, config.n_originals)})
+    originals = val.subset(some)
+    read, square = Descriptor(model), partial(squash, size=features.size)
+    distractors = features(others, "copies-data", read, square)
+    white = Whitening(distractors)
+    rows = white(torch.cat([features(originals, "copies-originals", read, square), distractors]))
+    none = torch.zeros(len(rows), dtype=torch.bool)
+
+    def truth(i):
+        right = none.clone()
+        right[i] = True
+        return right, none
+
+    figures = {}
+    for edit in EDITS:
+        made = replace(originals, read=partial(read_edited, originals.read, edit))
+        seen = features(made, f"copies-{edit.replace(' %', '').replace(' ', '-')}", read, square)
+        figures[edit] = rank(white(seen), rows, truth, place)[0].item()
+    mean = sum(figures.values()) / len(figures)
+    place.print(f"copy detection: class token + GeM, whitened, {features.size} px; copies of "
+                f"{len(originals)} images among {len(rows):,d}\n  mAP")
+    for edit, value in (*figures.items(), ("mean", mean)):
+        place.print(f"  {edit:10s} {value:7.2%}")
+    return {"copies": figures, "mean": mean, "n_originals": len(originals),
+            "protocol": "class token + GeM of patches, PCA whitening on --data, made copies",
+            "headline": {"copies mAP, mean": mean, "copies mAP, strong": figures["strong"]}}
+
+
+def features(features: Features) -> dict:
     """Class tokens of a folder as a float32 .npy (n, D), and the list of its files beside it."""
+    config, place = features.config, features.place
     images = open_images(config.data, config.data_root, config.download)
     output = Path(config.output)
     if output.suffix != ".npy":
         raise UsageError(f"--output {output}: expected a name that ends in .npy")
-    rows = Features(config, place)(images)
+    rows = features(images, "features")
     if place.main:
         output.parent.mkdir(parents=True, exist_ok=True)
         np.save(output, rows.numpy())
@@ -109,7 +525,25 @@ def features(config: Config, place: runtime.Place) -> dict:
     return {"features": {"file": str(output), "shape": list(rows.shape)}}
 
 
-TASKS = {"knn": knn, "features": features}
+def everything(features: Features) -> dict:
+    """All other tasks, one after the other, and one report card."""
+    tasks = [name for name in TASKS if name not in ("features", "all")]
+    results = {name: TASKS[name](features) for name in tasks}
+    card = {key: value for each in results.values() for key, value in each["headline"].items()}
+    features.place.print(f"\nreport card of {features.config.weights}")
+    for key, value in card.items():
+        features.place.print(f"  {key:24s} {value:7.2%}")
+    return results | {"headline": card}
+
+
+TASKS = {"knn": knn, "linear": linear, "logreg": logreg, "finetune": finetune,
+         "retrieval": retrieval, "copies": copies, "features": features, "all": everything}
+
+
+def folder_of(config: Config, task: str) -> Path:
+    folder = Path(config.output_dir or f"evaluations/{task}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @runtime.command
@@ -120,18 +554,18 @@ def main(argv):
     if not argv or argv[0] not in TASKS:
         given = argv[0] if argv else ""
         raise UsageError(f"task {given!r}: choose from {', '.join(TASKS)}; {usage}")
-    config = runtime.parse(Config, argv[1:], usage=usage)
-    place = runtime.start(config.device)
+    task, config = argv[0], runtime.parse(Config, argv[1:], usage=usage)
+    place, begun = runtime.start(config.device), time.time()
     with runtime.usage():
-        results = TASKS[argv[0]](config, place)
+        judged = Features(config, place)
+        results = TASKS[task](judged)
     here = os.path.exists(config.weights)  # a file or a run; else a name or URL
-    results |= {"task": argv[0], "data": config.data, "val_data": config.val_data,
+    results |= {"task": task, "data": config.data, "val_data": config.val_data,
                 "weights": os.path.abspath(config.weights) if here else config.weights,
-                "precision": config.precision}
-    if place.main and (argv[0] != "features" or config.output_dir):
-        folder = Path(config.output_dir or f"evaluations/{argv[0]}")
-        folder.mkdir(parents=True, exist_ok=True)
-        runtime.write_json(folder / "results.json", results)
+                "weights_sha256": judged.sha256, "image_size": judged.size,
+                "precision": config.precision, "minutes": round((time.time() - begun) / 60, 2)}
+    if place.main and (task != "features" or config.output_dir):
+        runtime.write_json(folder_of(config, task) / "results.json", results)
     return results
 
 

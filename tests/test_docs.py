@@ -29,8 +29,9 @@ from recipes import DISTILLATION, PRESETS
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LEAVES = ("vit", "resnet", "heads", "losses", "augment", "shapes", "optim", "runtime")
-SHARED = ("data", "weights", "features", "recipes")
+LEAVES = ("vit", "resnet", "heads", "losses", "augment", "shapes", "optim", "runtime", "probes",
+          "retrieval")
+SHARED = ("data", "weights", "features", "recipes", "finetune")
 OURS = {Path(name).stem for name in FILES}
 
 
@@ -204,12 +205,16 @@ class Tracer:
 
 def test_shape_comments_are_true():
     import augment
+    import data
     import features
     import heads
     import losses
+    import probes
+    import retrieval
     import vit
 
-    names = ["vit.py", "heads.py", "losses.py", "augment.py", "features.py"]
+    names = ["vit.py", "heads.py", "losses.py", "augment.py", "features.py", "probes.py",
+             "retrieval.py"]
     tracer = Tracer(names)
     sys.settrace(tracer)
     try:
@@ -249,6 +254,16 @@ def test_shape_comments_are_true():
         features.knn_accuracy(
             torch.randn(9, 4), [0, 1, 2] * 3, torch.randn(4, 4), [0, 1, 2, 0], (3,)
         )
+        rows, labels = torch.randn(8, 20), torch.arange(8) % 3
+        kinds = probes.kinds_of_input(4, (1, 4), (False, True))
+        probes.Probes(kinds, 3, (0.1, 0.2)).step(rows, labels)
+        probes.released_head({"linear.weight": rows[:, :8], "linear.bias": rows[:, 0]}, 4)
+        probes.Logistic(rows, labels, 3).fit(1.0)
+        retrieval.Whitening(rows)(rows)
+        place = runtime.Place(torch.device("cpu"))
+        few = data.open_images("shapes:4")
+        features.extract(features.Blocks(model, 2), few, 32, place)
+        next(features.random_crops(few, 32, 2, 2, place))
     finally:
         sys.settrace(None)
     assert not tracer.wrong, tracer.wrong
