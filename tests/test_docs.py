@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+import bench
 import distill
 import evaluate
 import runtime
@@ -31,7 +32,7 @@ FILES = sorted(p.name for p in ROOT.glob("*.py"))
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LEAVES = ("vit", "resnet", "heads", "losses", "augment", "shapes", "optim", "runtime", "probes",
           "retrieval")
-SHARED = ("data", "weights", "features", "recipes", "finetune")
+SHARED = ("data", "weights", "features", "recipes", "finetune", "plain")
 OURS = {Path(name).stem for name in FILES}
 
 
@@ -55,6 +56,7 @@ def test_readme_names_what_exists():
 PARSERS = {
     "train.py": lambda argv: runtime.parse(train.Config, argv, PRESETS),
     "distill.py": lambda argv: runtime.parse(distill.Config, argv, DISTILLATION),
+    "bench.py": lambda argv: (bench.TASKS[argv[0]], runtime.parse(bench.Config, argv[1:], PRESETS)),
     "evaluate.py": lambda argv: (evaluate.TASKS[argv[0]], runtime.parse(evaluate.Config, argv[1:])),
     "visualize.py": lambda argv: runtime.parse(visualize.Config, argv[2:]),
     "weights.py": lambda argv: runtime.parse(weights.Config, argv[2:]),
@@ -98,8 +100,8 @@ def test_imports(name):
     elif stem in SHARED:
         assert used <= set(LEAVES) | set(SHARED)
     else:
-        more = {"train": {"visualize"}, "distill": {"train"}}
-        assert used <= set(LEAVES) | set(SHARED) | more.get(stem, set())
+        programs = {"train": {"visualize"}, "distill": {"train"}, "bench": {"train"}}
+        assert used <= set(LEAVES) | set(SHARED) | programs.get(stem, set())
     third = set(imports(name, top_only=True)) - OURS - set(sys.stdlib_module_names)
     assert third <= {"torch", "torchvision", "numpy", "PIL"}
 
