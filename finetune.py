@@ -97,8 +97,8 @@ def finetune(backbone: nn.Module, images: Images, classes: int, place: Place, si
                                  reduction="none")
         # A share of the batch's mean; DDP averages over processes, so it is scaled up for that.
         loss = (losses * weights).sum() * place.world_size / batch_size
-        set_schedule(optimizer, cosine(step, lr * batch_size / 256, 1e-6, steps, steps // 10),
-                     weight_decay)
+        rate = cosine(step, lr * batch_size / 256, 1e-6, steps, steps // 10)
+        set_schedule(optimizer, dict(lr=rate, weight_decay=weight_decay))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

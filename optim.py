@@ -69,7 +69,8 @@ def parameter_groups(model: nn.Module, layerwise_decay: float = 1.0,
             lr_mult=layerwise_decay ** (depth + 1 - layer)
             * (patch_embed_lr_mult if "patch_embed" in name else 1.0),
             decay=0.0 if p.ndim == 1 or name.endswith(".bias") else 1.0,
-            last_layer="last_layer" in name,
+            rate="last_layer_lr" if "last_layer" in name
+            else "backbone_lr" if name.startswith("backbone.") else "lr",
         )
         groups.setdefault(tuple(key.values()), dict(key, params=[]))["params"].append(p)
     return list(groups.values())
@@ -114,12 +115,14 @@ OPTIMIZERS = {
 }
 
 
-def set_schedule(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float,
-                 last_layer_lr: float | None = None):
-    """This step's values. last_layer_lr 0 keeps the prototypes where they are. DINO A."""
+def set_schedule(optimizer: torch.optim.Optimizer, now: dict[str, float]):
+    """This step's lr and weight_decay. Parts that rest have a rate of their own where `now` holds
+    one: last_layer_lr 0 keeps the prototypes where they are (DINO A), backbone_lr 0 the backbone.
+    """
     for group in optimizer.param_groups:
-        rate = last_layer_lr if group["last_layer"] and last_layer_lr is not None else lr
-        group["lr"], group["weight_decay"] = rate * group["lr_mult"], weight_decay * group["decay"]
+        rate = now.get(group["rate"], now["lr"])
+        group["lr"] = rate * group["lr_mult"]
+        group["weight_decay"] = now["weight_decay"] * group["decay"]
 
 
 # ------------------------------------------------------------------------------------------------

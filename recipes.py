@@ -31,6 +31,9 @@ class Config:
     auto_scale: bool = False  # set what depends on the number of images and on the batch: SCALED
     data_root: str = "data"  # where torchvision keeps its data sets
     download: bool = False  # let torchvision fetch them
+    # -- start
+    init: str = ""  # weights to begin with: a run, a released name, a URL, or a file; empty: random
+    freeze_backbone_epochs: int = 0  # so long only the heads learn (with --init)
     # -- network
     arch: Arch = "vit_small"  # a Vision Transformer of vit.ARCHS, or a convnet of resnet.NAMES
     patch_size: int = 16  # pixels; crops must be multiples of it
@@ -122,6 +125,16 @@ class Config:
         """Whether the student has to guess what is at those places."""
         return self.learns_patches
 
+
+# What --init brings along. The network and its heads are those of the weights, whatever a preset
+# says; the crops are, unless a preset or a flag says otherwise.
+NETWORK = ("arch", "patch_size", "ffn_layer", "num_register_tokens", "layerscale",
+           "pos_embed_resize")
+HEADS = ("n_prototypes", "head_hidden_dim", "head_bottleneck_dim", "head_nlayers",
+         "use_bn_in_head", "norm_last_layer", "separate_head", "ibot_n_prototypes",
+         "ibot_head_bottleneck_dim")
+CROPS = ("global_crops_size", "local_crops_size", "local_crops_number", "global_crops_scale",
+         "local_crops_scale", "photometry")
 
 # Fields that do not change the result: a run may be continued with others.
 NEUTRAL = {"output_dir", "given", "resume", "save_every", "log_every", "knn_every", "num_workers",
@@ -279,6 +292,20 @@ PRESETS = {
     "dinov2_vitl14": DINOV2 | DINOV2_LONG,
     # 256 A100s of 12, 22,000 GPU hours on LVD-142M, 142 million curated images (DINOv2 sec. 5).
     "dinov2_vitg14": dict(DINOV2 | DINOV2_LONG, arch="vit_giant2", batch_size_per_gpu=12),
+    # DINOv2 sec. 4, "adapting the resolution": the last 10,000 of 625,000 steps, every schedule
+    # pressed into them. The paper's lower learning rate is not known; this one is ours.
+    "hires": DINOV2 | DINOV2_LONG | dict(
+        init="runs/dinov2_vitl14", global_crops_size=518, epoch_length=1000, epochs=10,
+        warmup_epochs=2, warmup_teacher_temp_epochs=1, freeze_last_layer_epochs=0, lr=5e-5,
+        batch_size_per_gpu=8,
+    ),
+    # Ours: released weights, or a run, on other images. Small steps, smaller below; new heads learn
+    # first, for random ones would tear down what the backbone knows.
+    "continue": dict(
+        init="dinov2_vits14", epochs=10, warmup_epochs=1, freeze_backbone_epochs=1, lr=1e-4,
+        layerwise_decay=0.8, momentum_teacher=0.999, n_prototypes=4096, koleo_weight=0.1,
+        drop_path_rate=0.0, weight_decay_end=0.04,
+    ),
 }
 
 # The presets of distill.py: a small student, and a large teacher that has its own already.

@@ -45,10 +45,11 @@ from losses import (CENTERING, all_sum, effective_rank, entropies, koleo_loss, m
                     patch_loss, view_pair_loss)
 from optim import (OPTIMIZERS, LossScale, clip_gradients, cosine, ema_update, linear,
                    parameter_groups, set_schedule)
-from recipes import NEUTRAL, PRESETS, SCALED, Config, auto_scale
+from recipes import CROPS, HEADS, NETWORK, NEUTRAL, PRESETS, SCALED, Config, auto_scale
 from resnet import ConvNet
 from runtime import Place, UsageError
-from vit import ARCHS, VisionTransformer
+from vit import ARCHS, VisionTransformer, resize_pos_embed
+from weights import load_strictly, read_backbone, read_tensors, settings
 
 # ------------------------------------------------------------------------------------------------
 # The two networks and the algorithm
@@ -116,13 +117,67 @@ class Network(nn.Module):
 def build(config: Config, place: Place, network=Network) -> tuple[nn.Module, nn.Module]:
     """The student, and a teacher that starts as its copy and never gets a gradient."""
     torch.manual_seed(config.seed)
-    student = network(config, config.drop_path_rate).to(place.device)
+    student = network(config, config.drop_path_rate)
+    if config.init:
+        load_init(student, config)
+    student = student.to(place.device)
     if place.world_size > 1 and place.device.type == "cuda":  # on a CPU it does not exist
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     teacher = copy.deepcopy(student).requires_grad_(False)
     student.backbone.activation_checkpointing = config.activation_checkpointing
     compile_blocks((student, teacher), config, place)
     return student, teacher
+
+
+def load_init(network: Network, config: Config):
+    """--init: the backbone's weights, and those of the heads where they come along."""
+    backbone, heads = network.backbone, init_heads(config)
+    state, _ = read_backbone(config.init)
+    if not config.convnet:
+        side, token = config.global_crops_size // config.patch_size, backbone.mask_token
+        state["pos_embed"] = resize_pos_embed(state["pos_embed"], (side, side),
+                                              config.pos_embed_resize)
+        if token is None:
+            state.pop("mask_token", None)
+        else:
+            state.setdefault("mask_token", token.detach())
+    load_strictly(backbone, state, f"--init {config.init}")
+    for name, head in list(network.named_children())[1:]:
+        if name in heads:
+            load_strictly(head, heads[name], f"--init {config.init}/heads.pt")
+
+
+def init_heads(config: Config) -> dict[str, dict[str, Tensor]]:
+    """What heads.pt of the run --init holds: heads by name, "makers"; {} for bare backbones."""
+    file = Path(config.init).expanduser() / "heads.pt"
+    return read_tensors(file) if config.init and file.exists() else {}
+
+
+def inherit(config: Config) -> Config:
+    """--init: a configuration for the network of those weights. See recipes.NETWORK."""
+    if not config.init:
+        return config
+    try:
+        _, known = settings(config.init)
+    except ValueError as error:
+        raise UsageError(str(error).replace("--weights", "--init")) from None
+    wrong = [f"--{name} {getattr(config, name)} (they have {known[name]})" for name in NETWORK
+             if name in config.given and known.get(name, getattr(config, name))
+             != getattr(config, name)]
+    if wrong:
+        raise UsageError(f"--init {config.init} fixes the network: leave out {', '.join(wrong)}")
+    names = [*NETWORK, *(HEADS if init_heads(config) else ())]
+    said = {*config.given, *PRESETS.get(config.preset, ())}
+    names += [name for name in CROPS if name not in said]
+    found = {name: tuple(known[name]) if isinstance(known[name], list) else known[name]
+             for name in names if name in known}
+    config = dataclasses.replace(config, **found, given=(*config.given, *found))
+    if not config.convnet:
+        for name in ("global_crops_size", "local_crops_size"):
+            if name not in said:  # the default, in whole patches
+                p = config.patch_size
+                setattr(config, name, round(getattr(config, name) / p) * p)
+    return config
 
 
 def compile_blocks(networks, config: Config, place: Place):
@@ -183,7 +238,12 @@ def target_makers(config: Config) -> nn.ModuleDict:
     """One per objective: class tokens and patches are centred apart, by the same classes."""
     options = {"momentum": config.center_momentum} if config.centering == "ema" else {}
     make = CENTERING[config.centering]
-    return nn.ModuleDict({name: make(k, **options) for name, k in objectives(config).items()})
+    makers = nn.ModuleDict({name: make(k, **options) for name, k in objectives(config).items()})
+    known = init_heads(config).get("makers", {})  # centres that belong to the heads
+    fitting = {k: v for k, v in makers.state_dict().items()
+               if k in known and known[k].shape == v.shape}
+    makers.load_state_dict({k: known[k] for k in fitting}, strict=False)
+    return makers
 
 
 def to_device(batch: dict, device: torch.device) -> tuple[list[Tensor], dict]:
@@ -243,7 +303,7 @@ def train_step(student, teacher, makers, optimizer, batch, now, config, place, u
     figures = torch.stack([loss, *terms.values()]).detach()
     figures = dict(zip(["loss", *terms], all_sum(figures) / place.world_size))
     ok = (figures["loss"] + norm).isfinite()
-    set_schedule(optimizer, now["lr"], now["weight_decay"], now["last_layer_lr"])
+    set_schedule(optimizer, now)
     optimizer.found_inf = 1 - ok.float()
     optimizer.step()
 
@@ -275,6 +335,7 @@ def schedules(step: int, epoch_steps: int, total: int, config: Config, place: Pl
     return dict(
         lr=lr,
         last_layer_lr=0.0 if step < config.freeze_last_layer_epochs * epoch_steps else lr,
+        backbone_lr=0.0 if step < config.freeze_backbone_epochs * epoch_steps else lr,
         weight_decay=cosine(step, config.weight_decay, config.weight_decay_end, total),
         momentum=cosine(step, config.momentum_teacher, config.final_momentum_teacher, total),
         teacher_temp=linear(step // epoch_steps, config.warmup_teacher_temp, config.teacher_temp,
@@ -493,6 +554,12 @@ def check(config: Config):
     if config.activation_checkpointing and config.convnet:
         raise UsageError("--activation_checkpointing: BatchNorm would count each batch twice; give "
                          "a ViT, or a smaller --batch_size_per_gpu")
+    if config.freeze_backbone_epochs and not config.init:
+        raise UsageError(f"--freeze_backbone_epochs {config.freeze_backbone_epochs}: a random "
+                         "backbone has nothing to keep; give --init")
+    if not 0 <= config.freeze_backbone_epochs < config.epochs:
+        raise UsageError(f"--freeze_backbone_epochs {config.freeze_backbone_epochs} leaves nothing "
+                         f"of --epochs {config.epochs}")
     if config.parallel == "fsdp" and "WORLD_SIZE" not in os.environ:
         raise UsageError("--parallel fsdp splits a network over processes: start it with torchrun "
                          "--nproc_per_node=N train.py ...")
@@ -622,6 +689,7 @@ def run(config: Config, build=build, update=ema_update) -> dict:
     the second after each step. Distillation brings its own.
     """
     # -- everything that can be refused, before anything is written
+    config = inherit(config)
     check(config)
     place = runtime.start(config.device)
     folder = Path(config.output_dir or f"runs/{config.preset}")
@@ -684,12 +752,13 @@ def run(config: Config, build=build, update=ema_update) -> dict:
         place.print(f"continuing from step {step}")
     forget_metrics_after(folder / "metrics.jsonl", step if found else -1, place)
     begun = time.time() - figures["seconds"]
+    begins = "--init" if config.init else "untrained"
     if step == 0:
         figures["pixels"] = judge(pixels_as_features())
         figures["untrained"] = judge(fill_whole())
         if figures["pixels"] is not None:
-            place.print(f"{judge.protocol}: raw pixels {figures['pixels']:.1%}, "
-                        f"untrained network {figures['untrained']:.1%}")
+            place.print(f"{judge.protocol}: raw pixels {figures['pixels']:.1%}, {begins} network "
+                        f"{figures['untrained']:.1%}")
             record(folder, dict(step=0, knn=figures["untrained"], pixels=figures["pixels"]), place)
 
     def save():
@@ -749,9 +818,12 @@ def run(config: Config, build=build, update=ema_update) -> dict:
                     figures["knn"] = judge(fill_whole())
                     if figures["knn"] is not None:
                         place.print(f"epoch {step // epoch_steps}: {judge.protocol} "
-                                    f"{figures['knn']:.1%} (untrained {figures['untrained']:.1%}, "
+                                    f"{figures['knn']:.1%} ({begins} {figures['untrained']:.1%}, "
                                     f"pixels {figures['pixels']:.1%})")
                         record(folder, dict(step=step, knn=figures["knn"]), place)
+                        if config.init and figures["knn"] < figures["untrained"]:
+                            place.print("warning: below the weights that it began with; lower "
+                                        "--lr, raise --freeze_backbone_epochs, or stop")
                 if saving:
                     save()
             if asked_to_stop and step < total:

@@ -315,6 +315,27 @@ def architecture(state: dict[str, Tensor]) -> dict:
     )
 
 
+def settings(what: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of a backbone, and what of recipes.Config builds it again.
+
+    All that its config.json says for a run of ours; else what can be read off the tensors.
+    """
+    state, stored = read_backbone(what)
+    if stored:
+        return state, stored
+    if is_resnet50(state):
+        return state, dict(arch="resnet50")
+    found = architecture(state)
+    same = [name for name, arch in ARCHS.items()
+            if (arch["embed_dim"], arch["depth"]) == (found["embed_dim"], found["depth"])]
+    if not same:
+        raise ValueError(f"--init {what}: a ViT {found['embed_dim']} wide and {found['depth']} "
+                         "deep is none of vit.ARCHS")
+    known = ("patch_size", "ffn_layer", "num_register_tokens", "pos_embed_resize")
+    return state, dict({name: found[name] for name in known}, arch=same[0],
+                       layerscale=1e-5 if found["layerscale"] else 0.0)
+
+
 def is_resnet50(state: dict) -> bool:
     """The one convnet that was released; others are known by the config.json of their run."""
     wide = state.get("layer4.2.conv2.weight")

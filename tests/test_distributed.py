@@ -120,7 +120,7 @@ def ten_joined_steps(config):
         optimizer.zero_grad()
         loss.backward()
         train.clip_gradients(list(student.children()), config.clip_grad, config.clip_mode)
-        train.set_schedule(optimizer, 0.5, 0.1, 0.5)
+        train.set_schedule(optimizer, dict(lr=0.5, weight_decay=0.1))
         optimizer.step()
         train.ema_update(teacher, student, now["momentum"])
         for name, maker in makers.items():

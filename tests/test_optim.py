@@ -59,7 +59,7 @@ def test_groups():
         else:
             assert id(p) in (plain if name.endswith("bias") or "norm" in name else decayed), name
     optimizer = OPTIMIZERS["adamw"](groups)
-    set_schedule(optimizer, 0.3, 0.2)
+    set_schedule(optimizer, dict(lr=0.3, weight_decay=0.2))
     assert {(g["lr"], g["weight_decay"]) for g in optimizer.param_groups} == {(0.3, 0.2), (0.3, 0)}
 
 
@@ -123,7 +123,7 @@ def test_ema():
 def test_a_bad_step_moves_nothing(name):
     p = nn.Parameter(torch.randn(4, 4))
     optimizer = OPTIMIZERS[name](parameter_groups(nn.ParameterDict({"p": p})))
-    set_schedule(optimizer, 0.1, 0.1)
+    set_schedule(optimizer, dict(lr=0.1, weight_decay=0.1))
     p.grad, optimizer.found_inf = torch.randn(4, 4), torch.tensor(0.0)
     before = p.detach().clone()
     optimizer.step()
@@ -157,7 +157,7 @@ def test_prototypes_rest_while_their_lr_is_zero(name):
     before = {n: p.detach().clone() for n, p in head.named_parameters()}
     optimizer = OPTIMIZERS[name](parameter_groups(head))
     head(torch.randn(2, 4)).sum().backward()
-    set_schedule(optimizer, 0.1, 0.1, last_layer_lr=0.0)
+    set_schedule(optimizer, dict(lr=0.1, weight_decay=0.1, last_layer_lr=0.0))
     optimizer.step()
     moved = {n for n, p in head.named_parameters() if not torch.equal(p, before[n])}
     assert moved == {n for n in before if "last_layer" not in n}
