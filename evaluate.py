@@ -15,6 +15,7 @@ Tests    pytest tests/test_evaluate.py
 
 import hashlib
 import os
+import re
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -69,6 +70,7 @@ class Config:
     crop_queries: bool = False  # --ground_truth: only the box of the query, as others than DINO do
     # -- copies
     n_originals: int = 157  # images of --val_data that get copied; --data are the distractors
+    copydays: str = ""  # the folder of Copydays, with original, strong, ...; else copies are made
     # -- learning, for linear and finetune
     epochs: int = 0  # passes over --data; 0: 10, of linear --protocol dino 100
     lr: float = 5e-4  # finetune: for 256 images
@@ -253,7 +255,7 @@ def linear(features: Features) -> dict:
         small = model.embed_dim <= 384
         blocks, pools, lrs, epochs = (4 if small else 1,), (not small,), (0.001,), 100
     depth = len(getattr(model, "blocks", [0]))
-    blocks = tuple(sorted({min(n, depth) for n in blocks}))
+    blocks = tuple(n for n in blocks if n <= depth) or (1,)
     pools = pools if hasattr(model, "blocks") else (False,)
     kinds, read = kinds_of_input(model.embed_dim, blocks, pools), Blocks(model, max(blocks))
     epochs, batch, steps = features.steps(train, epochs)
@@ -403,6 +405,7 @@ def rank(queries: Tensor, rows: Tensor, truth, place: runtime.Place) -> Tensor:
 def retrieval(features: Features) -> dict:
     """Cosine ranking by class token: mAP and mP@k. DINO sec. 4.2; Radenovic 2018.
 
+    DINO's settings: Oxford --image_size 224, Paris --image_size 512 --multiscale.
     With --ground_truth or --groups whole images of --data are looked for among each other; without,
     --val_data are looked for in --data, and images with the same label are right.
     """
@@ -469,43 +472,61 @@ def read_edited(read, edit: str, i: int) -> Tensor:
     return EDITS[edit](read(i), i)
 
 
-def copies(features: Features) -> dict:
-    """Edited copies of --n_originals of --val_data, looked for among these and --data.
-
-    Class token and GeM of patches, whitened on --data; images squashed to a square. DINO sec. 4.2,
-    whose copies are those of the Copydays data set: here they are made on the spot.
-    """
-    config, place, model = features.config, features.place, features.model
-    others = open_images(config.data, config.data_root, config.download)
+def made_copies(config: Config) -> tuple[Images, dict[str, Images]]:
+    """Some of --val_data, evenly spaced, and their copies by each of EDITS, under the same names."""
     val = open_images(config.val_data, config.data_root, config.download, "--val_data")
     if config.n_originals < 1:
         raise UsageError(f"--n_originals {config.n_originals}: expected at least 1")
-    some = sorted({round(i) for i in np.linspace(0, len(val) - 1, config.n_originals)})
-    originals = val.subset(some)
+    some = {round(i) for i in np.linspace(0, len(val) - 1, config.n_originals)}
+    originals = val.subset(sorted(some))
+    return originals, {edit: replace(originals, read=partial(read_edited, originals.read, edit))
+                       for edit in EDITS}
+
+
+def copydays(config: Config) -> tuple[Images, dict[str, Images]]:
+    """The originals and the copies by folder. A name's first four digits say what it shows."""
+    images = open_images(f"folder:{config.copydays}", flag="--copydays")
+    folders = {}
+    for i, name in enumerate(images.names):
+        folders.setdefault(os.path.dirname(name), []).append(i)
+    images.names = [Path(name).stem[:4] for name in images.names]
+    parts = {name: images.subset(rows) for name, rows in folders.items()}
+    if "original" not in parts or len(parts) < 2:
+        raise UsageError(f"--copydays {config.copydays}: expected the folders original, strong, "
+                         "crops/10, jpegqual/3, ...")
+    return parts.pop("original"), parts
+
+
+def copies(features: Features) -> dict:
+    """Copies are looked for among their originals and --data. DINO sec. 4.2: --image_size 320.
+
+    Class token and GeM of patches, whitened on --data; images squashed to a square. The copies are
+    those of --copydays, or made on the spot of --n_originals of --val_data.
+    """
+    config, place, model = features.config, features.place, features.model
+    others = open_images(config.data, config.data_root, config.download)
+    originals, blocks = copydays(config) if config.copydays else made_copies(config)
     read, square = Descriptor(model), partial(squash, size=features.size)
     distractors = features(others, "copies-data", read, square)
     white = Whitening(distractors)
     rows = white(torch.cat([features(originals, "copies-originals", read, square), distractors]))
-    none = torch.zeros(len(rows), dtype=torch.bool)
-
-    def truth(i):
-        right = none.clone()
-        right[i] = True
-        return right, none
-
-    figures = {}
-    for edit in EDITS:
-        made = replace(originals, read=partial(read_edited, originals.read, edit))
-        seen = features(made, f"copies-{edit.replace(' %', '').replace(' ', '-')}", read, square)
-        figures[edit] = rank(white(seen), rows, truth, place)[0].item()
+    names = np.array(originals.names + [""] * len(others))
+    none, figures = torch.zeros(len(rows), dtype=torch.bool), {}
+    for block, images in blocks.items():
+        seen = features(images, f"copies-{re.sub('[^a-z0-9]+', '-', block)}", read, square)
+        figures[block] = rank(white(seen), rows, lambda i: (
+            torch.from_numpy(names == images.names[i]), none), place)[0].item()
     mean = sum(figures.values()) / len(figures)
     place.print(f"copy detection: class token + GeM, whitened, {features.size} px; copies of "
                 f"{len(originals)} images among {len(rows):,d}\n  mAP")
-    for edit, value in (*figures.items(), ("mean", mean)):
-        place.print(f"  {edit:10s} {value:7.2%}")
-    return {"copies": figures, "mean": mean, "n_originals": len(originals),
-            "protocol": "class token + GeM of patches, PCA whitening on --data, made copies",
-            "headline": {"copies mAP, mean": mean, "copies mAP, strong": figures["strong"]}}
+    for block, value in (*figures.items(), ("mean", mean)):
+        place.print(f"  {block:12s} {value:7.2%}")
+    card = {"copies mAP, mean": mean}
+    if "strong" in figures:
+        card["copies mAP, strong"] = figures["strong"]
+    return {"copies": figures, "mean": mean, "n_originals": len(originals), "headline": card,
+            "protocol": "class token + GeM of patches, PCA whitening on --data, "
+                        + (f"Copydays in {config.copydays}" if config.copydays else "made copies")}
 
 
 def features(features: Features) -> dict:

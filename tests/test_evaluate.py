@@ -37,7 +37,7 @@ FEW = evaluate.CS[10:40:6]  # strengths of the penalty, where all 45 would take 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
     torch.manual_seed(0)
-    model = VisionTransformer(16, 8, embed_dim=64, depth=2, num_heads=1)
+    model = VisionTransformer(16, 8, embed_dim=64, depth=4, num_heads=1)
     file = tmp_path_factory.mktemp("weights") / "backbone.pth"
     torch.save(model.state_dict(), file)
     return str(file)
@@ -126,7 +126,7 @@ def test_knn_and_kept_features(backbone, photos, tmp_path, capsys):
     refused("other images", line.replace(f"folder:{photos}", "shapes:24"))
     refused("other protocol", line + " --image_size 8")
     torch.manual_seed(1)
-    other = VisionTransformer(16, 8, embed_dim=64, depth=2, num_heads=1)
+    other = VisionTransformer(16, 8, embed_dim=64, depth=4, num_heads=1)
     torch.save(other.state_dict(), tmp_path / "other.pth")
     refused("other weights", line.replace(backbone, str(tmp_path / "other.pth")))
     rows["rows"][3, 5] = torch.nan
@@ -173,6 +173,20 @@ def test_an_unedited_copy_is_found(backbone, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "EDITS", {"strong": lambda image, i: image})
     line = f"copies --weights {backbone} --data shapes:300 --val_data shapes:20:val"
     assert run(line + " --n_originals 6", output_dir=tmp_path)[0]["copies"] == {"strong": 1.0}
+
+
+def test_copydays(backbone, photos, tmp_path):
+    root = tmp_path / "copydays"
+    for name in ("original", "strong", "jpegqual/3"):
+        (root / name).mkdir(parents=True)
+    for i, file in enumerate(sorted(photos.glob("dogs/*"))[:6]):
+        for name in ("original", "strong", "jpegqual/3"):  # 200000.jpg and its copy 200001.jpg
+            shutil.copy(file, root / name / f"2{i:03d}0{int(name != 'original')}{file.suffix}")
+    line = f"copies --weights {backbone} --data shapes:300 --copydays "
+    out, _ = run(line + str(root), output_dir=tmp_path)
+    assert out["copies"] == {"strong": 1.0, "jpegqual/3": 1.0} and out["n_originals"] == 6
+    with pytest.raises(SystemExit):
+        run(line + str(photos), output_dir=tmp_path)
 
 
 def test_saved_head(backbone, photos, tmp_path):
