@@ -3,6 +3,11 @@
 2. Features do not depend on the batch size, and come in order.
 3. Impossible k is refused.
 4. Labels of two sets are compared by the names of their classes.
+5. Accuracy and its mean over classes equal a loop, with classes of one image and of none; a
+   few-shot subset has exactly n images of each class, another for another seed.
+6. Shares of processes put together are the whole in order, whatever their number; random crops of
+   all processes together are those of one, neighbours that belong together stay so.
+7. A broken image among those to learn from is named, not replaced.
 """
 
 import math
@@ -11,7 +16,18 @@ import pytest
 import torch
 
 from data import Images, open_images
-from features import extract, gather, knn_accuracy, knn_vote, same_labels, top_neighbours
+from features import (
+    accuracy,
+    extract,
+    few_of,
+    gather,
+    knn_accuracy,
+    knn_vote,
+    random_crops,
+    same_labels,
+    spread,
+    top_neighbours,
+)
 from runtime import Place
 from vit import VisionTransformer
 
@@ -58,3 +74,48 @@ def test_labels_go_by_names():
     assert same_labels(bank, some).tolist() == [1, 2]
     with pytest.raises(ValueError, match="--val_data has classes that --data has not: cat"):
         same_labels(some, bank)
+
+
+def test_accuracies_against_a_loop():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0, 1, 1, 4, 4, 4, 4, 4])  # one image of 0, none of 2 and 3
+    for _ in range(20):
+        found = torch.randint(0, 5, (8,), generator=generator)
+        shares = {}
+        for p, t in zip(found.tolist(), labels.tolist()):
+            shares.setdefault(t, []).append(p == t)
+        per_class = [sum(s) / len(s) for s in shares.values()]
+        got = accuracy(found, labels)
+        assert got["top1"] == pytest.approx(sum(map(sum, shares.values())) / 8, abs=1e-12)
+        assert got["mean_per_class"] == pytest.approx(sum(per_class) / 3, abs=1e-12)
+
+
+def test_few_shot_subsets():
+    labels = [0] * 5 + [3] * 9 + [1] * 4
+    rows = few_of(labels, 4, 0)
+    assert len(set(rows.tolist())) == 12
+    assert torch.tensor(labels)[rows].bincount().tolist() == [4, 4, 0, 4]
+    assert torch.equal(rows, few_of(labels, 4, 0)) and not torch.equal(rows, few_of(labels, 4, 1))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_shares_are_the_whole(world):
+    places = [Place(torch.device("cpu"), rank, world) for rank in range(world)]
+    for n in (1, 4, 7):
+        shares = [spread(range(n), place) for place in places]
+        assert len({len(share) for share in shares}) == 1
+        assert torch.tensor(shares).T.flatten()[:n].tolist() == list(range(n))
+    images, alone = open_images("shapes:9"), Place(torch.device("cpu"))
+    whole = list(random_crops(images, 8, 7, 2, alone))
+    parts = [list(random_crops(images, 8, 7, 2, place, together=3)) for place in places]
+    for step, (crops, labels) in enumerate(whole):
+        groups = [list(zip(*(v.split(3) for v in part[step]))) for part in parts]
+        order = [groups[g % world][g // world] for g in range(3)]  # of 3, 3 and 1
+        assert torch.equal(torch.cat([crops for crops, _ in order]), crops)
+        assert torch.equal(torch.cat([labels for _, labels in order]), labels)
+
+
+def test_a_broken_image_is_named(photos):
+    (photos / "cats/05.png").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match="does not decode: cats/05.png"):
+        list(random_crops(open_images(f"folder:{photos}"), 8, 24, 1, Place(torch.device("cpu"))))
