@@ -157,40 +157,34 @@ class Features:
         return epochs, batch, epochs * (len(images) // batch)
 
 
-def labelled(config: Config) -> tuple[Images, Images, Tensor]:
-    """--data, --val_data, and the labels of the second in the numbers of the first."""
-    train = open_images(config.data, config.data_root, config.download)
-    if not train.labels:
-        raise UsageError(f"--data {config.data}: this task needs labels; "
-                         "put the images into one folder per class")
-    return train, *judged(config, train, "val_data")
-
-
-def judged(config: Config, train: Images, flag: str) -> tuple[Images, Tensor]:
+def labelled(config: Config, flag: str = "data") -> Images:
     spec = getattr(config, flag)
     images = open_images(spec, config.data_root, config.download, f"--{flag}")
     if not images.labels:
         raise UsageError(f"--{flag} {spec}: this task needs labels; "
                          "put the images into one folder per class")
+    return images
+
+
+def judged(config: Config, train: Images, flag: str = "val_data") -> tuple[Images, Tensor]:
+    """The images of the flag, and their labels in the numbers of the images learned from."""
+    images = labelled(config, flag)
     if config.class_mapping:
         try:
-            pairs = [line.split(",") for line in
-                     Path(config.class_mapping).read_text().splitlines() if line]
-            names = {ours.strip(): theirs.strip() for ours, theirs in pairs}
-            images = replace(images, classes=[names[c] for c in images.classes or ()])
-        except (OSError, ValueError, KeyError) as error:
-            raise UsageError(f"--class_mapping {config.class_mapping}: expected a line 'class in "
-                             f"--{flag}, class in --data' for each class ({error})") from None
+            lines = Path(config.class_mapping).read_text().splitlines()
+            pairs = [line.split(",") for line in lines if line]
+            names = {theirs.strip(): ours.strip() for theirs, ours in pairs}
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--class_mapping {config.class_mapping}: expected lines 'class in "
+                             f"--{flag}, class in --data' ({error})") from None
+        images = replace(images, classes=[names.get(c, c) for c in images.classes or ()])
     labels = same_labels(train, images)
     missing = sorted(set(labels.tolist()) - set(train.labels))
     if missing:
+        first = train.classes[missing[0]] if train.classes else missing[0]
         raise UsageError(f"--data {config.data} has no image of {len(missing)} classes of "
-                         f"--{flag}, the first: {name_of(train, missing[0])}")
+                         f"--{flag}, the first: {first}")
     return images, labels
-
-
-def name_of(images: Images, label: int) -> str:
-    return str(images.classes[label] if images.classes else label)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -200,7 +194,8 @@ def name_of(images: Images, label: int) -> str:
 def knn(features: Features) -> dict:
     """Weighted k-NN vote on the class token. DINO F; few-shot as in DINOv2's code."""
     config, place = features.config, features.place
-    train, val, labels = labelled(config)
+    train = labelled(config)
+    val, labels = judged(config, train)
     ks = tuple(k for k in config.nb_knn if 0 < k <= len(train))
     if not ks:
         raise UsageError(f"--nb_knn {config.nb_knn}: none fits the {len(train)} images of --data")
@@ -212,14 +207,14 @@ def knn(features: Features) -> dict:
     mine = torch.tensor(spread(range(len(val)), place))
     queries = features(val, "knn-val_data")[mine].to(place.device)
 
-    def vote(rows, ks):
-        """k -> the two accuracies, with these rows of the bank; each process asks its share."""
-        known = torch.tensor(train.labels)[rows].to(place.device)
-        found = knn_predict(bank if isinstance(rows, slice) else bank[rows.to(place.device)],
-                            known, queries, ks, config.temperature)
+    known = torch.tensor(train.labels, device=place.device)
+
+    def vote(bank, known, ks):
+        """k -> the two accuracies; each process asks for its share of the queries."""
+        found = knn_predict(bank, known, queries, ks, config.temperature)
         return {k: accuracy(gather(p, len(val), place), labels) for k, p in found.items()}
 
-    full = vote(slice(None), ks)
+    full = vote(bank, known, ks)
     place.print(f"k-NN: class token, {features.size} px centre crop, T = {config.temperature}, "
                 f"{len(train):,d} images vote on {len(val):,d}")
     for k, value in full.items():
@@ -227,8 +222,9 @@ def knn(features: Features) -> dict:
                     f"{value['mean_per_class']:.2%}")
     few = {}
     for n in config.n_per_class:
-        tries = [vote(few_of(train.labels, n, seed), sorted({k for k in ks if k < n} | {n}))
-                 for seed in range(config.n_tries)]
+        some = [few_of(train.labels, n, seed).to(place.device) for seed in range(config.n_tries)]
+        tries = [vote(bank[rows], known[rows], sorted({k for k in ks if k < n} | {n}))
+                 for rows in some]
         few[str(n)] = {str(k): [t[k]["top1"] for t in tries] for k in tries[0]}
         for k, values in few[str(n)].items():
             place.print(f"  {n} of each class, k-NN({k:>3s})  {np.mean(values):.2%} +- "
@@ -240,27 +236,10 @@ def knn(features: Features) -> dict:
             "headline": {"k-NN": best}}
 
 
-def linear(features: Features) -> dict:
-    """Linear classifiers on random crops, judged on centre crops. DINO F; DINOv2 sec. 7.1.
-
-    dinov2: 13 learning rates x {1, 4} blocks x {without, with} mean patch at once, the best of them
-    on --val_data. dino: one rate; 4 blocks for ViT-S and smaller, else 1 with the mean patch.
-    """
-    config, place, model = features.config, features.place, features.model
-    train, val, labels = labelled(config)
-    if config.head:
-        return judge_head(features, train, read_head(config.head))
-    blocks, pools, lrs, epochs = (1, 4), (False, True), LRS, 10
-    if config.protocol == "dino":
-        small = model.embed_dim <= 384
-        blocks, pools, lrs, epochs = (4 if small else 1,), (not small,), (0.001,), 100
-    depth = len(getattr(model, "blocks", [0]))
-    blocks = tuple(n for n in blocks if n <= depth) or (1,)
-    pools = pools if hasattr(model, "blocks") else (False,)
-    kinds, read = kinds_of_input(model.embed_dim, blocks, pools), Blocks(model, max(blocks))
-    epochs, batch, steps = features.steps(train, epochs)
-    rows = features(val, f"linear{max(blocks)}-val_data", read)
-    # Every process has all features and trains its share of the learning rates on them.
+def sweep(features: Features, train: Images, read: Blocks, kinds: dict, lrs, epochs: int) -> Probes:
+    """Train this process's share of the probes: on the features that all processes make."""
+    config, place = features.config, features.place
+    _, batch, steps = features.steps(train, epochs)
     probes = Probes(kinds, 1 + max(train.labels), lrs[place.rank::place.world_size],
                     place.device, seed=config.seed)
     batches = random_crops(train, features.size, batch, steps, place, config.num_workers,
@@ -268,15 +247,41 @@ def linear(features: Features) -> dict:
     report = runtime.Progress(f"linear, {len(kinds) * len(lrs)} probes", steps, place)
     for step, (crops, targets) in enumerate(batches):
         with torch.no_grad(), runtime.autocast(config.precision, place.device):
-            seen = read(crops).float()
-        probes.step(gather(seen, batch, place), gather(targets, batch, place),
+            rows = read(crops).float()
+        probes.step(gather(rows, batch, place), gather(targets, batch, place),
                     cosine(step, batch / 256, 0.0, steps))
         report(step + 1)
+    return probes
+
+
+def linear(features: Features) -> dict:
+    """Linear classifiers on random crops, judged on centre crops. DINO F; DINOv2 sec. 7.1.
+
+    dinov2: 13 learning rates x {1, 4} blocks x {without, with} mean patch at once, the best of them
+    on --val_data. dino: one rate; 4 blocks for ViT-S and smaller, else 1 with the mean patch.
+    """
+    config, place, model = features.config, features.place, features.model
+    train = labelled(config)
+    if config.head:
+        return judge_head(features, train, read_head(config.head))
+    val, labels = judged(config, train)
+    blocks, pools, lrs, epochs = (1, 4), (False, True), LRS, 10
+    if config.protocol == "dino":
+        small = model.embed_dim <= 384
+        blocks, pools, lrs, epochs = (4 if small else 1,), (not small,), (0.001,), 100
+    depth = len(getattr(model, "blocks", [0]))  # a convnet has its last map alone
+    blocks = tuple(n for n in blocks if n <= depth) or (1,)
+    kinds = kinds_of_input(model.embed_dim, blocks, pools if depth > 1 else (False,))
+    epochs, batch, _ = features.steps(train, epochs)
+    read = Blocks(model, max(blocks))
+    rows = features(val, f"linear{max(blocks)}-val_data", read)
+    probes = sweep(features, train, read, kinds, lrs, epochs)
+
     mine = {name: accuracy(p, labels) for name, p in probes.predict(rows).items()}
     results = {name: value for part in place.everyone(mine) for name, value in part.items()}
-    (kind, lr) = best = max(sorted(results), key=lambda name: results[name]["top1"])
+    kind, lr = best = max(sorted(results), key=lambda name: results[name]["top1"])
     heads = place.everyone(probes.head(kind, lr) if best in mine else None)
-    head = next(h for h in heads if h)
+    head, figures = next(h for h in heads if h), results[best]
     if place.main:
         runtime.save(folder_of(config, "linear") / "head.pt", head)
 
@@ -288,7 +293,6 @@ def linear(features: Features) -> dict:
                 + "".join(f"{title(k):>20s}" for k in kinds))
     for rate in lrs:
         place.print(f"  {rate:<8g}" + "".join(f"{results[k, rate]['top1']:>20.2%}" for k in kinds))
-    figures = results[best]
     place.print(f"  best: {title(kind)}, lr {lr:g}: {figures['top1']:.2%}, mean per class "
                 f"{figures['mean_per_class']:.2%}")
     out = {"linear": figures | {"blocks": kind[0], "avgpool": kind[1], "lr": lr},
@@ -340,7 +344,8 @@ def logreg(features: Features) -> dict:
     the crop's size, so that nothing is cut off their short side.
     """
     config, place = features.config, features.place
-    train, val, labels = labelled(config)
+    train = labelled(config)
+    val, labels = judged(config, train)
     whole = partial(center_crop, size=features.size, short=features.size)
     device = torch.device("cpu") if place.device.type == "mps" else place.device  # no float64 there
     rows = features(train, "logreg-data", prepare=whole).double().to(device)
@@ -369,7 +374,8 @@ def logreg(features: Features) -> dict:
 def finetune(features: Features) -> dict:
     """The whole network trained on labels, judged by the average of its weights. DINO sec. 4.3."""
     config, place = features.config, features.place
-    train, val, labels = labelled(config)
+    train = labelled(config)
+    val, labels = judged(config, train)
     epochs, batch, steps = features.steps(train, 10)
     recipe = {key: getattr(config, key) for key in (
         "lr", "weight_decay", "layerwise_decay", "label_smoothing", "mixup", "cutmix",
@@ -413,7 +419,8 @@ def retrieval(features: Features) -> dict:
     read = Scales(model) if config.multiscale else model
     name = f"retrieval{'-multiscale' * config.multiscale}"
     if not (config.ground_truth or config.groups):
-        train, val, labels = labelled(config)
+        train = labelled(config)
+        val, labels = judged(config, train)
         rows, targets = features(train, f"{name}-data", read), torch.tensor(train.labels)
         none = torch.zeros(len(rows), dtype=torch.bool)
         figures = {"labels": rank(features(val, f"{name}-val_data", read), rows,
@@ -473,7 +480,7 @@ def read_edited(read, edit: str, i: int) -> Tensor:
 
 
 def made_copies(config: Config) -> tuple[Images, dict[str, Images]]:
-    """Some of --val_data, evenly spaced, and their copies by each of EDITS, under the same names."""
+    """Some of --val_data, evenly spaced, and their copies by each of EDITS, named as they are."""
     val = open_images(config.val_data, config.data_root, config.download, "--val_data")
     if config.n_originals < 1:
         raise UsageError(f"--n_originals {config.n_originals}: expected at least 1")
