@@ -436,10 +436,9 @@ def retrieval(features: Features) -> dict:
             figures = revisited(config, images, see, name, place)
         else:
             groups = np.array(read_groups(config.groups, images.names))
-            rows = see(images, name)
-            myself = torch.eye(len(rows), dtype=torch.bool)
+            rows, numbers = see(images, name), torch.arange(len(images))
             figures = {"groups": rank(rows, rows, lambda i: (torch.from_numpy(
-                groups == groups[i]) & ~myself[i], myself[i]), place)}
+                groups == groups[i]) & (numbers != i), numbers == i), place)}
     columns = ("mAP", *(f"mP@{k}" for k in KAPPAS))
     place.print(f"retrieval: class token at {features.size} px"
                 f"{', three scales' * config.multiscale}\n  {'':8s}"

@@ -31,7 +31,7 @@ from weights import load_backbone
 SMALL = ("--data shapes:37 --val_data shapes:23:val --num_workers 0 --device cpu --nb_knn 1 5 "
          "--n_per_class 1 2 --n_tries 2 --epochs 2 --n_originals 5").split()
 
-FEW = evaluate.CS[10:40:6]  # strengths of the penalty, where all 45 would take a while
+FEW = evaluate.CS[8:28:4]  # some strengths of the penalty, where all 45 would take a while
 
 
 @pytest.fixture(scope="module")
