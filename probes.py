@@ -198,7 +198,7 @@ if __name__ == "__main__":
     for lr in LRS:
         print(f"{lr:<10g}" + "  ".join(f"{right[kind, lr]:<18.1%}" for kind in probes.kinds))
     problem = Logistic(rows[:1000].double(), labels[:1000], 10)
-    for C in CS[::8]:
+    for C in CS[4:32:9]:
         weight, bias = problem.fit(C)
         found = (rows[1000:].double() @ weight.T + bias).argmax(1)
         print(f"C = {C:<8.2g} |W| = {weight.norm():8.4f}   "
