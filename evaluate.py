@@ -372,7 +372,7 @@ def logreg(features: Features) -> dict:
 
 
 def finetune(features: Features) -> dict:
-    """The whole network trained on labels, judged by the average of its weights. DINO sec. 4.3."""
+    """The whole network trained on labels, judged by the average of its weights. DINO sec. 4.2.3."""
     config, place = features.config, features.place
     train = labelled(config)
     val, labels = judged(config, train)
@@ -409,7 +409,7 @@ def rank(queries: Tensor, rows: Tensor, truth, place: runtime.Place) -> Tensor:
 
 
 def retrieval(features: Features) -> dict:
-    """Cosine ranking by class token: mAP and mP@k. DINO sec. 4.2; Radenovic 2018.
+    """Cosine ranking by class token: mAP and mP@k. DINO sec. 4.2.1; Radenovic 2018.
 
     DINO's settings: Oxford --image_size 224, Paris --image_size 512 --multiscale.
     With --ground_truth or --groups whole images of --data are looked for among each other; without,
@@ -504,7 +504,7 @@ def copydays(config: Config) -> tuple[Images, dict[str, Images]]:
 
 
 def copies(features: Features) -> dict:
-    """Copies are looked for among their originals and --data. DINO sec. 4.2: --image_size 320.
+    """Copies are looked for among their originals and --data. DINO sec. 4.2.1: --image_size 320.
 
     Class token and GeM of patches, whitened on --data; images squashed to a square. The copies are
     those of --copydays, or made on the spot of --n_originals of --val_data.

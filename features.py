@@ -139,7 +139,7 @@ def gem(patches: Tensor, p: float = 4.0) -> Tensor:
 
 
 class Descriptor(nn.Module):
-    """Class token and GeM of the patches, for copy detection: (B, 2*D). DINO sec. 4.2."""
+    """Class token and GeM of the patches, for copy detection: (B, 2*D). DINO sec. 4.2.1."""
 
     def __init__(self, model: nn.Module):
         super().__init__()

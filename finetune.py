@@ -8,7 +8,7 @@
 
 Idea     A pre-trained network is nearly right, and most so in its lower layers, which see edges and
          textures: they should move least. Everything else here is there against overfitting.
-Paper    DINO sec. 4.3 and table 6 (fine-tuning as DeiT); BEiT (Bao 2021) sec. 3.2 for layer decay
+Paper    DINO sec. 4.2.3 and table 6 (fine-tuning as DeiT does); BEiT (Bao 2021) for layer decay
 Try      python evaluate.py finetune --weights RUN --epochs 2
 Change   the recipe is the keyword arguments of finetune
 Tests    pytest tests/test_finetune.py

@@ -7,7 +7,7 @@
 
 Idea     A ranking has no threshold to choose: average precision is 1 when all that is right comes
          before all that is wrong. Images that are too hard to call are junk: they are passed over.
-Paper    DINO sec. 4.2 (retrieval, copy detection); Radenovic 2018 (revisited Oxford and Paris);
+Paper    DINO sec. 4.2.1 (retrieval, copy detection); Radenovic 2018 (revisited Oxford and Paris);
          Radenovic 2017 (GeM); Berman 2019 (copy detection with GeM and whitening)
 Try      python retrieval.py       draws the edits of one picture into edits.png
 Change   another edit is one line in EDITS
