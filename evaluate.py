@@ -372,7 +372,7 @@ def logreg(features: Features) -> dict:
 
 
 def finetune(features: Features) -> dict:
-    """The whole network trained on labels, judged by the average of its weights. DINO sec. 4.2.3."""
+    """The whole network trained on labels, judged by the mean of its weights. DINO sec. 4.2.3."""
     config, place = features.config, features.place
     train = labelled(config)
     val, labels = judged(config, train)

@@ -5,7 +5,7 @@
 3. Features equal what the network gives image by image; kept ones are used again, those of another
    network or other images and those that are no numbers are refused.
 4. k-NN with few images per class draws so many; retrieval by groups, by ground truth and by labels
-   find what is there; an unedited copy is found.
+   see whole images, boxes and scales as they say; an unedited copy is found, Copydays is too.
 5. A saved head, judged again, gives its figures; of classes that are absent none is answered.
 6. Misuse is one line that names the flag, exit code 2.
 """
@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torchvision.transforms.v2 import functional as TF
 
 import evaluate
 import runtime
@@ -164,9 +166,21 @@ def test_retrieval_by_files(backbone, photos, tmp_path, capsys):
     out, _ = run(line, **truth)
     whole = out["retrieval"]
     assert list(whole) == ["easy", "medium", "hard"] and whole["easy"]["mP@1"] == 1  # itself
-    for more in ("--multiscale", "--crop_queries"):
-        other = run(f"{line} {more}", **truth)[0]["retrieval"]
-        assert other != whole and other["easy"].keys() == whole["easy"].keys()
+    for more in ("", "--multiscale", "--crop_queries"):
+        other = run(f"{line} {more}", **truth, features_dir=tmp_path / "kept")[0]["retrieval"]
+        assert other["easy"].keys() == whole["easy"].keys()
+    rows = {name: torch.load(tmp_path / f"kept/retrieval{name}-queries-whole.pt")["rows"][0]
+            for name in ("", "-multiscale", "-boxes")}
+    model, image = load_backbone(backbone), open_images(f"folder:{photos}").read(0)
+    for name, image, scales in (("", image, [1]), ("-multiscale", image, [1, 0.5**0.5, 0.5]),
+                                ("-boxes", image[:, :30, :30], [1])):
+        h, w = (round(16 * side / max(image.shape)) for side in image.shape[1:])
+        x = normalise(TF.resize(image, [h, w], TF.InterpolationMode.BICUBIC, antialias=True)[None])
+        views = [F.interpolate(x, [max(8, int(s * n)) for n in (h, w)], mode="bilinear")
+                 for s in scales]
+        with torch.no_grad():
+            mean = sum(model(view)[0] for view in views) / len(views)
+        torch.testing.assert_close(rows[name], mean, rtol=1e-4, atol=1e-5)
 
 
 def test_an_unedited_copy_is_found(backbone, tmp_path, monkeypatch):
