@@ -18,7 +18,7 @@ Tests    pytest tests/test_distill.py
 
 import copy
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -35,7 +35,6 @@ from recipes import DISTILLATION
 from resnet import ConvNet
 from runtime import Place, UsageError
 from train import Network
-from vit import VisionTransformer
 from weights import load_backbone, load_strictly, read_tensors
 
 
@@ -62,8 +61,9 @@ class Config(recipes.Config):
 # ------------------------------------------------------------------------------------------------
 # The two networks
 
-
 FEATURES = {"class_feature": "features", "patch_feature": "patches"}  # term -> what is matched
+DISTANCES = {"mse": F.mse_loss,
+             "cosine": lambda x, y: 1 - F.cosine_similarity(x, y, dim=-1).mean()}
 
 
 class Student(Network):
@@ -71,7 +71,7 @@ class Student(Network):
 
     def __init__(self, config: Config, drop_path_rate: float = 0.0, width: int = 0, backbone=None):
         super().__init__(config, drop_path_rate, backbone)
-        self.distance = config.feature_distance
+        self.distance = DISTANCES[config.feature_distance]
         self.matched = [n for n in FEATURES if width and getattr(config, f"{n}_weight")]
         for name in self.matched:
             self.add_module(f"{name}_map", nn.Linear(self.backbone.embed_dim, width))
@@ -85,12 +85,8 @@ class Student(Network):
 
     def more_terms(self, seen: dict, said: dict) -> dict[str, Tensor]:
         """Plain feature distillation: ours, for teachers without heads. Same view, same place."""
-        terms = {}
-        for name in self.matched:
-            ours, theirs = said[name].float(), seen[FEATURES[name]].float()
-            terms[name] = (F.mse_loss(ours, theirs) if self.distance == "mse"
-                           else 1 - F.cosine_similarity(ours, theirs, dim=-1).mean())
-        return terms
+        return {name: self.distance(said[name].float(), seen[FEATURES[name]].float())
+                for name in self.matched}
 
 
 class Teacher(nn.Module):
@@ -134,9 +130,6 @@ def update(teacher: Teacher, student: nn.Module, momentum: float, ok: Tensor | f
 
 def open_backbone(config: Config) -> nn.Module:
     """The backbone of --teacher, frozen; refused where the student could not follow it."""
-    if not config.teacher:
-        raise UsageError("--teacher is empty: expected the directory of a run, or a backbone (a "
-                         "released name, URL or file) with --train_teacher_heads_epochs")
     try:
         backbone = load_backbone(config.teacher).requires_grad_(False)
     except ValueError as error:
@@ -154,10 +147,10 @@ def open_backbone(config: Config) -> nn.Module:
     return backbone
 
 
-def train_heads(config: Config, backbone: VisionTransformer) -> Path:
+def train_heads(config: Config, backbone: nn.Module) -> Path:
     """Heads for a frozen backbone: a run of its own where nothing else learns, and its directory.
 
-    Student and teacher have one and the same backbone, and see different crops, as ever.
+    Its student and teacher are this backbone twice, and see different crops, as ever.
     """
     if isinstance(backbone, ConvNet):
         raise UsageError(f"--train_teacher_heads_epochs: --teacher {config.teacher} is a convnet; "
@@ -182,36 +175,39 @@ def add_heads(config: Config, backbone: nn.Module, run: Path) -> tuple[Config, N
                          "give --train_teacher_heads_epochs to train heads, or match features: "
                          "--dino_weight 0 --ibot_weight 0 --class_feature_weight 1")
     stored = json.loads((run / "config.json").read_text())
-    theirs = recipes.Config(
-        **{f.name: stored[f.name] for f in fields(recipes.Config) if f.name in stored})
+    known_fields = recipes.Config.__dataclass_fields__
+    theirs = recipes.Config(**{k: v for k, v in stored.items() if k in known_fields})
     shared = ("n_prototypes", "ibot_n_prototypes", "separate_head")
     open_ones = {name: getattr(theirs, name) for name in shared if name not in config.given}
     config = replace(config, **open_ones, given=(*config.given, *open_ones))  # nor --auto_scale's
-    known = train.objectives(theirs)
+    has = train.objectives(theirs)
     for name, count in train.objectives(config).items():
-        if count != known.get(name):
-            has = f"{known[name]} prototypes" if name in known else "no head"
+        if count != has.get(name):
             raise UsageError(f"{count} prototypes are asked for {name}, the teacher's run {run} "
-                             f"has {has} for it: leave --{', --'.join(shared)} to the teacher, or "
-                             f"give --{name}_weight 0, or --train_teacher_heads_epochs")
+                             f"has {has.get(name, 'none')}: leave --{', --'.join(shared)} to it, "
+                             f"or give --{name}_weight 0, or --train_teacher_heads_epochs")
     frozen, tensors = Network(theirs, backbone=backbone), read_tensors(run / "heads.pt")
     for name, head in list(frozen.named_children())[1:]:
         load_strictly(head, tensors.get(name, {}), f"{run}/heads.pt")
     return config, frozen
 
 
+def open_teacher(config: Config) -> tuple[Config, Network]:
+    """--teacher, frozen, with heads where the losses ask for them; config with its prototypes."""
+    backbone, where = open_backbone(config), Path(config.teacher).expanduser()
+    if not train.objectives(config):
+        return config, Network(config, backbone=backbone).eval()
+    if config.train_teacher_heads_epochs:
+        where = train_heads(config, backbone)
+    config, frozen = add_heads(config, backbone, where if where.is_dir() else where.parent)
+    return config, frozen.requires_grad_(False).eval()
+
+
 def run(config: Config) -> dict:
     """train.run, with a teacher from elsewhere."""
     train.check(config)
-    backbone, frozen = open_backbone(config), None
-    if train.objectives(config):
-        where = Path(config.teacher).expanduser()
-        where = where if where.is_dir() else where.parent
-        if config.train_teacher_heads_epochs:
-            where = train_heads(config, backbone)
-        with runtime.usage():
-            config, frozen = add_heads(config, backbone, where)
-    frozen = (frozen or Network(config, backbone=backbone)).requires_grad_(False).eval()
+    with runtime.usage():
+        config, frozen = open_teacher(config)
     return train.run(config, partial(build, frozen=frozen), update)
 
 

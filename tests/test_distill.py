@@ -57,9 +57,8 @@ def config_of(teacher, *more):
 
 def networks(config, place):
     """What a run begins with: (config, student, teacher)."""
-    config, frozen = distill.add_heads(config, distill.open_backbone(config),
-                                       distill.Path(config.teacher))
-    return config, *distill.build(config, place, frozen.requires_grad_(False).eval())
+    config, frozen = distill.open_teacher(config)
+    return config, *distill.build(config, place, frozen)
 
 
 def batch_of(config, indices, step=0):
@@ -97,8 +96,8 @@ def test_a_step_is_the_papers(tokens, centering, teacher):
     out = train.train_step(student, asked, makers, optimizer, batch, NOW, config, place,
                            distill.update)
 
-    crops = [photometry(c, draws).double() for key, first in (("global_crops", 0), ("local_crops", 2))
-             for c, draws in zip(batch[key], batch["photometry"][first:])]
+    pixels = [*batch["global_crops"], *batch["local_crops"]]
+    crops = [photometry(c, draws).double() for c, draws in zip(pixels, batch["photometry"])]
     count = batch["masks"].view(2, 6, 9)
     assert tokens == "sampled" or count.all()
     with torch.no_grad():
@@ -151,6 +150,11 @@ def test_a_teacher_stays_as_it_is(teacher):
     config, student, asked = networks(config, place)
     frozen = asked.frozen[0]
     before = {k: v.clone() for k, v in frozen.state_dict().items()}
+    parts = torch.load(teacher / "heads.pt", weights_only=True)
+    parts["backbone"] = torch.load(teacher / "teacher.pt", weights_only=True)
+    for part, theirs in parts.items():
+        for name, value in theirs.items() if part != "makers" else ():
+            assert torch.equal(before[f"{part}.{name}"], value)
     first = {k: v.clone() for k, v in student.state_dict().items()}
     makers = train.target_makers(config)
     optimizer = train.OPTIMIZERS["adamw"](train.parameter_groups(student))
@@ -261,8 +265,8 @@ def process(rank, port, teacher, folder):
         out[parallel] = one_step(config_of(teacher, "--parallel", parallel), place)
     dist.barrier()
     # and a whole run of both stages, split over the two
-    flags = ["--parallel", "fsdp", "--data", "shapes:32", "--val_data", "shapes:32:val", "--epochs", "1",
-             "--train_teacher_heads_epochs", "1", "--output_dir", f"{folder}/run"]
+    flags = (f"--parallel fsdp --data shapes:32 --val_data shapes:32:val --epochs 1 "
+             f"--train_teacher_heads_epochs 1 --output_dir {folder}/run").split()
     out["run"] = distill.run(config_of(teacher / "teacher.pt", *flags))
     torch.save(out, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -314,9 +318,8 @@ def test_features_alone(distance, teacher, tmp_path):
     more = ("--dino_weight 0 --ibot_weight 0 --class_feature_weight 1 --patch_feature_weight 0.5 "
             f"--feature_distance {distance} --epochs 4 --output_dir {tmp_path / 'run'}").split()
     config, place = config_of(backbone, *more), Place(torch.device("cpu"))
-    frozen = distill.Network(config, backbone=distill.open_backbone(config)).eval()
-    student, asked = distill.build(config, place, frozen)
-    small, large = (copy.deepcopy(x).double() for x in (student, frozen))
+    config, student, asked = networks(config, place)
+    small, large = (copy.deepcopy(x).double() for x in (student, asked.frozen[0]))
     batch = batch_of(config, range(6))
     batch["local_crops"] = batch["local_crops"][:0]
     optimizer = train.OPTIMIZERS["adamw"](train.parameter_groups(student))
@@ -325,9 +328,8 @@ def test_features_alone(distance, teacher, tmp_path):
     x = photometry(batch["global_crops"].flatten(0, 1), batch["photometry"][:2].flatten(0, 1))
     ours, theirs = (net.backbone.forward_features(x.double()) for net in (small, large))
     loss = 0.0
-    for key, linear, weight in ((CLS, small.class_feature_map, 1), (PATCHES, small.patch_feature_map,
-                                                                    0.5)):
-        a, b = linear(ours[key]), theirs[key].detach()
+    for key, name, weight in ((CLS, "class", 1), (PATCHES, "patch", 0.5)):
+        a, b = getattr(small, f"{name}_feature_map")(ours[key]), theirs[key].detach()
         apart = ((a - b) ** 2).mean(-1) if distance == "mse" else \
             1 - (a * b).sum(-1) / a.norm(dim=-1) / b.norm(dim=-1)
         loss = loss + weight * apart.mean()
@@ -347,11 +349,11 @@ def test_features_alone(distance, teacher, tmp_path):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("--teacher=", "--teacher is empty"),
+    ("--teacher=", "--teacher .: no teacher.pt in it"),
     ("--teacher nowhere", "--teacher nowhere"),
     ("--teacher FILE", "--train_teacher_heads_epochs"),
     ("--n_prototypes 16", "16 prototypes are asked for dino"),
-    ("--ibot_n_prototypes 16", "has 24 prototypes for it"),
+    ("--ibot_n_prototypes 16", "has 24"),
     ("--no_separate_head", "32 prototypes are asked for ibot"),
     ("--patch_size 4 --mask_min_patches 1", "--patch_size 4"),
     ("--patch_size 4 --ibot_weight 0 --global_crops_size 20", "--global_crops_size 20"),
