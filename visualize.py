@@ -169,6 +169,8 @@ def draw_curves(run: Path) -> Path:
                      label=f"entropy of the mean target, {term}")
         for axis in axes[:2]:
             axis.axhline(math.log(prototypes[term]), color="gray", ls=":", label=also + "ln K")
+    if not terms:  # others, which know no ln K
+        axes[0].plot(x, [r["loss"] for r in steps], label="loss")
     dashed = "; dashed: patches" if len(terms) > 1 else ""
     axes[0].set_title(f"losses, nats: at ln K nothing is known{dashed}", fontsize=10)
     axes[1].set_ylim(bottom=0)
