@@ -38,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import recipes
 import runtime
 import train
-from data import Images, open_images
+from data import Images, cached, open_images
 from features import extract, knn_vote, top_neighbours
 from plain import IDEAS, DefaultAdamW, without
 from runtime import Place, UsageError
@@ -386,6 +386,7 @@ def print_stages(columns: dict[str, dict]):
 def from_files(version: Step, config: Config, place: Place) -> dict:
     """The same step fed by the loader, and the share of time that it waits for it."""
     images = open_images(config.data, config.data_root, config.download)
+    images = cached(images, config.cache, config.cache_side, config.num_workers)
     total = config.steps + 5
     clock = runtime.Clock(0, total)
     batches = iter(train.batches_from(0, total, images, config, place))
@@ -405,6 +406,7 @@ def data(config: Config, place: Place) -> dict:
     In the seconds of one thread of this process, so that others on the machine do not count.
     """
     images = open_images(config.data, config.data_root, config.download)
+    images = cached(images, config.cache, config.cache_side, config.num_workers)
     size = min(config.batch_size_per_gpu, len(images))
     loader = train.batches_from(0, 1, images.subset(range(size)), replace(
         config, batch_size_per_gpu=size), Place(torch.device("cpu")))

@@ -1,8 +1,10 @@
 """Data: images by name, in an order that can be taken up again anywhere.
 
-    "shapes" | "folder:PATH" | a torchvision class --> Images: read(i) -> (3, H, W), labels, names
-                                                          |
-    Sampler: (epoch, step, index) from the seed ----> Views: read, crop, draw colours --> DataLoader
+    "shapes" | "folder:PATH" | "shards:PATTERN" | a torchvision class   (--cache: decoded once)
+                                   |
+                  Images: read(i) -> (3, H, W), labels, names
+                                   |
+    Sampler: (epoch, step, index) from the seed --> Views: read, crop, draw colours --> DataLoader
 
 Idea     Nothing random has a history. The order of an epoch follows from (seed, epoch), the crops
          of an image from (seed, epoch, index). A resumed run starts counting at a later step, with
@@ -14,8 +16,10 @@ Tests    pytest tests/test_data.py
 """
 
 import inspect
+import io
 import os
 import signal
+import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,6 +33,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+import store
 from augment import Masking, MultiCrop, collate
 from shapes import Shapes
 
@@ -44,6 +49,8 @@ class Images:
     names: list[str]
     labels: list[int] | None = None
     classes: list[str] | None = None
+    # Where reading in any order is slow: generator -> an order to read in. Else any permutation.
+    order: Callable[[np.random.Generator], np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -55,6 +62,7 @@ class Images:
             read=partial(_read_through, self.read, indices),
             names=[self.names[i] for i in indices],
             labels=self.labels and [self.labels[i] for i in indices],
+            order=self.order and partial(_order_of_some, self.order, indices),
         )
 
 
@@ -62,13 +70,20 @@ def _read_through(read, indices, i):
     return read(indices[i])
 
 
+def _order_of_some(order, indices, rng):
+    whole = order(rng)
+    place = np.full(len(whole), -1)
+    place[indices] = np.arange(len(indices))
+    return place[whole][place[whole] >= 0]
+
+
 # ------------------------------------------------------------------------------------------------
 # Data sets by name: argument, split, root, download -> Images
 
 
-def read_file(path: Path) -> Tensor:
+def read_file(file: Path | io.BytesIO) -> Tensor:
     """Any image file -> (3, H, W) uint8 RGB, turned upright as its EXIF says."""
-    with Image.open(path) as image:
+    with Image.open(file) as image:
         return pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
 
 
@@ -157,7 +172,18 @@ def open_torchvision(argument: str, split: str, root: str, download: bool) -> Im
                   getattr(dataset, "classes", None))
 
 
-DATASETS = {"shapes": open_shapes, "folder": open_folder}
+def _read_shards(shards: store.Shards, i: int) -> Tensor:
+    return read_file(io.BytesIO(shards.bytes(i)))
+
+
+def open_shards(argument: str, split: str, root: str, download: bool) -> Images:
+    """shards:PATTERN, tar files of images, read nearly in order. Labels: see store.Shards."""
+    shards = store.Shards(argument, EXTENSIONS)
+    return Images("shards", partial(_read_shards, shards), shards.names, shards.labels,
+                  shards.classes, shards.order)
+
+
+DATASETS = {"shapes": open_shapes, "folder": open_folder, "shards": open_shards}
 
 
 def open_images(
@@ -178,6 +204,25 @@ def open_images(
                      "or a torchvision class name such as CIFAR10")
 
 
+def cached(images: Images, folder: str, side: int, num_workers: int = 0) -> Images:
+    """The same images from a store.Cache in `folder`, made where it is not; "": from the source."""
+    if not folder:
+        return images
+
+    def report(done):
+        if sys.stderr.isatty() and (done % 100 == 0 or done == len(images)):
+            print(f"\r--cache: {done:,d} of {len(images):,d} images", end="", file=sys.stderr,
+                  flush=True)
+
+    if side < 0:
+        raise ValueError(f"--cache_side {side}: expected pixels, or 0 for images as they are")
+    try:
+        cache = store.build(Path(folder), images.read, images.names, side, num_workers, report)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--cache {error}") from None
+    return replace(images, read=cache.read)
+
+
 def held_out(name: str, share: int = 20) -> bool:
     """One image in `share`, chosen by a hash of its name: the same ones whatever else is there."""
     return zlib.crc32(name.encode()) % share == 0
@@ -192,12 +237,14 @@ class Sampler:
 
     An epoch here is one pass over the data: floor(length / global batch) steps, the rest left out.
     Step s of the pass takes the s-th global batch of its permutation, process r the r-th slice.
+    `order` draws the permutation (Images.order).
     """
 
     def __init__(self, length: int, batch_size: int, steps: int, start: int = 0, seed: int = 0,
-                 rank: int = 0, world_size: int = 1):
+                 rank: int = 0, world_size: int = 1, order=None):
         self.length, self.batch_size, self.steps, self.start = length, batch_size, steps, start
         self.seed, self.rank, self.global_batch = seed, rank, batch_size * world_size
+        self.order = order or (lambda rng: rng.permutation(length))
         self.steps_per_pass = length // self.global_batch
         if not self.steps_per_pass:
             raise ValueError(f"--batch_size_per_gpu {batch_size}: a global batch of "
@@ -211,7 +258,7 @@ class Sampler:
         for step in range(self.start, self.steps):
             if epoch != step // self.steps_per_pass:
                 epoch = step // self.steps_per_pass
-                order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
+                order = self.order(np.random.default_rng([self.seed, epoch]))
             first = step % self.steps_per_pass * self.global_batch + self.rank * self.batch_size
             yield [(epoch, step, int(i)) for i in order[first:first + self.batch_size]]
 
@@ -261,8 +308,6 @@ def training_loader(views: Views, sampler: Sampler, num_workers: int, pin_memory
 
 
 if __name__ == "__main__":
-    import sys
-
     for spec in sys.argv[1:] or ["shapes", "shapes:val"]:
         images = open_images(spec)
         kinds = f"{len(set(images.labels))} classes" if images.labels else "no labels"

@@ -26,11 +26,13 @@ class Config:
     preset: str = ""
     given: tuple[str, ...] = ()  # the flags named on the command line
     # -- data
-    data: str = "shapes"  # shapes | folder:PATH | a torchvision class such as CIFAR10
+    data: str = "shapes"  # shapes | folder:PATH | shards:PATTERN | a torchvision class
     val_data: str = ""  # labelled images to judge with; empty: 5 % of --data held out by name
     auto_scale: bool = False  # set what depends on the number of images and on the batch: SCALED
     data_root: str = "data"  # where torchvision keeps its data sets
     download: bool = False  # let torchvision fetch them
+    cache: str = ""  # a folder for --data decoded once; changes crops a little
+    cache_side: int = 256  # pixels of the short side there, at most; 0: images as they are
     # -- start
     init: str = ""  # weights to begin with: a run, a released name, a URL, or a file; empty: random
     freeze_backbone_epochs: int = 0  # so long only the heads learn (with --init)

@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 import runtime
 import visualize
 from augment import Masking, MultiCrop, photometry
-from data import Images, Sampler, Views, held_out, open_images, training_loader
+from data import Images, Sampler, Views, cached, held_out, open_images, training_loader
 from features import extract, knn_accuracy, same_labels, top_neighbours
 from heads import DINOHead
 from losses import (CENTERING, all_sum, effective_rank, entropies, koleo_loss, make_targets,
@@ -637,6 +637,7 @@ def adopt(config: Config, folder: Path, place: Place, images: int) -> Config:
 def open_data(config: Config) -> tuple[Images, Images]:
     """(images to learn from, images to judge with). Without --val_data 5 % are held out by name."""
     images = open_images(config.data, config.data_root, config.download)
+    images = cached(images, config.cache, config.cache_side, config.num_workers)
     if config.val_data:
         return images, open_images(config.val_data, config.data_root, config.download, "--val_data")
     out = [held_out(name) for name in images.names]
@@ -647,7 +648,7 @@ def open_data(config: Config) -> tuple[Images, Images]:
 def batches_from(step: int, total: int, images: Images, config: Config, place: Place):
     """The loader of this process's batches, of steps `step` to `total`."""
     sampler = Sampler(len(images), config.batch_size_per_gpu, total, step, config.seed, place.rank,
-                      place.world_size)
+                      place.world_size, images.order)
     crops = MultiCrop(config.global_crops_size, config.local_crops_size,
                       config.global_crops_number,
                       config.local_crops_number if config.dino_weight else 0,

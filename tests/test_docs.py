@@ -30,8 +30,8 @@ from recipes import DISTILLATION, PRESETS
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LEAVES = ("vit", "resnet", "heads", "losses", "augment", "shapes", "optim", "runtime", "probes",
-          "retrieval")
+LEAVES = ("vit", "resnet", "heads", "losses", "augment", "shapes", "store", "optim", "runtime",
+          "probes", "retrieval")
 SHARED = ("data", "weights", "features", "recipes", "finetune", "plain")
 OURS = {Path(name).stem for name in FILES}
 
