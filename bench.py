@@ -12,6 +12,7 @@ Paper    none; share of the ceiling: "model FLOPs utilisation" of PaLM (Chowdher
 Try      python bench.py step shapes --steps 3 --plain
          python bench.py data --data folder:PATH        images per second and core, by stage
          python bench.py eval                           features and neighbours
+         python bench.py attention dino_vits16          SDPA's kernels at these lengths
          python bench.py plan dinov2_vitl14 --gpus 32 --kind h100
 Change   another stage is one line in Step.breakdown, another GPU one in KINDS
 Tests    pytest tests/test_bench.py
@@ -31,6 +32,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -38,6 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import recipes
 import runtime
 import train
+import vit
 from data import Images, cached, open_images
 from features import extract, knn_vote, top_neighbours
 from plain import IDEAS, DefaultAdamW, without
@@ -482,6 +485,44 @@ def evaluation(config: Config, place: Place) -> dict:
             "knn_ratio": ratio, "knn_memory_gb": grown}
 
 
+def attention(config: Config, place: Place) -> dict:
+    """SDPA's kernels at the lengths of this preset, forward and backward: seconds of one block."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if config.convnet:
+        raise UsageError(f"--arch {config.arch} has no attention")
+    shape, results = vit.ARCHS[config.arch], {}
+    kind = runtime.LOW.get(config.precision, torch.float32)
+    groups = [(config.global_crops_number, config.global_crops_size)]
+    groups += [(config.local_crops_number, config.local_crops_size)] * bool(
+        config.local_crops_number)
+    for number, side in groups:
+        b, n = number * config.batch_size_per_gpu, 1 + config.num_register_tokens + (
+            side // config.patch_size) ** 2
+        q, k, v = (torch.randn(b, shape["num_heads"], n, 64, device=place.device, dtype=kind,
+                               requires_grad=True) for _ in range(3))
+
+        def once():
+            begun = seconds(place)
+            F.scaled_dot_product_attention(q, k, v).sum().backward()
+            return seconds(place) - begun
+
+        for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
+            try:
+                with sdpa_kernel(getattr(SDPBackend, name)):
+                    once(), once()
+                    typical = median(once() for _ in range(config.steps))
+            except RuntimeError:  # not on this device, or not for this type
+                print(f"{b:6d} x {n:4d} tokens  {name.lower():20s} not here")
+                continue
+            # Two products forward, four backward, besides one that flash does again.
+            rate = 6 * 2 * b * shape["num_heads"] * n * n * 64 / typical
+            results[f"{b} x {n} {name.lower()}"] = typical
+            print(f"{b:6d} x {n:4d} tokens  {name.lower():20s} {1e6 * typical:10.0f} us "
+                  f"{rate / 1e12:8.3g} TFLOP/s")
+    return {"seconds": results}
+
+
 # Dense bf16 operations a second and GB of memory, as their maker states them.
 KINDS = {"a100": (312e12, 80), "h100": (989e12, 80), "h200": (989e12, 141)}
 SIZES = {"shapes": 5_000, "CIFAR10": 50_000, "Imagenette": 9_469, "ImageNet": 1_281_167}
@@ -548,7 +589,8 @@ def plan(config: Config, place: Place) -> dict:
             "utilisation": config.utilisation}
 
 
-TASKS = {"step": step, "data": data, "eval": evaluation, "plan": plan}
+TASKS = {"step": step, "data": data, "eval": evaluation, "attention": attention,
+         "plan": plan}
 
 
 @runtime.command

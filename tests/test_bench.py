@@ -3,7 +3,7 @@
    teacher: float32, each of the methods, with stochastic depth and without.
 2. Operations are counted as the layers' sizes say; memory as autograd itself keeps it.
 3. Stages add up to a step, and time within a stage belongs to the innermost.
-4. The four tasks write what they promise, and ratios are those of the pairs.
+4. The five tasks write what they promise, and ratios are those of the pairs.
 5. Bad input is one line that names the flag, exit code 2, and nothing is written.
 6. Between two log lines the host never waits for the device.
 """
@@ -235,6 +235,15 @@ def test_eval(tmp_path):
     assert found["extraction_images_per_second"] > 0 and found["knn_memory_gb"] >= 0
 
 
+def test_attention_kernels(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    bench.main(["attention", *TINY, "--steps", "1", "--json", str(out)])
+    found = read(out)["seconds"]
+    # 16 large crops of 3 x 3 patches and 16 small ones of 2 x 2, each with a class token
+    assert {"16 x 10 math", "16 x 5 math", "16 x 10 flash_attention"} <= set(found)
+    assert min(found.values()) > 0 and "cudnn_attention" in capsys.readouterr().out
+
+
 def test_plan_adds_up_and_meets_a_published_run(tmp_path, capsys):
     out = tmp_path / "out.json"
     bench.main(["plan", "dinov2_vitl16_in1k", "--gpus", "32", "--kind", "a100",
@@ -265,7 +274,7 @@ def test_plan_splits_states_with_fsdp():
 
 
 @pytest.mark.parametrize("line, words", [
-    ("", "choose from step, data, eval, plan"),
+    ("", "choose from step, data, eval, attention, plan"),
     ("stp", "choose from step"),
     ("step nothing", "there is no preset"),
     ("step shapes --steps 0", "--steps 0"),
