@@ -50,7 +50,7 @@ from runtime import Place, UsageError
 @dataclass
 class Config(recipes.Config):
     # -- bench
-    steps: int = 8  # steps or batches that are timed, after two that are not
+    steps: int = 8  # steps or batches that are timed, after a few that are not
     plain: bool = False  # step: beside it the plain version, all ideas taken out but the precision
     without: Literal["none", "each", "packing", "sdpa", "skipping", "fused_loss", "foreach",
                      "compile", "bf16"] = "none"  # step: beside it the same step without one idea
@@ -70,7 +70,7 @@ class Config(recipes.Config):
 def noise(count: int) -> Images:
     """Images of no content and of ImageNet's usual size."""
     image = torch.randint(256, (3, 375, 500), dtype=torch.uint8)
-    return Images("noise", lambda i: image, [f"noise-{i}" for i in range(count)])
+    return Images("noise", ([image] * count).__getitem__, [f"noise-{i}" for i in range(count)])
 
 
 def made_up_batch(config: Config, place: Place) -> dict:
@@ -83,8 +83,8 @@ def made_up_batch(config: Config, place: Place) -> dict:
 
 def seconds(place: Place) -> float:
     """The time when all work so far is done."""
-    if place.device.type == "cuda":
-        torch.cuda.synchronize()
+    if place.device.type != "cpu":
+        torch.accelerator.synchronize()
     return time.perf_counter()
 
 
@@ -285,16 +285,16 @@ def count_kept(config: Config, hidden: int = 0) -> int:
 
 
 def matrix_ceiling(precision: str, place: Place) -> float:
-    """Operations a second in one large matrix product, the best of ten."""
+    """Operations a second in one large matrix product, the best of three."""
     side = 8192 if place.device.type == "cuda" else 1536
     kind = runtime.LOW.get(precision, torch.float32)
     a, b = (torch.randn(side, side, device=place.device, dtype=kind) for _ in range(2))
     times = []
-    for _ in range(10):
+    for _ in range(4):  # the first one warms up
         begun = seconds(place)
         a @ b
         times.append(seconds(place) - begun)
-    return 2 * side**3 / min(times)
+    return 2 * side**3 / min(times[1:])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -338,15 +338,15 @@ def step(config: Config, place: Place) -> dict:
     for version in versions.values():  # its moments anew
         version()
     # In turns, so that whatever else the machine does falls on all alike.
-    times = {name: [] for name in versions}
+    times, ceiling = {name: [] for name in versions}, 0.0
     for _ in range(config.steps):
+        ceiling = max(ceiling, matrix_ceiling(config.precision, place))
         for name, version in versions.items():
             times[name].append(version())
 
     B = config.batch_size_per_gpu
     hidden = int((batch["mask_weights"] > 0).sum()) if "mask_weights" in batch else 0
     done, nominal = (sum(count_work(config, hidden, drop).values()) for drop in (True, False))
-    ceiling = matrix_ceiling(config.precision, place)
     rows = {}
     for name in versions:
         typical = median(times[name])
