@@ -304,8 +304,9 @@ PRESETS = {
     # Ours: released weights, or a run, on other images. Small steps, smaller below; new heads learn
     # first, for random ones would tear down what the backbone knows.
     "continue": dict(
-        init="dinov2_vits14", epochs=10, warmup_epochs=1, freeze_backbone_epochs=1, lr=1e-4,
-        layerwise_decay=0.8, momentum_teacher=0.999, n_prototypes=4096, koleo_weight=0.1,
+        init="dinov2_vits14", epochs=10, warmup_epochs=1, freeze_backbone_epochs=1, lr=2e-4,
+        lr_scaling="none", layerwise_decay=0.8, momentum_teacher=0.998, n_prototypes=4096,
+        koleo_weight=0.1,
         drop_path_rate=0.0, weight_decay_end=0.04,
     ),
 }
