@@ -612,7 +612,7 @@ def main(argv):
         raise UsageError("--data is missing: the images to read, as in --data folder:PATH")
     if config.json and not Path(config.json).parent.is_dir():
         raise UsageError(f"--json {config.json}: there is no folder {Path(config.json).parent}")
-    train.check(config)
+    recipes.check(config)
     place = runtime.start(config.device if argv[0] != "plan" else "cpu")
     if argv[0] != "plan":
         config.precision = runtime.resolve_precision(config.precision, place.device)

@@ -205,7 +205,7 @@ def open_teacher(config: Config) -> tuple[Config, Network]:
 
 def run(config: Config) -> dict:
     """train.run, with a teacher from elsewhere."""
-    train.check(config)
+    recipes.check(config)
     with runtime.usage():
         config, frozen = open_teacher(config)
     return train.run(config, partial(build, frozen=frozen), update)

@@ -12,9 +12,11 @@ Tests    pytest tests/test_recipes.py
 """
 
 import math
+import os
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from runtime import UsageError
 
 Arch = Literal["vit_pico", "vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large",
                "vit_giant2", "resnet18", "resnet50", "resnet101", "wide_resnet50_2",
@@ -175,6 +177,94 @@ def auto_scale(config: Config, images: int, batch: int) -> Config:
         local_crops_scale=(round(low, 2), round(low + 0.35, 2)),
     )
     return replace(config, **{k: v for k, v in rules.items() if k not in config.given})
+
+
+# ------------------------------------------------------------------------------------------------
+# What cannot be trained
+
+
+def check(config: Config):
+    """Refuse what cannot work, in one sentence that names the flag."""
+    sizes = ["global_crops_size"] + ["local_crops_size"] * (config.local_crops_number > 0)
+    for name in sizes:
+        size, p = getattr(config, name), 1 if config.convnet else config.patch_size
+        if p < 1 or size < p:
+            raise UsageError(f"--{name} {size} is smaller than one patch of --patch_size {p}")
+        if size % p:
+            raise UsageError(f"--{name} {size} is not a multiple of --patch_size {p}; "
+                             f"try {size // p * p}")
+    for name in ("epochs", "batch_size_per_gpu", "save_every", "log_every", "global_crops_number",
+                 "n_prototypes", "ibot_n_prototypes", "keep"):
+        if getattr(config, name) < 1:
+            raise UsageError(f"--{name} {getattr(config, name)}: expected at least 1")
+    for name in ("teacher_temp", "warmup_teacher_temp", "student_temp"):
+        if getattr(config, name) <= 0:
+            raise UsageError(f"--{name} {getattr(config, name)}: expected a positive number")
+    for name in ("global_crops_scale", "local_crops_scale"):
+        low, high = getattr(config, name)
+        if not 0 < low <= high <= 1:
+            raise UsageError(f"--{name} {low} {high}: expected 0 < low <= high <= 1")
+    for name in ("dino_weight", "ibot_weight", "koleo_weight", "layerscale", "num_register_tokens",
+                 "patch_embed_lr_mult"):
+        if getattr(config, name) < 0:
+            raise UsageError(f"--{name} {getattr(config, name)}: expected 0 or more")
+    if not 0 < config.layerwise_decay <= 1:
+        raise UsageError(f"--layerwise_decay {config.layerwise_decay}: expected above 0, at most 1")
+    weights = [value for name, value in vars(config).items()
+               if name.endswith("_weight") and name != "ibot_weight"]
+    if not (any(weights) or config.learns_patches):
+        raise UsageError("--dino_weight 0 and no other loss: nothing to learn; give --ibot_weight "
+                         "(with --mask_probability) or --koleo_weight")
+    if config.dino_weight and config.global_crops_number + config.local_crops_number < 2:
+        raise UsageError("--global_crops_number 1 --local_crops_number 0: one view has no other to "
+                         "match; give at least two crops")
+    if config.koleo_weight and config.batch_size_per_gpu < 2:
+        raise UsageError("--batch_size_per_gpu 1 leaves KoLeo no other image to keep away from: "
+                         "give at least 2, or --koleo_weight 0")
+    if config.learns_patches:
+        check_masks(config)
+    if config.activation_checkpointing and config.convnet:
+        raise UsageError("--activation_checkpointing: BatchNorm would count each batch twice; give "
+                         "a ViT, or a smaller --batch_size_per_gpu")
+    if config.freeze_backbone_epochs and not config.init:
+        raise UsageError(f"--freeze_backbone_epochs {config.freeze_backbone_epochs}: a random "
+                         "backbone has nothing to keep; give --init")
+    if not 0 <= config.freeze_backbone_epochs < config.epochs:
+        raise UsageError(f"--freeze_backbone_epochs {config.freeze_backbone_epochs} leaves nothing "
+                         f"of --epochs {config.epochs}")
+    if config.parallel == "fsdp" and "WORLD_SIZE" not in os.environ:
+        raise UsageError("--parallel fsdp splits a network over processes: start it with torchrun "
+                         "--nproc_per_node=N train.py ...")
+    if config.parallel == "fsdp" and (config.convnet or config.use_bn_in_head):
+        raise UsageError("--parallel fsdp: BatchNorm (--use_bn_in_head, convnets) has statistics "
+                         "that no process owns; give --parallel ddp, or do without it")
+    if config.parallel == "fsdp" and config.optimizer != "adamw":
+        raise UsageError(f"--parallel fsdp with --optimizer {config.optimizer}: it has no step on "
+                         "split tensors; give --optimizer adamw, or --parallel ddp")
+    open_to_rules = config.auto_scale and "warmup_epochs" not in config.given
+    if config.warmup_epochs >= config.epochs and not open_to_rules:
+        raise UsageError(f"--warmup_epochs {config.warmup_epochs} leaves nothing of "
+                         f"--epochs {config.epochs}")
+
+
+def check_masks(config: Config):
+    if config.convnet:
+        raise UsageError(f"--arch {config.arch} has no patches to hide: give a ViT, or "
+                         "--ibot_weight 0")
+    low, high = config.mask_ratio
+    patches = (config.global_crops_size // config.patch_size) ** 2
+    if not 0 <= low <= high <= 1 or int(patches * high) < 1:
+        raise UsageError(f"--mask_ratio {low} {high}: expected 0 <= low <= high <= 1, and at least "
+                         f"one of the {patches} patches of a global crop")
+    if not 0 <= config.mask_probability <= 1:
+        raise UsageError(f"--mask_probability {config.mask_probability}: expected 0 to 1")
+    crops = config.global_crops_number * config.batch_size_per_gpu
+    if int(crops * config.mask_probability) < 1:
+        raise UsageError(f"--mask_probability {config.mask_probability} of {crops} global crops is "
+                         "not one crop; raise it or --batch_size_per_gpu, or --ibot_weight 0")
+    if not 1 <= config.mask_min_patches <= max(1, patches // 2):
+        raise UsageError(f"--mask_min_patches {config.mask_min_patches}: expected 1 to "
+                         f"{max(1, patches // 2)}, half of a global crop's {patches} patches")
 
 
 # ------------------------------------------------------------------------------------------------

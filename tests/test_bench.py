@@ -23,7 +23,7 @@ import runtime
 import train
 from conftest import TINY
 from data import open_images
-from recipes import PRESETS
+from recipes import PRESETS, check
 from test_train import EVERYTHING
 
 PLACE = runtime.Place(torch.device("cpu"))
@@ -31,7 +31,7 @@ PLACE = runtime.Place(torch.device("cpu"))
 
 def config_of(flags):
     config = runtime.parse(bench.Config, [str(flag) for flag in flags], PRESETS)
-    train.check(config)
+    check(config)
     return config
 
 

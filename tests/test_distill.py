@@ -26,7 +26,7 @@ import runtime
 import train
 from augment import Masking, collate, photometry
 from conftest import TINY, saved
-from recipes import DISTILLATION, PRESETS
+from recipes import DISTILLATION, PRESETS, check
 from runtime import Place, parse, whole_state
 from weights import load_backbone
 
@@ -378,7 +378,7 @@ def test_misuse(line, words, teacher, tmp_path, capsys):
 def test_presets():
     for name, preset in DISTILLATION.items():
         config = distill.Config(preset=name, **preset)
-        train.check(config)
+        check(config)
         assert config.teacher and not config.hides_patches and config.drop_path_rate == 0
     expected = dict(  # DINOv2 table 16
         ffn_layer="mlp", layerscale=1e-5, drop_path_rate=0.0, lr=1e-3, lr_scaling="none",

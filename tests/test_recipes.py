@@ -8,16 +8,15 @@ import dataclasses
 
 import pytest
 
-import train
 from augment import PHOTOMETRY
-from recipes import NEUTRAL, PRESETS, SCALED, Config, auto_scale
+from recipes import NEUTRAL, PRESETS, SCALED, Config, auto_scale, check
 from runtime import describe
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_valid(name):
     config = Config(preset=name, **PRESETS[name])
-    train.check(config)
+    check(config)
     defaults = Config()
     for key, value in PRESETS[name].items():
         assert isinstance(value, type(getattr(defaults, key))), key
@@ -99,5 +98,5 @@ def test_auto_scale_leaves_the_papers_where_they_are_and_obeys_flags():
 @pytest.mark.parametrize("batch", [1, 32, 256, 3072])
 def test_auto_scale_gives_a_valid_configuration(images, batch):
     config = auto_scale(Config(epochs=1 + images % 7), images, batch)
-    train.check(config)
+    check(config)
     assert 0.9 <= config.momentum_teacher < 1 and 256 <= config.n_prototypes <= 65536

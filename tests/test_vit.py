@@ -135,7 +135,7 @@ def test_positions_follow_the_two_rules():
     table = torch.randn(1, 1 + 14 * 14, 4)
     assert resize_pos_embed(table, (14, 14), "offset") is table
     # the offset rule, by hand: cubic weights at source coordinate (i + .5) / scale - .5
-    scale, taps = 6.1 / 14, torch.arange(14.0)
+    scale = 6.1 / 14
     rows = torch.zeros(6, 14)
     for i in range(6):
         at = (i + 0.5) / scale - 0.5
