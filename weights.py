@@ -374,6 +374,19 @@ def untrained(name: str) -> VisionTransformer | ConvNet:
         ffn_layer="swiglu" if size == "g" else "mlp", **ARCHS[arch])
 
 
+def released_table() -> str:
+    """What `python weights.py` prints and docs/models.md shows."""
+    lines = ["| name | width | parameters | positions for | k-NN | linear |",
+             "|---|---|---|---|---|---|"]
+    with torch.device("meta"):  # shapes without memory
+        for name, (_, knn, linear) in RELEASED.items():
+            model = untrained(name)
+            count = sum(p.numel() for p in model.parameters())
+            lines.append(f"| `{name}` | {model.embed_dim} | {count:,d} | {model.img_size} px | "
+                         f"{knn:.1f} | {linear:.1f} |")
+    return "\n".join(lines)
+
+
 def load_strictly(model: torch.nn.Module, state: dict[str, Tensor], source: str):
     """load_state_dict whose complaint can be read: missing, unexpected and misshapen tensors."""
     have = model.state_dict()
@@ -426,9 +439,7 @@ def main(argv):
                 print("   ", ", ".join(f"{k} {v}" for k, v in
                                        architecture(model.state_dict()).items()))
     if not argv:
-        print(f"{'released':22s} k-NN  linear (ImageNet, %, their READMEs)")
-        for name, (_, knn, linear) in RELEASED.items():
-            print(f"{name:22s} {knn:.1f}  {linear:.1f}")
+        print(released_table())
 
 
 if __name__ == "__main__":

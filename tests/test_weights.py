@@ -5,6 +5,7 @@
    safetensors all give the same network; export gives back what was read.
 4. Every released architecture has the published number of parameters and tensors.
 5. A download is in the cache when it is whole; what cannot be fetched says where to put it.
+6. The table in docs/models.md is the code's.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import torch
 import hubconf
 from vit import VisionTransformer
 from weights import (RELEASED, architecture, load_backbone, load_strictly, main, read_backbone,
-                     read_safetensors, untrained, write_safetensors)
+                     read_safetensors, released_table, untrained, write_safetensors)
 
 KINDS = [
     dict(embed_dim=128, depth=2, num_heads=2),
@@ -259,3 +260,8 @@ def test_hub():
     assert all(callable(getattr(hubconf, name)) for name in [*RELEASED, "dino_deits16"])
     model = torch.hub.load(root, "dino_deits8", source="local", pretrained=False)
     assert model.patch_size == 8 and model.embed_dim == 384
+
+
+def test_the_table_in_the_docs_is_that_of_the_code():
+    docs = Path(__file__).parent.parent / "docs/models.md"
+    assert released_table() in docs.read_text()
