@@ -5,6 +5,7 @@ import torch
 from torchvision.transforms.v2.functional import to_pil_image
 
 import runtime
+import visualize
 
 # A run of seconds: every part of a real one, nothing large.
 TINY = (
@@ -25,6 +26,14 @@ def saved(folder):
     state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in index.items()}
     runtime.load_checkpoint(path, state, place)
     return manifest["step"], state
+
+
+@pytest.fixture(autouse=True)
+def quick(request, monkeypatch):
+    """Most tests of runs are not about the closing figures, which take most of a tiny run's time."""
+    if not request.node.get_closest_marker("figures"):
+        for name in ("draw_curves", "draw_attention_page"):
+            monkeypatch.setattr(visualize, name, lambda *args: None)
 
 
 @pytest.fixture

@@ -44,13 +44,6 @@ def teacher(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def no_figures(monkeypatch):
-    """They are most of a tiny run's time, and train.py's own tests draw them."""
-    for name in ("draw_curves", "draw_attention_page"):
-        monkeypatch.setattr(train.visualize, name, lambda *_: None)
-
-
 def config_of(teacher, *more):
     return parse(distill.Config, [*STUDENT, "--teacher", str(teacher), *more], DISTILLATION)
 
@@ -204,7 +197,7 @@ class Killed(Exception):
     pass
 
 
-def test_killed_and_resumed_equals_uninterrupted(teacher, tmp_path, monkeypatch, no_figures):
+def test_killed_and_resumed_equals_uninterrupted(teacher, tmp_path, monkeypatch):
     whole, broken = (config_of(teacher, "--output_dir", str(tmp_path / name), "--auto_scale")
                      for name in ("whole", "broken"))
     summary = distill.run(whole)
@@ -292,7 +285,7 @@ def test_two_processes_are_one(teacher, tmp_path):
 # -- backbones alone
 
 
-def test_heads_first(teacher, tmp_path, capsys, no_figures):
+def test_heads_first(teacher, tmp_path, capsys):
     backbone = tmp_path / "backbone.pth"
     torch.save(torch.load(teacher / "teacher.pt", weights_only=True), backbone)
     config = config_of(backbone, "--train_teacher_heads_epochs", "1", "--epochs", "1",

@@ -277,8 +277,6 @@ def test_a_run_on_shards_with_a_cache(tiny, tmp_path, shards, monkeypatch):
         train.run(parse(Config, [*flags, *more, "--output_dir", str(tmp_path / name)], PRESETS))
         return torch.load(tmp_path / name / "teacher.pt", weights_only=True)
 
-    for name in ("draw_curves", "draw_attention_page"):  # drawing takes longer than learning here
-        monkeypatch.setattr(train.visualize, name, lambda *_: None)
     whole, step, calls = run("whole"), train.train_step, []
 
     def dies(*args):

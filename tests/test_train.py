@@ -222,6 +222,7 @@ def test_asked_to_stop_it_saves_and_goes(number, tiny, tmp_path, monkeypatch, ca
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.figures
 def test_a_run_and_its_directory(tiny, tmp_path, capsys):
     config = config_of(tiny, tmp_path)
     summary = train.run(config)
@@ -287,6 +288,7 @@ def test_auto_scale_does_not_keep_a_flag_that_was_dropped(tiny, tmp_path):
         train.run(other)
 
 
+@pytest.mark.figures
 def test_killed_between_the_last_save_and_the_end(tiny, tmp_path, monkeypatch):
     config = config_of(tiny, tmp_path, "--epochs", "1")
     with monkeypatch.context() as patch:

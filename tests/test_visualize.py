@@ -11,6 +11,8 @@ import visualize
 from data import read_file
 from vit import VisionTransformer
 
+pytestmark = pytest.mark.figures
+
 
 def test_top_mass_is_the_smallest_set():
     torch.manual_seed(0)
