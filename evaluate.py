@@ -37,7 +37,7 @@ from optim import cosine
 from probes import CS, LRS, Logistic, Probes, kinds_of_input, real_accuracy, released_head
 from retrieval import (EDITS, KAPPAS, LEVELS, Whitening, judge, read_groups, read_revisited,
                        relevance)
-from runtime import UsageError
+from runtime import UsageError, require
 from weights import load_backbone, read_tensors
 
 
@@ -481,8 +481,6 @@ def read_edited(read, edit: str, i: int) -> Tensor:
 def made_copies(config: Config) -> tuple[Images, dict[str, Images]]:
     """Some of --val_data, evenly spaced, and their copies by each of EDITS, named as they are."""
     val = open_images(config.val_data, config.data_root, config.download, "--val_data")
-    if config.n_originals < 1:
-        raise UsageError(f"--n_originals {config.n_originals}: expected at least 1")
     some = {round(i) for i in np.linspace(0, len(val) - 1, config.n_originals)}
     originals = val.subset(sorted(some))
     return originals, {edit: replace(originals, read=partial(read_edited, originals.read, edit))
@@ -582,6 +580,9 @@ def main(argv):
         given = argv[0] if argv else ""
         raise UsageError(f"task {given!r}: choose from {', '.join(TASKS)}; {usage}")
     task, config = argv[0], runtime.parse(Config, argv[1:], usage=usage)
+    require(config, lambda x: x >= 1, "at least 1", "batch_size", "n_tries", "n_originals")
+    require(config, lambda x: x > 0, "a positive number", "temperature")
+    require(config, lambda x: x <= 1, "at most 1", "label_smoothing", "layerwise_decay")
     place, begun = runtime.start(config.device), time.time()
     with runtime.usage():
         judged = Features(config, place)

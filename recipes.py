@@ -16,7 +16,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from runtime import UsageError
+from runtime import UsageError, require
 
 Arch = Literal["vit_pico", "vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large",
                "vit_giant2", "resnet18", "resnet50", "resnet101", "wide_resnet50_2",
@@ -193,23 +193,17 @@ def check(config: Config):
         if size % p:
             raise UsageError(f"--{name} {size} is not a multiple of --patch_size {p}; "
                              f"try {size // p * p}")
-    for name in ("epochs", "batch_size_per_gpu", "save_every", "log_every", "global_crops_number",
-                 "n_prototypes", "ibot_n_prototypes", "keep"):
-        if getattr(config, name) < 1:
-            raise UsageError(f"--{name} {getattr(config, name)}: expected at least 1")
-    for name in ("teacher_temp", "warmup_teacher_temp", "student_temp"):
-        if getattr(config, name) <= 0:
-            raise UsageError(f"--{name} {getattr(config, name)}: expected a positive number")
-    for name in ("global_crops_scale", "local_crops_scale"):
-        low, high = getattr(config, name)
-        if not 0 < low <= high <= 1:
-            raise UsageError(f"--{name} {low} {high}: expected 0 < low <= high <= 1")
-    for name in ("dino_weight", "ibot_weight", "koleo_weight", "layerscale", "num_register_tokens",
-                 "patch_embed_lr_mult"):
-        if getattr(config, name) < 0:
-            raise UsageError(f"--{name} {getattr(config, name)}: expected 0 or more")
-    if not 0 < config.layerwise_decay <= 1:
-        raise UsageError(f"--layerwise_decay {config.layerwise_decay}: expected above 0, at most 1")
+    require(config, lambda x: x >= 1, "at least 1", "epochs", "batch_size_per_gpu", "save_every",
+            "log_every", "keep", "global_crops_number", "n_prototypes", "ibot_n_prototypes",
+            "head_nlayers", "head_hidden_dim", "head_bottleneck_dim", "ibot_head_bottleneck_dim")
+    require(config, lambda x: x > 0, "a positive number", "teacher_temp", "warmup_teacher_temp",
+            "student_temp")
+    require(config, lambda x: 0 < x[0] <= x[1] <= 1, "0 < low <= high <= 1", "global_crops_scale",
+            "local_crops_scale")
+    require(config, lambda x: x <= 1, "at most 1", "momentum_teacher", "final_momentum_teacher",
+            "center_momentum", "mask_probability")
+    require(config, lambda x: x < 1, "below 1", "drop_path_rate")
+    require(config, lambda x: 0 < x <= 1, "above 0, at most 1", "layerwise_decay")
     weights = [value for name, value in vars(config).items()
                if name.endswith("_weight") and name != "ibot_weight"]
     if not (any(weights) or config.learns_patches):
@@ -229,7 +223,7 @@ def check(config: Config):
     if config.freeze_backbone_epochs and not config.init:
         raise UsageError(f"--freeze_backbone_epochs {config.freeze_backbone_epochs}: a random "
                          "backbone has nothing to keep; give --init")
-    if not 0 <= config.freeze_backbone_epochs < config.epochs:
+    if config.freeze_backbone_epochs >= config.epochs:
         raise UsageError(f"--freeze_backbone_epochs {config.freeze_backbone_epochs} leaves nothing "
                          f"of --epochs {config.epochs}")
     if config.parallel == "fsdp" and "WORLD_SIZE" not in os.environ:
@@ -256,8 +250,6 @@ def check_masks(config: Config):
     if not 0 <= low <= high <= 1 or int(patches * high) < 1:
         raise UsageError(f"--mask_ratio {low} {high}: expected 0 <= low <= high <= 1, and at least "
                          f"one of the {patches} patches of a global crop")
-    if not 0 <= config.mask_probability <= 1:
-        raise UsageError(f"--mask_probability {config.mask_probability}: expected 0 to 1")
     crops = config.global_crops_number * config.batch_size_per_gpu
     if int(crops * config.mask_probability) < 1:
         raise UsageError(f"--mask_probability {config.mask_probability} of {crops} global crops is "
@@ -396,8 +388,7 @@ PRESETS = {
     "continue": dict(
         init="dinov2_vits14", epochs=10, warmup_epochs=1, freeze_backbone_epochs=1, lr=2e-4,
         lr_scaling="none", layerwise_decay=0.8, momentum_teacher=0.998, n_prototypes=4096,
-        koleo_weight=0.1,
-        drop_path_rate=0.0, weight_decay_end=0.04,
+        koleo_weight=0.1, drop_path_rate=0.0, weight_decay_end=0.04,
     ),
 }
 

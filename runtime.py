@@ -107,9 +107,31 @@ def to_bool(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
 
 
+def not_negative(kind):
+    """int or float as the type of a flag, from 0 up."""
+    def number(text):
+        value = kind(text)
+        if not value >= 0:
+            raise argparse.ArgumentTypeError(f"{text}: expected 0 or more")
+        return value
+
+    number.__name__ = kind.__name__  # for argparse's own message
+    return number
+
+
+def require(config, rule, words: str, *names: str):
+    """Refuse each of these fields that breaks the rule, which `words` say."""
+    for name in names:
+        value = getattr(config, name)
+        if not rule(value):
+            given = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise UsageError(f"--{name} {given}: expected {words}")
+
+
 def parse(config_class, argv: list[str], presets: dict[str, dict] | None = None, usage: str = ""):
     """argv -> config. Rising authority: the field's default, the preset (first word), flags.
 
+    No number of ours means anything below 0, unless its default is there.
     A config with a field `given` keeps the names of the flags there.
     """
     parser = Parser(allow_abbrev=False, usage=usage or None,
@@ -135,9 +157,11 @@ def parse(config_class, argv: list[str], presets: dict[str, dict] | None = None,
         elif typing.get_origin(kind) is tuple:
             inner = typing.get_args(kind)
             many = "+" if inner[-1] is Ellipsis else len(inner)
-            options = dict(nargs=many, type=inner[0], metavar=field.name.upper()[0])
-        else:
+            options = dict(nargs=many, type=not_negative(inner[0]), metavar=field.name.upper()[0])
+        elif kind is str or field.default < 0:
             options = dict(type=kind, metavar=kind.__name__)
+        else:
+            options = dict(type=not_negative(kind), metavar=kind.__name__)
         if field.default is not None:
             text = f"{text} [{field.default}]"
         text = text.replace("%", "%%").strip()

@@ -27,7 +27,7 @@ from torchvision.transforms.v2 import functional as TF
 import runtime
 from augment import center_crop, normalise
 from data import read_file
-from runtime import UsageError
+from runtime import UsageError, require
 from vit import VisionTransformer
 from weights import load_backbone
 
@@ -228,8 +228,7 @@ def main(argv):
             if not config.weights:
                 raise UsageError("--weights: give a run, a file, or a released name such as "
                                  "dino_vits8")
-            if not 0 < config.share < 1:
-                raise UsageError(f"--share {config.share}: expected between 0 and 1")
+            require(config, lambda x: 0 < x < 1, "between 0 and 1", "share")
             model, path = load_backbone(config.weights), Path(config.output or "attention.png")
             if not isinstance(model, VisionTransformer):
                 raise UsageError(f"--weights {config.weights}: a convnet, which has no attention")

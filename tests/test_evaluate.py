@@ -244,6 +244,11 @@ def test_saved_head(backbone, photos, tmp_path):
         ("retrieval --groups /none", "--groups"),
         ("retrieval --ground_truth /none", "--ground_truth"),
         ("copies --n_originals 0", "--n_originals"),
+        ("knn --temperature 0", "--temperature 0"),
+        ("linear --epochs -1", "--epochs: -1"),
+        ("finetune --batch_size 0", "--batch_size 0"),
+        ("finetune --mixup -1", "--mixup: -1"),
+        ("finetune --label_smoothing 2", "--label_smoothing 2"),
         ("features --output x.txt", "--output"),
     ],
 )
