@@ -241,14 +241,20 @@ class Masking:
         every step and on every process.
         """
         rng = np.random.default_rng([self.seed, step, self.rank, 2])
-        patches, count = self.grid[0] * self.grid[1], int(crops * self.probability)
-        edges = np.linspace(*self.ratio, count + 1)
-        shares = edges[:-1] + (edges[1:] - edges[:-1]) * rng.random(count)
+        patches, edges = self.grid[0] * self.grid[1], self.edges(crops)
+        shares = edges[:-1] + (edges[1:] - edges[:-1]) * rng.random(len(edges) - 1)
         masks = np.zeros((crops, *self.grid), dtype=bool)
         for place, share in zip(rng.permutation(crops), shares):
             masks[place] = self.draw(self.grid, int(patches * share), self.min_patches, rng)
-        masks = torch.from_numpy(masks).flatten(1)  # (crops, P)
-        return hidden_places(masks, sum(int(patches * edge) for edge in edges[1:]))
+        return hidden_places(torch.from_numpy(masks).flatten(1), self.most(crops))
+
+    def edges(self, crops: int) -> np.ndarray:
+        """Where the slices of `ratio` begin and end, one more than there are masks."""
+        return np.linspace(*self.ratio, int(crops * self.probability) + 1)
+
+    def most(self, crops: int) -> int:
+        """M: as many patches as the masks can hide."""
+        return sum(int(self.grid[0] * self.grid[1] * edge) for edge in self.edges(crops)[1:])
 
 
 def collate(samples: list[dict], masking: Masking | None = None) -> dict:

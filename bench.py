@@ -25,6 +25,7 @@ import itertools
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -44,7 +45,7 @@ import vit
 from data import Images, cached, open_images
 from features import extract, knn_vote, top_neighbours
 from plain import IDEAS, DefaultAdamW, without
-from runtime import Place, UsageError
+from runtime import Place, UsageError, require
 
 
 @dataclass
@@ -213,75 +214,36 @@ class Step:
 # What it could be: work counted without doing it, and what the hardware does at most
 
 
-def imagined(config: Config, hidden: int = 0, drop: bool = True):
-    """A student without content and a batch for it: whatever they do takes no time and no memory.
-
-    hidden: patches that its heads see. Returns (student, its arguments).
-    """
+def meta_student(config: Config, drop: bool = True) -> train.Network:
+    """A student without content."""
     with torch.device("meta"):
         student = train.Network(config, config.drop_path_rate if drop else 0.0)
-    sides = [(config.global_crops_number, config.global_crops_size)]
-    if config.local_crops_number and config.dino_weight:
-        sides.append((config.local_crops_number, config.local_crops_size))
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        student.to_empty(device="cpu")
-        student.backbone.activation_checkpointing = config.activation_checkpointing
-        views = [torch.empty(n * config.batch_size_per_gpu, 3, s, s) for n, s in sides]
-        masks = places = None
-        if hidden:
-            patches = (config.global_crops_size // config.patch_size) ** 2
-            masks = torch.empty(len(views[0]), patches, dtype=torch.bool)
-            places = torch.empty(hidden, dtype=torch.int64)
-        plan = student.backbone.draw_plan(views, torch.Generator())
-    return student, (views, plan, masks, places)
+    student.backbone.activation_checkpointing = config.activation_checkpointing
+    return student
 
 
-def count_work(config: Config, hidden: int = 0, drop: bool = True) -> dict[str, int]:
+def count_work(config: Config, hidden: int | None = None, drop: bool = True) -> dict[str, int]:
     """Floating-point operations of a step's matrix products, by part; `sum(...)` is the step's.
 
-    Only what has to be done: nothing padded, nothing twice, dropped samples left out (drop=False:
-    as if none were). A student's backward pass is twice its forward pass, less pixels' gradients.
+    Only what has to be done: `hidden` patches in the heads, nothing twice, dropped samples left out
+    (drop=False: as if none were). A student's backward pass is twice its forward pass, less pixels'
+    gradients.
     """
-    student, batch = imagined(config, hidden, drop)
-    views, _, _, places = batch
-    work = {}
+    student, work = meta_student(config, drop), {}
+    call = partial(torch.func.functional_call, student)
     # SDPA is counted by the products it stands for: the counter knows not all of its kernels.
-    with without(["sdpa"]), FlopCounterMode(display=False) as counter:
+    with (FakeTensorMode(allow_non_fake_inputs=True), without(["sdpa"]),
+          FlopCounterMode(display=False) as counter):
+        state, (views, *more, places) = train.imagined(student, config, torch.device("cpu"),
+                                                       hidden)
         with torch.no_grad():
-            student(views[:1], mask_indices=places)
+            call(state, (views[:1],), dict(mask_indices=places))
         work["teacher"] = counter.get_total_flops()
-        out = student(*batch)
+        out = call(state, (views, *more, places))
         work["student"] = counter.get_total_flops() - sum(work.values())
         sum(x.sum() for x in out.values()).backward()
         work["backward"] = counter.get_total_flops() - sum(work.values())
     return work
-
-
-def count_kept(config: Config, hidden: int = 0) -> int:
-    """Bytes that autograd keeps from the student's forward pass and the losses for the backward
-    pass; not counted are weights themselves, and what torch.compile would save."""
-    student, batch = imagined(config, hidden)
-    weights = {p.untyped_storage()._cdata for p in student.parameters()}
-    kept = {}
-
-    def note(x):  # storages are held here, so that no number is given twice
-        if x.untyped_storage()._cdata not in weights:
-            kept[x.untyped_storage()._cdata] = x.untyped_storage()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        with runtime.autocast(config.precision, torch.device("cpu")):
-            out = student(*batch)
-        G, B = config.global_crops_number, config.batch_size_per_gpu
-        loss = []
-        if "dino" in out:
-            targets = torch.empty_like(out["dino"][:G * B], dtype=torch.float32)
-            loss.append(train.view_pair_loss(targets.unflatten(0, (G, B)),
-                                             out["dino"].unflatten(0, (-1, B))))
-        if "ibot" in out:
-            targets = torch.empty_like(out["ibot"], dtype=torch.float32)
-            loss.append(train.patch_loss(targets, out["ibot"], targets[:, 0], G * B))
-    return sum(storage.nbytes() for storage in kept.values())
 
 
 def matrix_ceiling(precision: str, place: Place) -> float:
@@ -534,38 +496,13 @@ def images_of(config: Config) -> int:
     return len(open_images(config.data, config.data_root, config.download))
 
 
-def hidden_patches(config: Config) -> int:
-    """To how many the hidden patches of a batch are padded."""
-    loader = train.batches_from(0, 1, noise(config.batch_size_per_gpu),
-                                replace(config, num_workers=0), Place(torch.device("cpu")))
-    masking = loader.collate_fn.keywords["masking"]
-    crops = config.global_crops_number * config.batch_size_per_gpu
-    return len(masking(crops, 0)["mask_indices"]) if masking else 0
-
-
-def memory_parts(config: Config) -> dict[str, float]:
-    """GB of one process: what a step needs at its fullest, when the backward pass begins."""
-    hidden = hidden_patches(config)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in train.Network(config).parameters())
-    split = config.gpus if config.parallel == "fsdp" else 1
-    moments = 8 if config.optimizer == "adamw" else 4
-    width = 2 if config.precision in runtime.LOW else 4
-    rows = config.global_crops_number * config.batch_size_per_gpu, hidden
-    logits = sum(n * k for n, k in zip(rows, (config.n_prototypes, config.ibot_n_prototypes)))
-    parts = {"two networks": 8 * parameters / split,
-             "gradients": 4 * parameters / split,
-             "moments": moments * parameters / split,
-             "kept for backward": count_kept(config, hidden),
-             "teacher's logits": width * logits}
-    return {name: size / 2**30 for name, size in parts.items()}
-
-
 def plan(config: Config, place: Place) -> dict:
     """Memory, speed and days of a whole run elsewhere: an estimate, and what it is made of."""
     config = replace(config, precision="bf16" if config.precision == "auto" else config.precision)
     B, (peak, available) = config.batch_size_per_gpu, KINDS[config.kind]
-    work, parts = count_work(config, hidden_patches(config)), memory_parts(config)
+    work = count_work(config)
+    there = Place(torch.device("cpu"), world_size=config.gpus)
+    parts = train.expected_memory(meta_student(config), config, there)
     total = sum(work.values()) / B
     rate = config.gpus * config.utilisation * peak / total
     batch = B * config.gpus
@@ -603,11 +540,8 @@ def main(argv):
         given = argv[0] if argv else ""
         raise UsageError(f"task {given!r}: choose from {', '.join(TASKS)}; {usage}")
     config = runtime.parse(Config, argv[1:], presets, usage)
-    for name in ("steps", "gpus", "bank", "queries"):
-        if getattr(config, name) < 1:
-            raise UsageError(f"--{name} {getattr(config, name)}: expected at least 1")
-    if not 0 < config.utilisation <= 1:
-        raise UsageError(f"--utilisation {config.utilisation}: expected above 0, at most 1")
+    require(config, lambda x: x >= 1, "at least 1", "steps", "gpus", "bank", "queries")
+    require(config, lambda x: 0 < x <= 1, "above 0, at most 1", "utilisation")
     if argv[0] == "data" and "data" not in config.given:
         raise UsageError("--data is missing: the images to read, as in --data folder:PATH")
     if config.json and not Path(config.json).parent.is_dir():

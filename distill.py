@@ -108,8 +108,8 @@ def build(config: Config, place: Place, frozen: Network) -> tuple[nn.Module, nn.
     student, average = train.build(config, place, partial(Student, width=width))
     frozen.to(place.device)
     train.compile_blocks([frozen], config, place)
-    place.print(f"teacher {config.teacher}: {sum(p.numel() for p in frozen.parameters()):,d} "
-                "parameters, frozen")
+    count = sum(p.numel() for p in frozen.parameters())
+    place.print(f"teacher {config.teacher}: {count:,d} parameters, frozen, {count / 2**28:.2f} GB")
     if config.parallel == "fsdp":
         train.shard(frozen, config, place)
     return student, Teacher(average, frozen)
@@ -159,7 +159,7 @@ def train_heads(config: Config, backbone: nn.Module) -> Path:
     epochs = config.train_teacher_heads_epochs
     heads = replace(
         config, output_dir=str(folder), epochs=epochs, knn_every=0, patch_size=backbone.patch_size,
-        warmup_epochs=min(config.warmup_epochs, epochs - 1),
+        warmup_epochs=min(config.warmup_epochs, epochs - 1), init="", freeze_backbone_epochs=0,
         pos_embed_resize=backbone.pos_embed_resize,
         arch=f"vit_{backbone.embed_dim}x{backbone.depth}")  # for the record: it is not built
     with_heads = partial(Student, backbone=copy.deepcopy(backbone))

@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
 import runtime
@@ -44,8 +45,8 @@ from losses import (CENTERING, all_sum, effective_rank, entropies, koleo_loss, m
                     patch_loss, view_pair_loss)
 from optim import (OPTIMIZERS, LossScale, clip_gradients, cosine, ema_update, linear,
                    parameter_groups, set_schedule)
-from recipes import (CROPS, HEADS, NETWORK, NEUTRAL, PRESETS, SCALED, Config, auto_scale,
-                     check)
+from recipes import (CROPS, DISTILLATION, HEADS, NETWORK, NEUTRAL, PRESETS, SCALED, Config,
+                     auto_scale, check)
 from resnet import ConvNet
 from runtime import Place, UsageError
 from vit import ARCHS, VisionTransformer, resize_pos_embed
@@ -161,13 +162,15 @@ def inherit(config: Config) -> Config:
         _, known = settings(config.init)
     except ValueError as error:
         raise UsageError(str(error).replace("--weights", "--init")) from None
-    wrong = [f"--{name} {getattr(config, name)} (they have {known[name]})" for name in NETWORK
-             if name in config.given and known.get(name, getattr(config, name))
-             != getattr(config, name)]
-    if wrong:
-        raise UsageError(f"--init {config.init} fixes the network: leave out {', '.join(wrong)}")
     names = [*NETWORK, *(HEADS if init_heads(config) else ())]
-    said = {*config.given, *PRESETS.get(config.preset, ())}
+    wrong = [name for name in names if name in config.given
+             and known.get(name, getattr(config, name)) != getattr(config, name)]
+    if wrong:
+        raise UsageError(f"--init {config.init} fixes the network: leave out " + ", ".join(
+            f"--{name} {getattr(config, name)} (they have {known[name]})" for name in wrong)
+            + (f", or begin with {config.init}/teacher.pt, the backbone alone"
+               if wrong[0] in HEADS else ""))
+    said = {*config.given, *(PRESETS | DISTILLATION).get(config.preset, ())}
     names += [name for name in CROPS if name not in said]
     found = {name: tuple(known[name]) if isinstance(known[name], list) else known[name]
              for name in names if name in known}
@@ -194,35 +197,63 @@ def shard(network: nn.Module, config: Config, place: Place):
     runtime.shard(network, list(backbone.blocks), heads, place, config.precision)
 
 
-def expected_memory(student: nn.Module, config: Config, place: Place) -> tuple[float, float]:
-    """GB that a process will hold: (weights and what moves them, what the forward pass keeps).
+def imagined(student: nn.Module, config: Config, device: torch.device, hidden=None):
+    """The student's tensors and a batch for it, in shape alone: (state, arguments).
 
-    By a forward pass of a few images: what autograd keeps is counted, and grows with the batch.
-    What lives for a moment is not in it, some tenth more; compiled blocks keep some third less.
+    To be used within FakeTensorMode, where whatever they go through takes no time and no memory.
+    hidden: how many patches it is asked about; None: as many as there can be.
     """
-    device = place.device
-    few = min(config.batch_size_per_gpu, 8 if device.type == "cuda" else 2)
-    sizes = ((config.global_crops_number, config.global_crops_size),
-             (config.local_crops_number, config.local_crops_size))
-    views = [torch.zeros(n * few, 3, side, side, device=device) for n, side in sizes if n]
-    state = dict(student.named_parameters())
-    state |= {name: x.clone() for name, x in student.named_buffers()}  # BatchNorm will count
-    plan, kept = student.backbone.draw_plan(views, torch.Generator().manual_seed(0)), {}
+    state = {name: torch.empty_like(x, device=device).requires_grad_(x.requires_grad)
+             for name, x in (*student.named_parameters(), *student.named_buffers())}
+    sizes = [(config.global_crops_number, config.global_crops_size)]
+    if config.local_crops_number and config.dino_weight:
+        sizes.append((config.local_crops_number, config.local_crops_size))
+    views = [torch.empty(n * config.batch_size_per_gpu, 3, side, side, device=device)
+             for n, side in sizes]
+    plan = student.backbone.draw_plan(views, torch.Generator())
+    masking, masks, places = masking_of(config), None, None
+    if masking:
+        count = masking.most(len(views[0])) if hidden is None else hidden
+        places = torch.empty(count, dtype=torch.int64, device=device)
+        if config.hides_patches:
+            shape = len(views[0]), math.prod(masking.grid)
+            masks = torch.empty(shape, dtype=torch.bool, device=device)
+    return state, (views, plan, masks, places)
 
-    def keep(x):
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+
+def expected_memory(student: nn.Module, config: Config, place: Place) -> dict[str, float]:
+    """GB of one process, by part, at its fullest: when the backward pass begins.
+
+    What autograd keeps of the student's forward pass and of the losses is counted in a step that is
+    imagined. What lives for a moment is not in it; compiled blocks keep some third less.
+    """
+    kept, G, B = {}, config.global_crops_number, config.batch_size_per_gpu
+
+    def keep(x):  # storages are held here, so that no number is given twice
+        kept[x.untyped_storage()._cdata] = x.untyped_storage()
         return x
 
-    with (torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
-          torch.compiler.set_stance("force_eager"), runtime.autocast(config.precision, device)):
-        out = torch.func.functional_call(student, state, (views, plan))
-    own = {x.untyped_storage().data_ptr() for x in state.values()}
-    forward = sum(storage.nbytes() for at, storage in kept.items() if at not in own)
-    del out
-    parameters = sum(p.nbytes for p in student.parameters())
-    parts = place.world_size if config.parallel == "fsdp" else 1
-    # Student, teacher, gradient and two moments.
-    return 5 * parameters / parts / 2**30, forward / few * config.batch_size_per_gpu / 2**30
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.compiler.set_stance("force_eager"):
+        state, arguments = imagined(student, config, place.device)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            with runtime.autocast(config.precision, place.device):
+                out = torch.func.functional_call(student, state, arguments)
+            targets = {name: torch.empty_like(out[name], dtype=torch.float32)
+                       for name in objectives(config)}
+            losses = []  # held too, as long as the count
+            for name, t in targets.items():
+                losses.append(patch_loss(t, out[name], t[:, 0], G * B) if name == "ibot" else
+                              view_pair_loss(t[:G * B].unflatten(0, (G, B)),
+                                             out[name].unflatten(0, (-1, B))))
+        own = {x.untyped_storage()._cdata for x in state.values()}
+        forward = sum(storage.nbytes() for at, storage in kept.items() if at not in own)
+        logits = sum(x.nbytes for name, x in out.items() if name in targets)
+    held = sum(p.nbytes for p in student.parameters())
+    held /= place.world_size if config.parallel == "fsdp" else 1
+    parts = {"two networks": 2 * held, "gradients": held,
+             "moments": held * (2 if config.optimizer == "adamw" else 1),
+             "kept for backward": forward, "teacher's logits": logits}
+    return {name: size / 2**30 for name, size in parts.items()}
 
 
 def objectives(config: Config) -> dict[str, int]:
@@ -561,6 +592,15 @@ def open_data(config: Config) -> tuple[Images, Images]:
     return parts[0], parts[1]
 
 
+def masking_of(config: Config, rank: int = 0) -> Masking | None:
+    """What picks the patches to learn from; None where only whole images are."""
+    if not config.learns_patches:
+        return None
+    side = config.global_crops_size // config.patch_size
+    return Masking((side, side), config.mask_ratio, config.mask_probability, config.mask_shape,
+                   config.mask_min_patches, config.seed, rank)
+
+
 def batches_from(step: int, total: int, images: Images, config: Config, place: Place):
     """The loader of this process's batches, of steps `step` to `total`."""
     sampler = Sampler(len(images), config.batch_size_per_gpu, total, step, config.seed, place.rank,
@@ -569,13 +609,8 @@ def batches_from(step: int, total: int, images: Images, config: Config, place: P
                       config.global_crops_number,
                       config.local_crops_number if config.dino_weight else 0,
                       config.global_crops_scale, config.local_crops_scale, config.photometry)
-    masking = None
-    if config.learns_patches:
-        side = config.global_crops_size // config.patch_size
-        masking = Masking((side, side), config.mask_ratio, config.mask_probability,
-                          config.mask_shape, config.mask_min_patches, config.seed, place.rank)
     return training_loader(Views(images, crops, config.seed), sampler, config.num_workers,
-                           place.device.type == "cuda", masking)
+                           place.device.type == "cuda", masking_of(config, place.rank))
 
 
 def prepare(folder: Path, config: Config, place: Place):
@@ -625,7 +660,7 @@ def run(config: Config, build=build, update=ema_update) -> dict:
             return json.loads((folder / "summary.json").read_text())
         student, teacher = build(config, place)
         makers = target_makers(config).to(place.device)
-    weights, forward = expected_memory(student, config, place)
+    expected = expected_memory(student, config, place)
     whole = teacher.backbone
     if config.parallel == "fsdp":
         whole = copy.deepcopy(teacher.backbone)  # to be judged and saved: filled when needed
@@ -640,10 +675,10 @@ def run(config: Config, build=build, update=ema_update) -> dict:
     place.print(f"{config.preset or 'run'} -> {folder}: {len(images):,d} images, {total:,d} steps "
                 f"of {config.batch_size_per_gpu} x {place.world_size}, {place.device}, "
                 f"{config.precision}, {sum(p.numel() for p in student.parameters()):,d} parameters")
-    there_is = runtime.memory_gb(place.device)
-    place.print(f"expects {weights + forward:.2f} of {there_is:.0f} GB: {weights:.2f} of weights "
-                f"and moments, {forward:.2f} of activations")
-    if weights + forward > there_is:
+    there_is, in_all = runtime.memory_gb(place.device), sum(expected.values())
+    place.print(f"expects {in_all:.2f} of {there_is:.0f} GB: "
+                + ", ".join(f"{name} {size:.2f}" for name, size in expected.items()))
+    if in_all > there_is:
         place.print("warning: that is too much; give --activation_checkpointing, --precision bf16, "
                     "--parallel fsdp or a smaller --batch_size_per_gpu")
 

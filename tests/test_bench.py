@@ -12,6 +12,7 @@ import contextlib
 import copy
 import json
 import time
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -155,8 +156,8 @@ def test_memory_is_what_autograd_keeps():
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         bench.Step(networks, batch, config, PLACE).run()
     hidden = len(batch["mask_indices"])
-    assert hidden == bench.hidden_patches(config)
-    counted = bench.count_kept(config, hidden)
+    assert hidden == train.masking_of(config).most(len(batch["masks"]))
+    counted = train.expected_memory(networks[0], config, PLACE)["kept for backward"] * 2**30
     assert counted == pytest.approx(sum(kept.values()), rel=0.02)  # KoLeo is left out
 
 
@@ -260,13 +261,13 @@ def test_plan_adds_up_and_meets_a_published_run(tmp_path, capsys):
 
 def test_plan_splits_states_with_fsdp():
     config = config_of([*TINY, "--precision", "bf16"])
-    config.gpus = 8
-    ddp = bench.memory_parts(config)
+    student, eight = bench.meta_student(config), replace(PLACE, world_size=8)
+    ddp = train.expected_memory(student, config, eight)
     config.parallel = "fsdp"
-    fsdp = bench.memory_parts(config)
+    fsdp = train.expected_memory(student, config, eight)
     assert ddp["moments"] == pytest.approx(8 * fsdp["moments"])
     assert ddp["kept for backward"] == fsdp["kept for backward"]
-    parameters = sum(p.numel() for p in train.build(config, PLACE)[0].parameters())
+    parameters = sum(p.numel() for p in student.parameters())
     assert ddp["two networks"] == pytest.approx(8 * parameters / 2**30)
 
 
