@@ -1,21 +1,29 @@
-"""What several test modules share: small configurations and a folder of images."""
+"""What several test modules share: small configurations, a kill, and a folder of images."""
+
+import contextlib
+from unittest.mock import patch
 
 import pytest
 import torch
 from torchvision.transforms.v2.functional import to_pil_image
 
 import runtime
+import train
 import visualize
 
 # A run of seconds: every part of a real one, nothing large.
-TINY = (
+TINY_RUN = (
     "shapes_dino --data shapes:64 --val_data shapes:32:val --epochs 2 --warmup_epochs 0 "
-    "--no_auto_scale --lr 1e-3 --lr_scaling none --momentum_teacher 0.98 --patch_size 8 "
-    "--batch_size_per_gpu 8 --n_prototypes 32 --head_hidden_dim 32 --head_bottleneck_dim 16 "
-    "--local_crops_number 2 --log_every 2 --save_every 4 --num_workers 0 --device cpu "
-    "--precision fp32 --drop_path_rate 0.2 --global_crops_size 24 --local_crops_size 16 "
+    "--no_auto_scale --lr 1e-3 --lr_scaling none --momentum_teacher 0.98 "
+    "--batch_size_per_gpu 8 --local_crops_number 2 --log_every 2 --save_every 4 --num_workers 0 "
+    "--device cpu --precision fp32 --drop_path_rate 0.2 --global_crops_size 24 "
+    "--local_crops_size 16"
+).split()
+TINY_NETWORK = (
+    "--patch_size 8 --n_prototypes 32 --head_hidden_dim 32 --head_bottleneck_dim 16 "
     "--no_use_bn_in_head"
 ).split()
+TINY = TINY_RUN + TINY_NETWORK
 
 
 def saved(folder):
@@ -28,9 +36,28 @@ def saved(folder):
     return manifest["step"], state
 
 
+class Killed(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def killed_in_step(n):
+    """Inside, a run dies when its nth step begins; and it has to."""
+    step, calls = train.train_step, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == n:
+            raise Killed
+        return step(*args)
+
+    with patch.object(train, "train_step", dies), pytest.raises(Killed):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def quick(request, monkeypatch):
-    """Most tests of runs are not about the closing figures, which take most of a tiny run's time."""
+    """The closing figures take most of a tiny run's time, and few tests are about them."""
     if not request.node.get_closest_marker("figures"):
         for name in ("draw_curves", "draw_attention_page"):
             monkeypatch.setattr(visualize, name, lambda *args: None)

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 import distill
 import runtime
 import train
-from augment import Masking, collate, photometry
-from conftest import TINY, saved
+from augment import collate, photometry
+from conftest import TINY, killed_in_step, saved
 from recipes import DISTILLATION, PRESETS, check
 from runtime import Place, parse, whole_state
 from weights import load_backbone
@@ -57,9 +57,7 @@ def networks(config, place):
 def batch_of(config, indices, step=0):
     images, _ = train.open_data(config)
     views = train.Views(images, train.MultiCrop(24, 16, 2, 2), seed=0)
-    masking = Masking((3, 3), config.mask_ratio, config.mask_probability, config.mask_shape)
-    masking = masking if config.learns_patches else None
-    return collate([views[0, step, i] for i in indices], masking)
+    return collate([views[0, step, i] for i in indices], train.masking_of(config))
 
 
 NOW = dict(lr=0.01, last_layer_lr=0.01, weight_decay=0.1, momentum=0.9, teacher_temp=0.05,
@@ -193,26 +191,12 @@ def test_nothing_is_hidden(teacher):
     assert torch.equal(open_, masked)
 
 
-class Killed(Exception):
-    pass
-
-
-def test_killed_and_resumed_equals_uninterrupted(teacher, tmp_path, monkeypatch):
+def test_killed_and_resumed_equals_uninterrupted(teacher, tmp_path):
     whole, broken = (config_of(teacher, "--output_dir", str(tmp_path / name), "--auto_scale")
                      for name in ("whole", "broken"))
     summary = distill.run(whole)
-    step, calls = train.train_step, []
-
-    def dies(*args):
-        calls.append(1)
-        if len(calls) == 7:  # the last save was after step 4
-            raise Killed
-        return step(*args)
-
-    monkeypatch.setattr(train, "train_step", dies)
-    with pytest.raises(Killed):
+    with killed_in_step(7):  # the last save was after step 4
         distill.run(broken)
-    monkeypatch.setattr(train, "train_step", step)
     assert distill.run(broken)["loss"] == summary["loss"]
     (last, a), (_, b) = (saved(tmp_path / name / "checkpoint") for name in ("whole", "broken"))
     assert last == 16 and set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
@@ -289,7 +273,8 @@ def test_heads_first(teacher, tmp_path, capsys):
     backbone = tmp_path / "backbone.pth"
     torch.save(torch.load(teacher / "teacher.pt", weights_only=True), backbone)
     config = config_of(backbone, "--train_teacher_heads_epochs", "1", "--epochs", "1",
-                       "--output_dir", str(tmp_path / "run"), "--n_prototypes", "40")
+                       "--output_dir", str(tmp_path / "run"), "--n_prototypes", "40",
+                       "--init", str(backbone))  # the student's, and no matter of these heads
     distill.run(config)
     heads = tmp_path / "run/teacher_heads"
     before, after = (torch.load(p, weights_only=True) for p in (backbone, heads / "teacher.pt"))
@@ -299,6 +284,7 @@ def test_heads_first(teacher, tmp_path, capsys):
     assert moved["last_layer.weight_v"].shape[0] == 40
     assert any(not torch.equal(moved[k], state[f"student.dino_head.{k}"]) for k in moved)
     assert not any(k.startswith("optimizer.backbone") for k in state)
+    assert not json.loads((heads / "config.json").read_text())["init"]
     capsys.readouterr()
     distill.run(config)  # both are there
     assert capsys.readouterr().out.count("is finished") == 2
@@ -341,6 +327,13 @@ def test_features_alone(distance, teacher, tmp_path):
 # -- what is refused, and the presets
 
 
+def test_a_students_first_weights_leave_the_presets_crops(teacher):
+    line = ["shapes_distill", "--init", str(teacher), "--teacher", str(teacher)]
+    found = train.inherit(parse(distill.Config, line, DISTILLATION))
+    assert (found.arch, found.patch_size) == ("vit_nano", 8)  # as the weights say
+    assert found.global_crops_size == DISTILLATION["shapes_distill"]["global_crops_size"] != 24
+
+
 @pytest.mark.parametrize("line, words", [
     ("--teacher=", "--teacher .: no teacher.pt in it"),
     ("--teacher nowhere", "--teacher nowhere"),
@@ -354,6 +347,7 @@ def test_features_alone(distance, teacher, tmp_path):
     ("--arch resnet18 --ibot_weight 0 --patch_feature_weight 1", "--patch_feature_weight 0"),
     ("--dino_weight 0 --ibot_weight 0", "nothing to learn"),
     ("--patch_tokens some", "--patch_tokens"),
+    ("--class_feature_weight -1", "--class_feature_weight"),
 ])
 def test_misuse(line, words, teacher, tmp_path, capsys):
     (tmp_path / "plain").mkdir()

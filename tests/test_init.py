@@ -15,21 +15,13 @@ import pytest
 import torch
 
 import train
-from conftest import TINY
-from recipes import PRESETS
-from runtime import UsageError
+from conftest import TINY, TINY_RUN, killed_in_step
 from vit import resize_pos_embed
-
-# What the weights decide is not repeated, and a k-NN is cheap.
-NETWORK = {"--patch_size", "--n_prototypes", "--head_hidden_dim", "--head_bottleneck_dim"}
-pairs = list(zip(TINY[1:], TINY[2:]))
-AGAIN = [x for flag, value in pairs if flag.startswith("--") and flag not in NETWORK
-         for x in ([flag] if value.startswith("--") else [flag, value])]
-AGAIN = [x for x in AGAIN if x != "--no_use_bn_in_head"]
 
 
 def config_of(folder, *flags):
-    return train.read_flags(["shapes_dino", *AGAIN, "--output_dir", str(folder), *flags])
+    """A run that leaves its network to the weights."""
+    return train.read_flags([*TINY_RUN, "--output_dir", str(folder), *flags])
 
 
 @pytest.fixture(scope="module")
@@ -106,15 +98,17 @@ def test_another_size(first, tmp_path):
     ("--init nowhere", "--init nowhere"),
     ("--init RUN --patch_size 4", "--patch_size 4 .they have 8."),
     ("--init RUN --arch vit_small", "--arch vit_small .they have vit_nano."),
+    ("--init RUN --n_prototypes 16", "--n_prototypes 16 .they have 32.*/teacher.pt"),
     ("--init RUN --global_crops_size 20", "--global_crops_size 20"),
     ("--init RUN --freeze_backbone_epochs 2", "leaves nothing"),
+    ("--init RUN --freeze_backbone_epochs -1", "expected 0 or more"),
     ("--patch_size 8 --freeze_backbone_epochs 1", "give --init"),
     ("--init RUN/config.json", "--init"),
 ])
 def test_misuse(flags, words, first, tmp_path, capsys):
     line = flags.replace("RUN", str(first)).split()
     with pytest.raises(SystemExit) as stop:
-        train.main(["shapes_dino", *AGAIN, *line, "--output_dir", str(tmp_path / "run")])
+        train.main([*TINY_RUN, *line, "--output_dir", str(tmp_path / "run")])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.startswith("error:") and said.count("\n") == 1
     assert re.search(words, said), said
@@ -127,24 +121,13 @@ def test_crops_of_a_released_network_are_whole_patches(first, monkeypatch):
     monkeypatch.setattr(train, "settings", lambda _: stored)
     found = train.inherit(config)
     assert (found.arch, found.global_crops_size, found.local_crops_size) == ("vit_small", 224, 98)
-    assert PRESETS["hires"]["global_crops_size"] == 518
 
 
-def test_resumed(first, tmp_path, monkeypatch):
+def test_resumed(first, tmp_path):
     flags = ("--init", str(first), "--layerwise_decay", "0.7")
     train.run(config_of(tmp_path / "whole", *flags))
-    step, calls = train.train_step, []
-
-    def dies(*args):
-        calls.append(1)
-        if len(calls) == 7:
-            raise UsageError("killed")
-        return step(*args)
-
-    monkeypatch.setattr(train, "train_step", dies)
-    with pytest.raises(UsageError, match="killed"):
+    with killed_in_step(7):
         train.run(config_of(tmp_path / "broken", *flags))
-    monkeypatch.setattr(train, "train_step", step)
     train.run(config_of(tmp_path / "broken", *flags))
     a, b = state_of(tmp_path / "whole"), state_of(tmp_path / "broken")
     assert all(torch.equal(a[k], b[k]) for k in a)

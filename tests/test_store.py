@@ -25,6 +25,7 @@ import torchvision
 import store
 import train
 from augment import MultiCrop
+from conftest import killed_in_step
 from data import EXTENSIONS, Images, Sampler, Views, cached, open_images, training_loader
 from recipes import PRESETS, Config
 from runtime import UsageError, parse
@@ -268,7 +269,7 @@ def test_a_step_in_an_epoch_does_not_depend_on_where_one_began(shards):
 # -- 6
 
 
-def test_a_run_on_shards_with_a_cache(tiny, tmp_path, shards, monkeypatch):
+def test_a_run_on_shards_with_a_cache(tiny, tmp_path, shards):
     flags = [f"shards:{shards}" if flag == "shapes:64" else flag for flag in tiny]
     flags[flags.index("--val_data") + 1] = f"shards:{shards}"
     flags += ["--cache", str(tmp_path / "cache"), "--cache_side", "32", "--save_every", "2"]
@@ -277,18 +278,9 @@ def test_a_run_on_shards_with_a_cache(tiny, tmp_path, shards, monkeypatch):
         train.run(parse(Config, [*flags, *more, "--output_dir", str(tmp_path / name)], PRESETS))
         return torch.load(tmp_path / name / "teacher.pt", weights_only=True)
 
-    whole, step, calls = run("whole"), train.train_step, []
-
-    def dies(*args):
-        calls.append(1)
-        if len(calls) == 4:
-            raise InterruptedError
-        return step(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", dies)
-        with pytest.raises(InterruptedError):
-            run("broken")
+    whole = run("whole")
+    with killed_in_step(4):
+        run("broken")
     broken = run("broken", "--num_workers", "1")
     assert all(torch.equal(whole[k], broken[k]) for k in whole)
     with pytest.raises(UsageError, match="--cache_side 48"):
