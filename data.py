@@ -308,7 +308,7 @@ def training_loader(views: Views, sampler: Sampler, num_workers: int, pin_memory
 
 
 if __name__ == "__main__":
-    for spec in sys.argv[1:] or ["shapes", "shapes:val"]:
+    for spec in sys.argv[1:] or ["shapes:100", "shapes:100:val"]:
         images = open_images(spec)
         kinds = f"{len(set(images.labels))} classes" if images.labels else "no labels"
         print(f"{spec}: {len(images):,d} images, {kinds}, the first {tuple(images.read(0).shape)}, "

@@ -1,6 +1,9 @@
-"""What several test modules share: small configurations, a kill, and a folder of images."""
+"""What several test modules share: small runs, kills, groups of processes, a folder of images."""
 
 import contextlib
+import multiprocessing
+import os
+import socket
 from unittest.mock import patch
 
 import pytest
@@ -55,12 +58,46 @@ def killed_in_step(n):
         yield
 
 
+# The closing figures take most of a tiny run's time, and few tests are about them.
+FIGURES = {name: getattr(visualize, name) for name in ("draw_curves", "draw_attention_page")}
+for name in FIGURES:
+    setattr(visualize, name, lambda *args: None)
+
+
 @pytest.fixture(autouse=True)
-def quick(request, monkeypatch):
-    """The closing figures take most of a tiny run's time, and few tests are about them."""
-    if not request.node.get_closest_marker("figures"):
-        for name in ("draw_curves", "draw_attention_page"):
-            monkeypatch.setattr(visualize, name, lambda *args: None)
+def figures(request, monkeypatch):
+    if request.node.get_closest_marker("figures"):
+        for name, draw in FIGURES.items():
+            monkeypatch.setattr(visualize, name, draw)
+
+
+def as_rank(rank, world, port, function, args):
+    if world > 1:
+        os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    function(rank, *args)
+
+
+def start(function, *args, world=2):
+    """Processes that each call function(rank, *args), in an environment as torchrun's."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")  # imports torch once, for all of them
+    context.set_forkserver_preload(["distill", "evaluate"])
+    processes = [context.Process(target=as_rank, args=(rank, world, port, function, args))
+                 for rank in range(world)]
+    for p in processes:
+        p.start()
+    return processes
+
+
+def finish(processes):
+    """They end, and well."""
+    for p in processes:
+        p.join()
+    assert [p.exitcode for p in processes] == [0] * len(processes)
 
 
 @pytest.fixture

@@ -12,20 +12,17 @@
 
 import copy
 import json
-import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 import distill
 import runtime
 import train
 from augment import collate, photometry
-from conftest import TINY, killed_in_step, saved
+from conftest import TINY, finish, killed_in_step, saved, start
 from recipes import DISTILLATION, PRESETS, check
 from runtime import Place, parse, whole_state
 from weights import load_backbone
@@ -232,11 +229,7 @@ def one_step(config, place):
     return out["loss"], dict(whole_state(student)), dict(whole_state(asked)), makers.state_dict()
 
 
-def process(rank, port, teacher, folder):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    train.visualize.draw_curves = train.visualize.draw_attention_page = lambda *_: None
+def process(rank, teacher, folder):
     place, out = runtime.start("cpu"), {}
     for parallel in ("ddp", "fsdp"):
         out[parallel] = one_step(config_of(teacher, "--parallel", parallel), place)
@@ -250,10 +243,7 @@ def process(rank, port, teacher, folder):
 
 
 def test_two_processes_are_one(teacher, tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(process, (port, teacher, str(tmp_path)), nprocs=2)
+    finish(start(process, teacher, str(tmp_path)))
     loss, *states = one_step(config_of(teacher), Place(torch.device("cpu")))
     for out in (torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in (0, 1)):
         for parallel in ("ddp", "fsdp"):

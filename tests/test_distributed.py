@@ -12,17 +12,15 @@ Every claim is checked in one spawn: starting processes is what costs time.
 import functools
 import os
 import signal
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import runtime
 import train
 from augment import Masking, collate, hidden_places
-from conftest import saved
+from conftest import TINY, finish, saved, start
 from data import open_images
 from features import extract
 from losses import (EMACenter, SinkhornKnopp, all_sum, entropies, koleo_loss, make_targets,
@@ -130,16 +128,8 @@ def ten_joined_steps(config):
             dict(makers.state_dict()))
 
 
-def process(rank, port, flags, folder):
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+def process(rank, flags, folder):
     torch.manual_seed(100 + rank)  # nothing may depend on it
-    torch.set_num_threads(1)
     config = parse(Config, flags, PRESETS)
     place = train.runtime.start("cpu")
     out = {"sum": all_sum(torch.tensor(float(rank + 1)))}
@@ -173,7 +163,7 @@ def process(rank, port, flags, folder):
 
     train.train_step = stops
     dist.destroy_process_group()
-    os.environ["MASTER_PORT"] = str(port + 1)
+    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
     try:
         train.run(config)
     except SystemExit as stop:
@@ -183,17 +173,12 @@ def process(rank, port, flags, folder):
 
 @pytest.fixture(scope="module")
 def spawned(tmp_path_factory):
-    from conftest import TINY
-
     folder = tmp_path_factory.mktemp("two")
     flags = [*TINY, "--drop_path_rate", "0"]
     torch.manual_seed(0)
     backbone = VisionTransformer(16, 8, embed_dim=64, depth=1, num_heads=1)
     torch.save(backbone.state_dict(), folder / "backbone.pt")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(process, (port, flags, str(folder)), nprocs=2)
+    finish(start(process, flags, str(folder)))
     outs = [torch.load(folder / f"{r}.pt", weights_only=False) for r in (0, 1)]
     return folder, flags, outs, backbone
 

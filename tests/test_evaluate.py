@@ -14,18 +14,17 @@ import json
 import os
 import pickle
 import shutil
-import socket
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as TF
 
 import evaluate
 import runtime
 from augment import center_crop, normalise
+from conftest import finish, start
 from data import open_images
 from vit import VisionTransformer
 from weights import load_backbone
@@ -52,10 +51,7 @@ def run(line, capsys=None, **more):
     return results, capsys.readouterr().out if capsys else ""
 
 
-def process(rank, port, backbone, folder):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+def process(rank, backbone, folder):
     os.chdir(folder)
     place = runtime.start("cpu")
     config, evaluate.CS = runtime.parse(evaluate.Config, ["--weights", backbone, *SMALL]), FEW
@@ -72,10 +68,7 @@ def both(backbone, tmp_path_factory):
         patch.chdir(one)
         patch.setattr(evaluate, "CS", FEW)
         torch.save(evaluate.main(["all", "--weights", backbone, *SMALL]), one / "0.pt")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(process, (port, backbone, str(two)), nprocs=2)
+    finish(start(process, backbone, str(two)))
     return one, two
 
 

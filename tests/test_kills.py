@@ -7,35 +7,27 @@
 KILLS=50 pytest -m slow tests/test_kills.py     the long form, some ten minutes
 """
 
-import multiprocessing
 import os
 import random
 import re
-import socket
 import sys
 import time
 
 import pytest
 import torch
 
-from conftest import TINY, saved
+import train
+from conftest import TINY, finish, saved, start
 
-KILLS = int(os.environ.get("KILLS", 5))
+KILLS = os.environ.get("KILLS")
 SAVE_EVERY, STEPS = 4, 32
 # What is to be renamed where a save sleeps: before its manifest, before it is complete, after.
 INSIDE = ("manifest.json.tmp", "tmp-*", "teacher.pt.tmp")
 
 
-def train_in(folder, rank, world, port, pause):
+def train_in(rank, folder, world, pause):
     """A process of a run. pause: in its first save it says so by a file, and sleeps."""
-    import train
-    from recipes import PRESETS, Config
-
     sys.stdout = sys.stderr = open(folder / f"log-{rank}", "a", buffering=1)
-    torch.set_num_threads(1)
-    if world > 1:
-        os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                           MASTER_PORT=str(port))
     replace = os.replace
 
     def paused(path, to):
@@ -47,22 +39,13 @@ def train_in(folder, rank, world, port, pause):
     os.replace = paused
     flags = [*TINY, "--epochs", "4", "--save_every", str(SAVE_EVERY), "--num_workers", "0"]
     flags += ["--batch_size_per_gpu", str(8 // world), "--output_dir", str(folder / "run")]
-    train.run(train.runtime.parse(Config, flags, PRESETS))
+    train.run(train.read_flags(flags))
 
 
-def start(folder, world=1, pause=""):
+def begin(folder, world=1, pause=""):
     folder.mkdir(exist_ok=True)
     (folder / "inside").unlink(missing_ok=True)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")  # imports torch once, for all of them
-    context.set_forkserver_preload(["train"])
-    processes = [context.Process(target=train_in, args=(folder, rank, world, port, pause))
-                 for rank in range(world)]
-    for p in processes:
-        p.start()
-    return processes
+    return start(train_in, folder, world, pause, world=world)
 
 
 def wait_for(condition, processes, seconds=60):
@@ -77,18 +60,12 @@ def newest(folder):
     return max((int(p.parent.name[5:]) for p in found), default=0)
 
 
-def finish(folder, world):
-    for p in start(folder, world):
-        p.join()
-        assert p.exitcode == 0, (folder / "log-0").read_text()
-
-
 def kill_once(folder, world, inside, wait):
     """Start the run that is there, or a new one; kill it inside a save, or `wait` seconds after
     its first step. Returns the last step that it logged."""
     log = folder / "log-0"
     before = len(log.read_text()) if log.exists() else 0
-    processes = start(folder, world, inside)
+    processes = begin(folder, world, inside)
     if inside:
         wait_for((folder / "inside").exists, processes)
         assert (folder / "inside").exists()
@@ -106,17 +83,18 @@ def kill_once(folder, world, inside, wait):
 @pytest.mark.parametrize("world", [1, 2])
 def test_killed_at_any_instant(world, tmp_path):
     whole, rng, kills, lives = tmp_path / "whole", random.Random(world), 0, 0
-    finish(whole, world)
+    wanted = int(KILLS or {1: 5, 2: 2}[world])
+    finish(begin(whole, world))
     weights = saved(whole / "run/checkpoint")[1]
-    while kills < KILLS:
+    while kills < wanted:
         broken = tmp_path / f"broken-{lives}"
         lives += 1
-        while kills < KILLS and newest(broken) < STEPS:
+        while kills < wanted and newest(broken) < STEPS:
             inside, before = INSIDE[kills // 2 % 3] if kills % 2 else "", newest(broken)
             logged = kill_once(broken, world, inside, wait=rng.uniform(0, 2))
             assert newest(broken) >= max(before, logged - SAVE_EVERY)
             kills += 1
-        finish(broken, world)
+        finish(begin(broken, world))
         begins = [int(n) for n in re.findall(r"continuing from step (\d+)",
                                              (broken / "log-0").read_text())]
         assert begins == sorted(begins) and all(n % SAVE_EVERY == 0 for n in begins)
@@ -129,7 +107,7 @@ def test_killed_at_any_instant(world, tmp_path):
 
 @pytest.mark.slow
 def test_asked_to_stop(tmp_path):
-    processes = start(tmp_path / "run")
+    processes = begin(tmp_path / "run")
     log = tmp_path / "run/log-0"
     wait_for(lambda: log.exists() and "step  " in log.read_text(), processes)
     processes[0].terminate()

@@ -11,6 +11,7 @@ import torchvision
 import evaluate
 import train
 import visualize
+from conftest import killed_in_step
 from recipes import PRESETS, Config
 from resnet import NAMES, ConvNet
 from runtime import UsageError, parse
@@ -53,24 +54,14 @@ def test_unknown_convnet():
 
 
 def test_a_convnet_trains_and_resumes(tiny, tmp_path, photos, capsys):
-    flags = [*tiny, "--arch", "mobilenet_v3_small", "--optimizer", "lars", "--lr", "0.1"]
+    flags = [*tiny, "--arch", "mobilenet_v3_small", "--optimizer", "lars", "--epochs", "1"]
     whole = parse(Config, [*flags, "--output_dir", str(tmp_path / "whole")], PRESETS)
     summary = train.run(whole)
     assert 0 <= summary["knn"] <= 1 and "evaluate.py knn" in capsys.readouterr().out
     # stopped in the middle and run again: the same, BatchNorm's running statistics included
     parts = parse(Config, [*flags, "--output_dir", str(tmp_path / "parts")], PRESETS)
-    step, calls = train.train_step, []
-
-    def dies(*args):
-        calls.append(1)
-        if len(calls) == 11:
-            raise KeyboardInterrupt
-        return step(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train_step", dies)
-        with pytest.raises(KeyboardInterrupt):
-            train.run(parts)
+    with killed_in_step(7):
+        train.run(parts)
     train.run(parts)
     a, b = (torch.load(tmp_path / name / "teacher.pt", weights_only=True)
             for name in ("whole", "parts"))
