@@ -408,7 +408,7 @@ if __name__ == "__main__":
     fig, axes = plt.subplots(1, 11, figsize=(16, 1.9))
     for axis, name, view in zip(axes, names, [normalise(image[None])[0], *views]):
         view = view * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
-        axis.imshow(view.permute(1, 2, 0).clamp(0, 1))
+        axis.imshow(view.permute(1, 2, 0).clamp(0, 1).numpy())
         axis.set_title(f"{name}\n{view.shape[1]} px", fontsize=8)
         axis.axis("off")
     fig.savefig("views.png", dpi=120, bbox_inches="tight")

@@ -220,7 +220,7 @@ if __name__ == "__main__":
     image = (255 * F.interpolate(coarse, (160, 200), mode="bicubic").clamp(0, 1))[0].byte()
     fig, axes = plt.subplots(2, 10, figsize=(15, 3.6))
     for axis, (name, edit) in zip(axes.flat, EDITS.items()):
-        axis.imshow(edit(image, 8).permute(1, 2, 0))
+        axis.imshow(edit(image, 8).permute(1, 2, 0).numpy())
         axis.set_title(name, fontsize=9)
         axis.axis("off")
     fig.savefig("edits.png", dpi=110, bbox_inches="tight")

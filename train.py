@@ -781,6 +781,7 @@ def run(config: Config, build=build, update=ema_update) -> dict:
             if asked_to_stop and step < total:
                 name = signal.Signals(asked_to_stop).name
                 place.print(f"{name}: stopped after step {step}, saved; the same command continues")
+                del batches  # and with it the loader's processes, at once
                 raise SystemExit(128 + asked_to_stop)
 
     # -- what came of it

@@ -18,7 +18,7 @@ import visualize
 TINY_RUN = (
     "shapes_dino --data shapes:64 --val_data shapes:32:val --epochs 2 --warmup_epochs 0 "
     "--no_auto_scale --lr 1e-3 --lr_scaling none --momentum_teacher 0.98 "
-    "--batch_size_per_gpu 8 --local_crops_number 2 --log_every 2 --save_every 4 --num_workers 0 "
+    "--batch_size_per_gpu 8 --local_crops_number 2 --log_every 2 --save_every 8 --num_workers 0 "
     "--device cpu --precision fp32 --drop_path_rate 0.2 --global_crops_size 24 "
     "--local_crops_size 16"
 ).split()

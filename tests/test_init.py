@@ -126,7 +126,7 @@ def test_crops_of_a_released_network_are_whole_patches(first, monkeypatch):
 def test_resumed(first, tmp_path):
     flags = ("--init", str(first), "--layerwise_decay", "0.7")
     train.run(config_of(tmp_path / "whole", *flags))
-    with killed_in_step(7):
+    with killed_in_step(11):
         train.run(config_of(tmp_path / "broken", *flags))
     train.run(config_of(tmp_path / "broken", *flags))
     a, b = state_of(tmp_path / "whole"), state_of(tmp_path / "broken")

@@ -54,7 +54,8 @@ def test_unknown_convnet():
 
 
 def test_a_convnet_trains_and_resumes(tiny, tmp_path, photos, capsys):
-    flags = [*tiny, "--arch", "mobilenet_v3_small", "--optimizer", "lars", "--epochs", "1"]
+    flags = [*tiny, "--arch", "mobilenet_v3_small", "--optimizer", "lars"]
+    flags += "--data shapes:32 --save_every 4".split()
     whole = parse(Config, [*flags, "--output_dir", str(tmp_path / "whole")], PRESETS)
     summary = train.run(whole)
     assert 0 <= summary["knn"] <= 1 and "evaluate.py knn" in capsys.readouterr().out

@@ -178,7 +178,7 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_killed_and_resumed_equals_uninterrupted(workers, whole, tiny, tmp_path):
     broken = config_of(tiny, tmp_path / "broken", "--num_workers", workers)
-    with killed_in_step(7):  # the last save was after step 4
+    with killed_in_step(11):  # the last save was after step 8
         train.run(broken)
     train.run(broken)
     runs = whole, tmp_path / "broken/run"
@@ -197,7 +197,7 @@ def test_asked_to_stop_it_saves_and_goes(number, whole, tiny, tmp_path, monkeypa
 
     def signalled(*args):
         calls.append(1)
-        if len(calls) == 7:
+        if len(calls) == 11:
             os.kill(os.getpid(), number)
         return step(*args)
 
@@ -205,8 +205,8 @@ def test_asked_to_stop_it_saves_and_goes(number, whole, tiny, tmp_path, monkeypa
     with pytest.raises(SystemExit) as stop:
         train.run(asked)
     assert stop.value.code == 128 + number
-    assert f"{number.name}: stopped after step 7" in capsys.readouterr().out
-    assert saved(tmp_path / "asked/run/checkpoint")[0] == 7
+    assert f"{number.name}: stopped after step 11" in capsys.readouterr().out
+    assert saved(tmp_path / "asked/run/checkpoint")[0] == 11
     assert signal.getsignal(number) is not None and "Farewell" not in str(signal.getsignal(number))
     train.run(asked)
     assert same([weights(whole), weights(tmp_path / "asked/run")])
@@ -353,18 +353,20 @@ def test_a_step_that_is_not_finite(tiny, tmp_path, monkeypatch):
 
     def breaks(*args):
         calls.append(1)
-        return loss(*args) * (float("nan") if len(calls) == 1 + 7 else 1.0)  # the first is imagined
+        return loss(*args) * (float("nan") if len(calls) == 1 + 11 else 1.0)  # one is imagined
 
     monkeypatch.setattr(train, "view_pair_loss", breaks)
-    with pytest.raises(UsageError, match="step 6: the loss .dino. is not finite.*train-0"):
+    with pytest.raises(UsageError, match="step 10: the loss .dino. is not finite.*train-0"):
         train.run(config)
     step, state = saved(tmp_path / "run/checkpoint")
-    assert step == 4 and all(v.isfinite().all() for v in state.values())
+    assert step == 8 and all(v.isfinite().all() for v in state.values())
 
 
 def test_fp16_leaves_out_what_overflows(tiny, tmp_path, monkeypatch):
+    flags = [*tiny, *"--precision fp16 --epochs 1 --save_every 4".split(),
+             *"--data shapes:32 --batch_size_per_gpu 4".split()]  # slow on a CPU
     for name in ("whole", "broken"):
-        config = config_of([*tiny, "--precision", "fp16", "--epochs", "1"], tmp_path / name)
+        config = config_of(flags, tmp_path / name)
         step, calls = train.train_step, []
 
         def watched(*args):
@@ -481,7 +483,7 @@ OFF = {  # flags -> (what the log then lacks, what the network then lacks)
 EVERYTHING = (
     "--ibot_weight 1 --koleo_weight 0.1 --centering sinkhorn --separate_head "
     "--ibot_n_prototypes 24 --num_register_tokens 1 --ffn_layer swiglu --layerscale 0.1 "
-    "--layerwise_decay 0.9 --clip_mode network --drop_path_uniform --lr 0.004"
+    "--layerwise_decay 0.9 --clip_mode network --drop_path_uniform --epochs 1 --lr 0.004"
 ).split()
 
 
