@@ -20,7 +20,7 @@ import train
 from conftest import TINY, finish, saved, start
 
 KILLS = os.environ.get("KILLS")
-SAVE_EVERY, STEPS = 4, 32
+SAVE_EVERY, STEPS = 4, 24
 # What is to be renamed where a save sleeps: before its manifest, before it is complete, after.
 INSIDE = ("manifest.json.tmp", "tmp-*", "teacher.pt.tmp")
 
@@ -37,7 +37,7 @@ def train_in(rank, folder, world, pause):
         return replace(path, to)
 
     os.replace = paused
-    flags = [*TINY, "--epochs", "4", "--save_every", str(SAVE_EVERY), "--num_workers", "0"]
+    flags = [*TINY, "--epochs", "3", "--save_every", str(SAVE_EVERY), "--num_workers", "0"]
     flags += ["--batch_size_per_gpu", str(8 // world), "--output_dir", str(folder / "run")]
     train.run(train.read_flags(flags))
 
@@ -91,7 +91,7 @@ def test_killed_at_any_instant(world, tmp_path):
         lives += 1
         while kills < wanted and newest(broken) < STEPS:
             inside, before = INSIDE[kills // 2 % 3] if kills % 2 else "", newest(broken)
-            logged = kill_once(broken, world, inside, wait=rng.uniform(0, 2))
+            logged = kill_once(broken, world, inside, wait=rng.uniform(0, 1.5))
             assert newest(broken) >= max(before, logged - SAVE_EVERY)
             kills += 1
         finish(begin(broken, world))
