@@ -4,12 +4,16 @@
    with FSDP, in both ways to clip.
 2. When one of two processes is asked to stop, both save and go; what they saved with FSDP goes on
    with one process and whole tensors.
-3. Features and k-NN of two processes are exactly those of one, for odd sizes too.
+3. One process goes on as two (DDP), and they as three (FSDP): the same images, crops and colours
+   follow, and the same losses.
+4. Features and k-NN of two processes are exactly those of one, for odd sizes too.
 
-Every claim is checked in one spawn: starting processes is what costs time.
+What two processes can tell is asked in one go: starting them is what costs time.
 """
 
+import contextlib
 import functools
+import json
 import os
 import signal
 
@@ -234,3 +238,40 @@ def test_saved_by_two_continued_by_one(spawned, capsys):
     config.batch_size_per_gpu = 5
     with pytest.raises(UsageError, match="--batch_size_per_gpu"):
         train.run(config)
+
+
+def part(rank, folder, steps, world):
+    """So many steps of a run, each written down; then it is asked to stop."""
+    seen, step = [], train.train_step
+
+    def watched(*args):
+        batch = args[4]
+        crops = [batch[f"{kind}_crops"].double() for kind in ("global", "local")]  # (V, B, 3, s, s)
+        looks = [batch["index"], batch["photometry"].sum((0, 2)),
+                 *(x.var((0, 2, 3, 4)) for x in crops)]
+        seen.extend(zip(*(x.tolist() for x in looks)))
+        if len(seen) == steps * len(batch["index"]) and rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    train.train_step = watched
+    flags = f"--drop_path_rate 0 --data shapes:24 --batch_size_per_gpu {6 // world} --log_every 1"
+    fsdp = ["--parallel", "fsdp"] if world == 3 else []
+    with contextlib.suppress(SystemExit):
+        train.run(train.read_flags([*TINY, *flags.split(), *fsdp, "--output_dir", folder]))
+    torch.save(seen, f"{folder}/seen-{world}-{rank}.pt")
+
+
+def test_one_goes_on_as_two_and_they_as_three(tmp_path):
+    """DDP, then FSDP: the same images, crops and colours follow, and the same losses."""
+    worlds = ((8, 1),), ((3, 1), (2, 2), (3, 3))
+    for name, parts in zip(("whole", "split"), worlds):
+        for steps, world in parts:
+            finish(start(part, str(tmp_path / name), steps, world, world=world))
+    runs = [tmp_path / name for name in ("whole", "split")]
+    whole, split = (sorted(look for file in run.glob("seen-*") for look in torch.load(file))
+                    for run in runs)
+    assert len(whole) == 8 * 6 and whole == split
+    a, b = ([row["loss"] for row in map(json.loads, open(run / "metrics.jsonl")) if "loss" in row]
+            for run in runs)
+    assert len(a) == 8 and a == pytest.approx(b, rel=1e-5), (a, b)
