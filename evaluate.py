@@ -38,7 +38,7 @@ from probes import CS, LRS, Logistic, Probes, kinds_of_input, real_accuracy, rel
 from retrieval import (EDITS, KAPPAS, LEVELS, Whitening, judge, read_groups, read_revisited,
                        relevance)
 from runtime import UsageError, require
-from weights import load_backbone, read_tensors
+from weights import load_backbone, read_head, read_tensors
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Config:
     n_tries: int = 1  # few-shot: random choices to average over
     # -- linear
     protocol: Literal["dinov2", "dino"] = "dinov2"  # 52 probes, or one
-    head: str = ""  # judge this saved or released linear head, and train none
+    head: str = ""  # judge this linear head, a file or a released NAME_lc, and train none
     class_mapping: str = ""  # lines "class in --val_data, class in --data", if they differ
     real_labels: str = ""  # ImageNet-ReaL's real.json, for ImageNet's validation images
     # -- retrieval
@@ -263,7 +263,12 @@ def linear(features: Features) -> dict:
     config, place, model = features.config, features.place, features.model
     train = labelled(config)
     if config.head:
-        return judge_head(features, train, read_head(config.head))
+        try:
+            head = read_head(config.head)
+        except Exception as error:  # torch names no single kind
+            raise UsageError(f"--head {config.head}: not a readable file of tensors "
+                             f"({str(error).splitlines()[0]})") from None
+        return judge_head(features, train, head)
     val, labels = judged(config, train)
     blocks, pools, lrs, epochs = (1, 4), (False, True), LRS, 10
     if config.protocol == "dino":
@@ -302,14 +307,6 @@ def linear(features: Features) -> dict:
     if config.test_data:
         out["test"] = judge_head(features, train, head, "test_data")["linear"]
     return out
-
-
-def read_head(file: str) -> dict:
-    try:
-        return read_tensors(Path(file))
-    except Exception as error:  # torch names no single kind
-        raise UsageError(f"--head {file}: not a readable file of tensors "
-                         f"({str(error).splitlines()[0]})") from None
 
 
 def judge_head(features: Features, train: Images, state: dict, flag: str = "val_data") -> dict:

@@ -80,6 +80,21 @@ def fetch(url: str) -> Path:
     return path
 
 
+def read_head(what: str | Path, layers: int = 4) -> dict:
+    """A linear classifier from a file; or NAME_lc, the one that came with the backbone NAME (of
+    DINOv2: on the last `layers` blocks, 1 or 4). probes.released_head tells what it reads.
+    """
+    name = str(what).removesuffix("_lc")
+    if name == str(what) or name not in RELEASED:
+        return read_tensors(Path(what).expanduser())
+    ending = "_linearweights.pth"
+    if name.startswith("dinov2"):
+        if layers not in (1, 4):
+            raise ValueError(f"layers = {layers}: the classifiers of {name} read 1 or 4 blocks")
+        ending = f"_linear{'4' * (layers == 4)}_head.pth"
+    return read_tensors(fetch(_BASE + RELEASED[name][0].removesuffix("_pretrain.pth") + ending))
+
+
 # ------------------------------------------------------------------------------------------------
 # Files of tensors
 

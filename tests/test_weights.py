@@ -5,7 +5,7 @@
    safetensors all give the same network; export gives back what was read.
 4. Every released architecture has the published number of parameters and tensors.
 5. A download is in the cache when it is whole; what cannot be fetched says where to put it.
-6. The table in docs/models.md is the code's.
+6. The table in docs/models.md is the code's. Classifiers are found by name and read the right tokens.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import hubconf
+import weights
 from vit import VisionTransformer
 from weights import (RELEASED, architecture, load_backbone, load_strictly, main, read_backbone,
                      read_safetensors, released_table, untrained, write_safetensors)
@@ -257,9 +258,39 @@ def test_released_architectures(name):
 
 def test_hub():
     root = str(Path(__file__).resolve().parent.parent)
-    assert all(callable(getattr(hubconf, name)) for name in [*RELEASED, "dino_deits16"])
+    names = [*RELEASED, "dino_deits16", *(f"{name}_lc" for name in RELEASED)]
+    assert all(callable(getattr(hubconf, name)) for name in names)
     model = torch.hub.load(root, "dino_deits8", source="local", pretrained=False)
     assert model.patch_size == 8 and model.embed_dim == 384
+
+
+HEADS = [("dino_vits16", 4, "dino_deitsmall16_pretrain/dino_deitsmall16_linearweights.pth", 4),
+         ("dinov2_vits14", 1, "dinov2_vits14/dinov2_vits14_linear_head.pth", 2),
+         ("dinov2_vits14_reg", 4, "dinov2_vits14/dinov2_vits14_reg4_linear4_head.pth", 5)]
+
+
+@pytest.mark.parametrize("name, layers, file, columns", HEADS)
+def test_classifiers(name, layers, file, columns, monkeypatch, tmp_path):
+    """Written under the released name, and found there; its logits are those of the tokens."""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(1000, columns * 384), torch.randn(1000)
+    state = {"weight": weight, "bias": bias}
+    if columns == 4:  # as DINO's training wrote it
+        state = {"state_dict": {f"module.linear.{k}": v for k, v in state.items()}}
+    torch.save(state, tmp_path / "head.pth")
+    asked = []
+    monkeypatch.setattr(weights, "fetch", lambda url: asked.append(url) or tmp_path / "head.pth")
+    monkeypatch.setattr(weights, "load_backbone", lambda name: weights.untrained(name).eval())
+    model = getattr(hubconf, f"{name}_lc")(layers=layers)
+    assert len(asked) == 1 and asked[0].endswith("/" + file)
+    images, net = torch.randn(2, 3, 64, 64), model.backbone
+    with torch.no_grad():
+        outs = net.get_intermediate_layers(images, 4 if columns > 2 else 1, return_class_token=True)
+        tokens = [cls for _, cls in outs] + [outs[-1][0].mean(1)] * (columns != 4)
+        expected = torch.cat(tokens, 1) @ weight.T + bias
+        torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+        empty = getattr(hubconf, f"{name}_lc")(pretrained=False, layers=layers)
+        assert empty(images).shape == (2, 1000) and empty.blocks == model.blocks
 
 
 def test_the_table_in_the_docs_is_that_of_the_code():
