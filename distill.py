@@ -17,7 +17,6 @@ Tests    pytest tests/test_distill.py
 """
 
 import copy
-import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -174,7 +173,7 @@ def add_heads(config: Config, backbone: nn.Module, run: Path) -> tuple[Config, N
         raise UsageError(f"--teacher {config.teacher} has no heads.pt and config.json beside it: "
                          "give --train_teacher_heads_epochs to train heads, or match features: "
                          "--dino_weight 0 --ibot_weight 0 --class_feature_weight 1")
-    stored = json.loads((run / "config.json").read_text())
+    stored = recipes.read_config(run / "config.json")
     known_fields = recipes.Config.__dataclass_fields__
     theirs = recipes.Config(**{k: v for k, v in stored.items() if k in known_fields})
     shared = ("n_prototypes", "ibot_n_prototypes", "separate_head")

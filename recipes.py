@@ -11,9 +11,12 @@ Change   a new recipe is one entry in PRESETS; a new setting one field of Config
 Tests    pytest tests/test_recipes.py
 """
 
+import json
 import math
 import os
-from dataclasses import dataclass, replace
+import typing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from runtime import UsageError, require
@@ -144,6 +147,39 @@ CROPS = ("global_crops_size", "local_crops_size", "local_crops_number", "global_
 NEUTRAL = {"output_dir", "given", "resume", "save_every", "log_every", "knn_every", "num_workers",
            "device", "data_root", "download", "compile", "parallel", "keep",
            "activation_checkpointing"}
+
+
+
+def fits(value, kind) -> bool:
+    """Whether a value of JSON is of a field's type."""
+    origin, inside = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return value in inside
+    if origin is tuple:
+        long = inside[-1] is Ellipsis or isinstance(value, list) and len(value) == len(inside)
+        return isinstance(value, list) and long and all(fits(v, inside[0]) for v in value)
+    if inside:  # a union
+        return any(fits(value, each) for each in inside)
+    return type(value) in (int, float) if kind is float else type(value) is kind
+
+
+def read_config(file: Path) -> dict:
+    """config.json of a run, each field of its type; what the run did not know has its default.
+
+    ValueError for anything else: such a file may come from anywhere.
+    """
+    try:
+        stored = json.loads(file.read_text())
+        if type(stored) is not dict or not fits(stored.get("global_batch"), int):
+            raise ValueError("expected an object that knows its global_batch")
+        for name, kind in typing.get_type_hints(Config).items():
+            if name in stored and not fits(stored[name], kind):
+                raise ValueError(f"{name} is {stored[name]!r:.40}")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: not the config.json of a run ({error})") from None
+    stored = {name: tuple(v) if type(v) is list else v for name, v in stored.items()}
+    return asdict(Config()) | stored
+
 
 # ------------------------------------------------------------------------------------------------
 # Other data, other batches: the papers had a million images or more, a thousand of them a step

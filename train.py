@@ -46,7 +46,7 @@ from losses import (CENTERING, all_sum, effective_rank, entropies, koleo_loss, m
 from optim import (OPTIMIZERS, LossScale, clip_gradients, cosine, ema_update, linear,
                    parameter_groups, set_schedule)
 from recipes import (CROPS, DISTILLATION, HEADS, NETWORK, NEUTRAL, PRESETS, SCALED, Config,
-                     auto_scale, check)
+                     auto_scale, check, read_config)
 from resnet import ConvNet
 from runtime import Place, UsageError
 from vit import ARCHS, VisionTransformer, resize_pos_embed
@@ -172,8 +172,7 @@ def inherit(config: Config) -> Config:
                if wrong[0] in HEADS else ""))
     said = {*config.given, *(PRESETS | DISTILLATION).get(config.preset, ())}
     names += [name for name in CROPS if name not in said]
-    found = {name: tuple(known[name]) if isinstance(known[name], list) else known[name]
-             for name in names if name in known}
+    found = {name: known[name] for name in names if name in known}
     config = dataclasses.replace(config, **found, given=(*config.given, *found))
     if not config.convnet:
         for name in ("global_crops_size", "local_crops_size"):
@@ -555,11 +554,10 @@ def adopt(config: Config, folder: Path, place: Place, images: int) -> Config:
             config = auto_scale(config, images, global_batch)
         config.precision = runtime.resolve_precision(config.precision, place.device)
         return config
-    stored = json.loads(stored_file.read_text())
+    stored = read_config(stored_file)
     for name in SCALED if config.auto_scale else ():  # as they were found when the run began
-        if name not in config.given and name not in stored.get("given", ()):
-            value = stored.get(name, getattr(config, name))
-            setattr(config, name, tuple(value) if isinstance(value, list) else value)
+        if name not in config.given and name not in stored["given"]:
+            setattr(config, name, stored[name])
     if config.precision == "auto":
         config.precision = stored["precision"]
     if config.batch_size_per_gpu == stored["batch_size_per_gpu"]:
@@ -568,7 +566,7 @@ def adopt(config: Config, folder: Path, place: Place, images: int) -> Config:
         raise UsageError(f"the run's global batch of {global_batch} does not divide over "
                          f"{place.world_size} processes")
     config.batch_size_per_gpu = global_batch // place.world_size
-    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    now = dataclasses.asdict(config)
     free = NEUTRAL | {"batch_size_per_gpu", "preset"}
     differ = [f"--{k} {now[k]} (the run has {stored.get(k)})" for k in now
               if k not in free and now[k] != stored.get(k)]

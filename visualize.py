@@ -27,6 +27,7 @@ from torchvision.transforms.v2 import functional as TF
 import runtime
 from augment import center_crop, normalise
 from data import read_file
+from recipes import read_config
 from runtime import UsageError, require
 from vit import VisionTransformer
 from weights import load_backbone
@@ -149,7 +150,7 @@ def draw_curves(run: Path) -> Path:
     if not file.exists():
         raise ValueError(f"{run}: no metrics.jsonl in it; is it the directory of a run?")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    config = json.loads((run / "config.json").read_text())
+    config = read_config(run / "config.json")
     steps = [r for r in rows if "loss" in r]
     knn = [r for r in rows if "knn" in r]
     if not steps:

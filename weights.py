@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 import runtime
+from recipes import read_config
 from resnet import NAMES, ConvNet
 from vit import ARCHS, VisionTransformer
 
@@ -299,7 +300,7 @@ def read_backbone(what: str | Path) -> tuple[dict[str, Tensor], dict]:
                          "checkpoint with one")
     config = folder / "config.json"
     ours = file.name == "teacher.pt" and config.exists()
-    return state, json.loads(config.read_text()) if ours else {}
+    return state, read_config(config) if ours else {}
 
 
 def architecture(state: dict[str, Tensor]) -> dict:

@@ -2,14 +2,17 @@
 1. Every preset is a valid configuration: fields exist, values are of their type, crops fit patches.
 2. The papers' presets carry the papers' numbers, to the digit.
 3. --auto_scale gives DINO's own numbers for ImageNet and 1,024 images, and never overrules a flag.
+4. config.json of a run comes back as it was; of a wrong type it is refused by file and field.
 """
 
 import dataclasses
+import json
+from dataclasses import asdict, replace
 
 import pytest
 
 from augment import PHOTOMETRY
-from recipes import NEUTRAL, PRESETS, SCALED, Config, auto_scale, check
+from recipes import NEUTRAL, PRESETS, SCALED, Config, auto_scale, check, read_config
 from runtime import describe
 
 
@@ -100,3 +103,31 @@ def test_auto_scale_gives_a_valid_configuration(images, batch):
     config = auto_scale(Config(epochs=1 + images % 7), images, batch)
     check(config)
     assert 0.9 <= config.momentum_teacher < 1 and 256 <= config.n_prototypes <= 65536
+
+
+@pytest.mark.parametrize("text, words", [
+    ("{", "Expecting"),
+    ("[]", "expected an object"),
+    ("{}", "global_batch"),
+    ('{"global_batch": true}', "global_batch"),
+    ('{"global_batch": 8, "arch": "vgg"}', "arch is 'vgg'"),
+    ('{"global_batch": 8, "patch_size": "__import__(1)"}', "patch_size"),
+    ('{"global_batch": 8, "epochs": 1.5}', "epochs is 1.5"),
+    ('{"global_batch": 8, "compile": 1}', "compile is 1"),
+    ('{"global_batch": 8, "mask_ratio": [0.1]}', "mask_ratio"),
+    ('{"global_batch": 8, "mask_ratio": [0.1, "x"]}', "mask_ratio"),
+    ('{"global_batch": 8, "given": [5]}', "given"),
+])
+def test_a_config_from_anywhere(text, words, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"config.json: not the config.*{words}"):
+        read_config(tmp_path / "config.json")
+
+
+def test_a_config_comes_back(tmp_path):
+    file = tmp_path / "config.json"
+    config = replace(Config(), compile=None, lr=1, mask_ratio=(0.2, 0.4), given=("lr",))
+    file.write_text(json.dumps(asdict(config) | {"global_batch": 64, "teacher": "a"}))
+    assert read_config(file) == asdict(config) | {"global_batch": 64, "teacher": "a"}
+    file.write_text(json.dumps({"global_batch": 8, "epochs": 3}))  # older: it knew less
+    assert read_config(file) == asdict(replace(Config(), epochs=3)) | {"global_batch": 8}
