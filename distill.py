@@ -34,6 +34,7 @@ from recipes import DISTILLATION
 from resnet import ConvNet
 from runtime import Place, UsageError
 from train import Network
+from vit import ARCHS
 from weights import load_backbone, load_strictly, read_tensors
 
 
@@ -155,12 +156,13 @@ def train_heads(config: Config, backbone: nn.Module) -> Path:
         raise UsageError(f"--train_teacher_heads_epochs: --teacher {config.teacher} is a convnet; "
                          "expected a Vision Transformer, or a run with its heads")
     folder = Path(config.output_dir or f"runs/{config.preset}") / "teacher_heads"
-    epochs = config.train_teacher_heads_epochs
+    epochs, sizes = config.train_teacher_heads_epochs, (backbone.embed_dim, backbone.depth)
+    known = {(arch["embed_dim"], arch["depth"]): name for name, arch in ARCHS.items()}
     heads = replace(
         config, output_dir=str(folder), epochs=epochs, knn_every=0, patch_size=backbone.patch_size,
         warmup_epochs=min(config.warmup_epochs, epochs - 1), init="", freeze_backbone_epochs=0,
         pos_embed_resize=backbone.pos_embed_resize,
-        arch=f"vit_{backbone.embed_dim}x{backbone.depth}")  # for the record: it is not built
+        arch=known.get(sizes, config.arch))  # for the record: it is not built
     with_heads = partial(Student, backbone=copy.deepcopy(backbone))
     train.run(heads, partial(train.build, network=with_heads))
     runtime.start(config.device).barrier()  # the main process has written them

@@ -177,12 +177,13 @@ def test_stages_add_up():
     config = config_of([*TINY, *EVERYTHING])
     version = bench.Step(networks_of(config), bench.made_up_batch(config, PLACE), config, PLACE)
     version(), version()
+    begun = time.perf_counter()
     stages = version.breakdown(4)
+    whole = (time.perf_counter() - begun) / 4
     assert all(stages[name] > 0 for name in stages)
     assert {"teacher", "student forward", "heads", "loss", "backward", "optimiser",
             "EMA"} <= set(stages)
-    alone = sorted(version() for _ in range(5))
-    assert 0.3 * alone[0] < sum(stages.values()) < 3 * alone[-1]  # other work on the machine
+    assert 0.5 * whole < sum(stages.values()) <= whole
     assert "forward" not in vars(version.student) and "step" not in vars(version.optimizer)
 
 
