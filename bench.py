@@ -321,7 +321,7 @@ def step(config: Config, place: Place) -> dict:
         }
         if name in ("ours", "plain"):
             rows[name]["breakdown"] = versions[name].breakdown()
-    print(f"{'':20s}  seconds  images/s  peak GB   of the ceiling   this code is faster by")
+    print(f"{'':20s}  seconds  images/s  peak GB   of the ceiling   times our seconds")
     for name, r in rows.items():
         print(f"{name:20s} {r['step_seconds']:8.3f} {r['images_per_second']:9.1f} "
               f"{r['peak_memory_gb']:8.2f} {r['share_of_ceiling']:8.1%} "

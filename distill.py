@@ -109,7 +109,7 @@ def build(config: Config, place: Place, frozen: Network) -> tuple[nn.Module, nn.
     frozen.to(place.device)
     train.compile_blocks([frozen], config, place)
     count = sum(p.numel() for p in frozen.parameters())
-    place.print(f"teacher {config.teacher}: {count:,d} parameters, frozen, {count / 2**28:.2f} GB")
+    place.print(f"teacher {config.teacher}: {count:,d} parameters, frozen, {count / 2**18:.0f} MB")
     if config.parallel == "fsdp":
         train.shard(frozen, config, place)
     return student, Teacher(average, frozen)

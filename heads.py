@@ -89,7 +89,8 @@ if __name__ == "__main__":
         print(f"{name:22s} {shape}")
     print(f"{sum(p.numel() for p in head.parameters()):,d} parameters, of which frozen: weight_g")
     with torch.no_grad():
-        small, large = head(torch.randn(4, 384)), head(100 * torch.randn(4, 384))
+        x = torch.randn(4, 384)
+        small, large = head(x), head(100 * x)
     print(f"\nlogits {tuple(small.shape)} are cosines: largest {small.abs().max():.3f}, "
           f"and {large.abs().max():.3f} for features 100 times as long")
     print(f"their spread is 1/sqrt(d): {small.std():.4f} against {256**-0.5:.4f}")

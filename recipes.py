@@ -349,7 +349,7 @@ DINOV2_LONG = dict(
 )
 
 PRESETS = {
-    # The default. Two cores of a laptop's kind, 5.5 minutes: k-NN 58.0 to 75.5, mean 69.3.
+    # The default. Two cores of a laptop's kind, 5.5 minutes: k-NN 58.0 to 75.3, mean 68.7.
     "shapes": SHAPES,
     "shapes_dino": SHAPES,
     "shapes_ibot": SHAPES | SMALL_IBOT,
