@@ -58,7 +58,8 @@ def usage():
 
 
 def command(main):
-    """Decorator of a program's main(argv): a UsageError becomes one line on stderr and exit 2."""
+    """Decorator of a program's main(argv): a UsageError becomes one line on stderr and exit 2,
+    control-C, where nobody waits for it, one line and exit 130."""
 
     @functools.wraps(main)
     def wrapped(argv=None):
@@ -67,6 +68,9 @@ def command(main):
         except UsageError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
         finally:
             if dist.is_available() and dist.is_initialized():
                 dist.destroy_process_group()

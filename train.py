@@ -654,8 +654,11 @@ def run(config: Config, build=build, update=ema_update) -> dict:
         total = config.epochs * epoch_steps
         found = runtime.find_checkpoint(folder / "checkpoint", place) if config.resume else None
         if found and found[1]["step"] >= total and (folder / "summary.json").exists():
-            place.print(f"{folder} is finished; --no_resume would start it anew")
-            return json.loads((folder / "summary.json").read_text())
+            summary = json.loads((folder / "summary.json").read_text())
+            knn = summary["knn"]
+            known = "" if knn is None else f", {summary['knn_protocol']} {knn:.1%}"
+            place.print(f"{folder} is finished{known}; --no_resume would start it anew")
+            return summary
         student, teacher = build(config, place)
         makers = target_makers(config).to(place.device)
     expected = expected_memory(student, config, place)

@@ -87,6 +87,14 @@ def test_exit_code(capsys):
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: --size 3: too small\n"
 
+    @runtime.command
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        interrupted([])
+    assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
 
 HERE = runtime.Place(torch.device("cpu"))
 
