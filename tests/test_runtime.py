@@ -3,9 +3,10 @@
 2. Every misuse is one line that names the flag, and exit code 2.
 3. A checkpoint is whole or not there: a damaged or half-written one is passed over.
 4. A checkpoint that holds code is refused.
-5. The clock does not count pauses.
+5. The clock does not count pauses; freed memory is kept.
 """
 
+import ctypes
 import json
 import pickle
 import shutil
@@ -204,3 +205,15 @@ def test_clock_does_not_count_pauses():
             time.sleep(0.2)
         clock.tick()
     assert clock.counted == 3 and clock.step_seconds < 0.1
+
+
+def test_freed_memory_is_kept():
+    resource = pytest.importorskip("resource")
+    if not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("another C library than glibc")
+    runtime.start("cpu")
+    faults = [resource.getrusage(resource.RUSAGE_SELF).ru_minflt]
+    for _ in range(4):
+        torch.ones(10_000_000)  # 40 MB, some 10,000 pages
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    assert faults[-1] - faults[1] < 1000, faults
