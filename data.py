@@ -23,7 +23,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -131,13 +131,18 @@ class _Drawn:
         return self.kept[i]
 
 
+@cache
+def _drawn(split: str, count: int | None) -> _Drawn:
+    return _Drawn(Shapes(split, count))
+
+
 def open_shapes(argument: str, split: str, root: str, download: bool) -> Images:
     """shapes, or shapes:N for N images: the world of shapes.py."""
     if argument and not argument.isdigit():
         raise ValueError(f"shapes:{argument}: expected a number of images, or nothing")
-    world = Shapes(split, int(argument or 0) or None)
-    names = [f"{split}-{i:06d}" for i in range(len(world))]
-    return Images("shapes", _Drawn(world), names, world.labels, world.classes)
+    drawn = _drawn(split, int(argument or 0) or None)
+    names = [f"{split}-{i:06d}" for i in range(len(drawn.world))]
+    return Images("shapes", drawn, names, drawn.world.labels, drawn.world.classes)
 
 
 def _read_torchvision(dataset, i: int) -> Tensor:

@@ -54,7 +54,7 @@ def extract(model: nn.Module, images: Images, size: int, place: Place, batch_siz
     mine = spread(range(len(images)), place)
     loader = torch.utils.data.DataLoader(
         torch.utils.data.Subset(Prepared(images, prepare or partial(center_crop, size=size)), mine),
-        batch_size, num_workers=num_workers)
+        batch_size, num_workers=min(num_workers, (len(mine) - 1) // batch_size))
     training, out, done = model.training, torch.empty(0), 0
     model.eval()
     for batch in loader:

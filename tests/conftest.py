@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import socket
 from unittest.mock import patch
@@ -58,17 +59,27 @@ def killed_in_step(n):
         yield
 
 
-# The closing figures take most of a tiny run's time, and few tests are about them.
-FIGURES = {name: getattr(visualize, name) for name in ("draw_curves", "draw_attention_page")}
-for name in FIGURES:
-    setattr(visualize, name, lambda *args: None)
+# What most of a tiny run's time would go into, and few tests are about: the figures at its end and
+# the memory that it expects.
+WHOLE = [(visualize, "draw_curves"), (visualize, "draw_attention_page"), (train, "expected_memory")]
+WHOLE = [(module, name, getattr(module, name)) for module, name in WHOLE]
+for module, name, _ in WHOLE:
+    setattr(module, name, lambda *args: {})
 
 
 @pytest.fixture(autouse=True)
-def figures(request, monkeypatch):
-    if request.node.get_closest_marker("figures"):
-        for name, draw in FIGURES.items():
-            monkeypatch.setattr(visualize, name, draw)
+def whole_runs(request, monkeypatch):
+    if request.node.get_closest_marker("whole_run"):
+        for module, name, function in WHOLE:
+            monkeypatch.setattr(module, name, function)
+
+
+PROCESSES = multiprocessing.get_context("forkserver")  # imports torch once, for all of them
+PROCESSES.set_forkserver_preload(["distill", "evaluate"])
+
+
+def pytest_sessionstart():
+    multiprocessing.forkserver.ensure_running()  # and does so while other tests run
 
 
 def as_rank(rank, world, port, function, args):
@@ -84,9 +95,7 @@ def start(function, *args, world=2):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")  # imports torch once, for all of them
-    context.set_forkserver_preload(["distill", "evaluate"])
-    processes = [context.Process(target=as_rank, args=(rank, world, port, function, args))
+    processes = [PROCESSES.Process(target=as_rank, args=(rank, world, port, function, args))
                  for rank in range(world)]
     for p in processes:
         p.start()

@@ -141,6 +141,7 @@ def test_operations_are_those_of_the_layers(ffn):
     assert bench.count_work(config, M, drop=False)["student"] == 2 * (blocks + dropped + embed)
 
 
+@pytest.mark.whole_run
 def test_memory_is_what_autograd_keeps():
     config = config_of([*TINY, *EVERYTHING])
     networks = networks_of(config)
@@ -246,6 +247,7 @@ def test_attention_kernels(tmp_path, capsys):
     assert min(found.values()) > 0 and "cudnn_attention" in capsys.readouterr().out
 
 
+@pytest.mark.whole_run
 def test_plan_adds_up_and_meets_a_published_run(tmp_path, capsys):
     out = tmp_path / "out.json"
     bench.main(["plan", "dinov2_vitl16_in1k", "--gpus", "32", "--kind", "a100",
@@ -260,6 +262,7 @@ def test_plan_adds_up_and_meets_a_published_run(tmp_path, capsys):
     assert "an estimate" in capsys.readouterr().out
 
 
+@pytest.mark.whole_run
 def test_plan_splits_states_with_fsdp():
     config = config_of([*TINY, "--precision", "bf16"])
     student, eight = bench.meta_student(config), replace(PLACE, world_size=8)

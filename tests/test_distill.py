@@ -243,8 +243,9 @@ def process(rank, teacher, folder):
 
 
 def test_two_processes_are_one(teacher, tmp_path):
-    finish(start(process, teacher, str(tmp_path)))
+    processes = start(process, teacher, str(tmp_path))
     loss, *states = one_step(config_of(teacher), Place(torch.device("cpu")))
+    finish(processes)
     for out in (torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in (0, 1)):
         for parallel in ("ddp", "fsdp"):
             torch.testing.assert_close(out[parallel][0], loss, rtol=1e-5, atol=1e-6)
@@ -259,6 +260,7 @@ def test_two_processes_are_one(teacher, tmp_path):
 # -- backbones alone
 
 
+@pytest.mark.whole_run
 def test_heads_first(teacher, tmp_path, capsys):
     backbone = tmp_path / "backbone.pth"
     torch.save(torch.load(teacher / "teacher.pt", weights_only=True), backbone)
@@ -280,6 +282,7 @@ def test_heads_first(teacher, tmp_path, capsys):
     assert capsys.readouterr().out.count("is finished") == 2
 
 
+@pytest.mark.whole_run
 @pytest.mark.parametrize("distance", ["cosine", "mse"])
 def test_features_alone(distance, teacher, tmp_path):
     backbone = tmp_path / "backbone.pth"

@@ -264,10 +264,10 @@ def part(rank, folder, steps, world):
 
 def test_one_goes_on_as_two_and_they_as_three(tmp_path):
     """DDP, then FSDP: the same images, crops and colours follow, and the same losses."""
-    worlds = ((8, 1),), ((3, 1), (2, 2), (3, 3))
-    for name, parts in zip(("whole", "split"), worlds):
-        for steps, world in parts:
-            finish(start(part, str(tmp_path / name), steps, world, world=world))
+    alone = start(part, str(tmp_path / "whole"), 8, 1, world=1)
+    for steps, world in ((3, 1), (2, 2), (3, 3)):
+        finish(start(part, str(tmp_path / "split"), steps, world, world=world))
+    finish(alone)
     runs = [tmp_path / name for name in ("whole", "split")]
     whole, split = (sorted(look for file in run.glob("seen-*") for look in torch.load(file))
                     for run in runs)

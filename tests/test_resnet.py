@@ -53,6 +53,7 @@ def test_unknown_convnet():
     assert set(NAMES) <= set(Config.__annotations__["arch"].__args__)
 
 
+@pytest.mark.whole_run
 def test_a_convnet_trains_and_resumes(tiny, tmp_path, photos, capsys):
     flags = [*tiny, "--arch", "mobilenet_v3_small", "--optimizer", "lars"]
     flags += "--data shapes:32 --save_every 4".split()

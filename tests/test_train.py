@@ -13,11 +13,11 @@
 """
 
 import contextlib
+import functools
 import inspect
 import json
 import math
 import os
-import shutil
 import signal
 
 import pytest
@@ -212,7 +212,7 @@ def test_asked_to_stop_it_saves_and_goes(number, whole, tiny, tmp_path, monkeypa
     assert same([weights(whole), weights(tmp_path / "asked/run")])
 
 
-@pytest.mark.figures
+@pytest.mark.whole_run
 def test_a_run_and_its_directory(tiny, tmp_path, capsys):
     config = config_of(tiny, tmp_path)
     summary = train.run(config)
@@ -278,7 +278,7 @@ def test_auto_scale_does_not_keep_a_flag_that_was_dropped(tiny, tmp_path):
         train.run(other)
 
 
-@pytest.mark.figures
+@pytest.mark.whole_run
 def test_killed_between_the_last_save_and_the_end(tiny, tmp_path, monkeypatch):
     config = config_of(tiny, tmp_path, "--epochs", "1")
     with monkeypatch.context() as patch:
@@ -353,7 +353,7 @@ def test_a_step_that_is_not_finite(tiny, tmp_path, monkeypatch):
 
     def breaks(*args):
         calls.append(1)
-        return loss(*args) * (float("nan") if len(calls) == 1 + 11 else 1.0)  # one is imagined
+        return loss(*args) * (float("nan") if len(calls) == 11 else 1.0)
 
     monkeypatch.setattr(train, "view_pair_loss", breaks)
     with pytest.raises(UsageError, match="step 10: the loss .dino. is not finite.*train-0"):
@@ -397,6 +397,7 @@ def test_activation_checkpointing_changes_no_weight(tiny, tmp_path):
     assert same([weights(tmp_path / name / "run") for name in ("kept", "again")])
 
 
+@pytest.mark.whole_run
 def test_expected_memory(tiny, tmp_path):
     place, found = train.runtime.start("cpu"), {}
     for name, more in {"1": (), "2": ("--batch_size_per_gpu", "16"),
@@ -414,9 +415,13 @@ def test_expected_memory(tiny, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs a C++ compiler")
-def test_compiled_is_the_same(tiny, tmp_path, monkeypatch):
-    """Stochastic depth as a ramp, masks, registers: the plan changes, the graphs do not."""
+@pytest.mark.parametrize("backend", ["aot_eager", *os.environ.get("BACKENDS", "").split()])
+def test_compiled_is_the_same(tiny, tmp_path, monkeypatch, backend):
+    """Stochastic depth as a ramp, masks, registers: the plan changes, the graphs do not.
+
+    The same graphs as kernels, where there is a C++ compiler and half a minute for it:
+    BACKENDS=inductor pytest tests/test_train.py -k compiled
+    """
     flags = [*tiny, "--ibot_weight", "1", "--num_register_tokens", "1"]
     plain = train.run(config_of(flags, tmp_path, "--output_dir", str(tmp_path / "plain")))
     step, graphs = train.train_step, []
@@ -426,6 +431,8 @@ def test_compiled_is_the_same(tiny, tmp_path, monkeypatch):
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         return out
 
+    compile = functools.partialmethod(torch.nn.Module.compile, backend=backend)
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(train, "train_step", counted)

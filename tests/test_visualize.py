@@ -11,7 +11,7 @@ import visualize
 from data import read_file
 from vit import VisionTransformer
 
-pytestmark = pytest.mark.figures
+pytestmark = pytest.mark.whole_run
 
 
 def test_top_mass_is_the_smallest_set():
