@@ -25,6 +25,7 @@ draws are a function of (seed, epoch, image): workers, batches and processes do 
 
 import itertools
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +33,27 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as everywhere in the papers
+
+class Pixels(NamedTuple):
+    """What a network takes for a pixel: mean and spread of each channel, black 0, white 1."""
+
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of ImageNet, as everywhere in the papers
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
+
+
+RGB = Pixels()
+
+
+def pixels_of(channels: int, mean: tuple[float, ...] = (), std: tuple[float, ...] = ()) -> Pixels:
+    """With what is known of them; else ImageNet's, or its average where there are not three."""
+    usual = RGB if channels == 3 else Pixels((0.449,) * channels, (0.226,) * channels)
+    return Pixels(mean or usual.mean, std or usual.std)
+
+
 GRAY = (0.2989, 0.587, 0.114)  # luma weights of torchvision
 
 # Chances for (first global, second global, local) crops, and the strengths of the colour jitter.
@@ -103,8 +124,9 @@ def draw_photometry(kind: str, view: int, rng: np.random.Generator) -> np.ndarra
 class MultiCrop:
     """One image -> global crops, local crops and the colours they will get. DINO sec. 3.1.
 
-    Called with a uint8 image (3, H, W) and a generator; returns a dictionary with global_crops
-    (G, 3, s, s), local_crops (L, 3, t, t), both uint8, and photometry (G + L, 8) float32.
+    Called with an image (C, H, W) and a generator; returns a dictionary with global_crops
+    (G, C, s, s), local_crops (L, C, t, t), both of the image's type, and photometry (G + L, 8)
+    float32.
     """
 
     def __init__(
@@ -133,7 +155,7 @@ class MultiCrop:
         crops = [self.crop(image, size, scale, rng) for size, scale, _ in self.views]
         colours = [draw_photometry(self.photometry, view, rng) for _, _, view in self.views]
         G, t = self.global_crops_number, self.local_crops_size
-        none = torch.empty(0, len(image), t, t, dtype=torch.uint8)
+        none = torch.empty(0, len(image), t, t, dtype=image.dtype)
         return {
             "global_crops": torch.stack(crops[:G]),
             "local_crops": torch.stack(crops[G:]) if crops[G:] else none,
@@ -273,7 +295,9 @@ def collate(samples: list[dict], masking: Masking | None = None) -> dict:
 
 
 def luma(images: Tensor) -> Tensor:
-    """(n, 3, h, w) -> grey (n, 1, h, w)."""
+    """(n, 3, h, w) -> grey (n, 1, h, w); of other channels than colours, their mean."""
+    if images.shape[1] != 3:
+        return images.mean(1, keepdim=True)
     weights = images.new_tensor(GRAY)[None, None]  # (1, 1, 3)
     return (weights @ images.flatten(2)).view(len(images), 1, *images.shape[-2:])  # (n, 1, h, w)
 
@@ -318,7 +342,7 @@ def jitter(images: Tensor, params: Tensor) -> Tensor:
     factors = torch.cat([params[:, 1:4], nothing], 1).gather(1, slots)  # (n, 6)
     on_device = torch.stack([factors, slots == 1, slots == 2]).to(images.device)  # (3, n, 6)
     for i in range(6):
-        if i == 3:
+        if i == 3 and images.shape[1] == 3:
             rotate_hue(images, params[:, 4].to(images.device)[:, None, None])
         if (slots[:, i] == HUE).all():
             continue
@@ -354,13 +378,18 @@ def solarize(images: Tensor, params: Tensor) -> Tensor:
     return images + (1 - 2 * images) * (images >= SOLARIZE_THRESHOLD)
 
 
-def photometry(crops: Tensor, params: Tensor, mean=MEAN, std=STD) -> Tensor:
-    """uint8 crops (n, 3, h, w) on any device, their params (n, 8) on the CPU -> normalised floats.
+def photometry(crops: Tensor, params: Tensor, pixels: Pixels = RGB) -> Tensor:
+    """Crops (n, C, h, w) on any device, their params (n, 8) on the CPU -> normalised floats.
 
     Equal, image by image, to torchvision's functionals in the order that was drawn. Which images
     need what is read from the parameters on the CPU, so that the device is never waited for.
+    Crops are uint8, or floats from 0 to 1. Unless they have three channels these are no colours:
+    brightness, contrast, blur and solarize are left.
     """
-    mean, std = (torch.tensor(v, device=crops.device).view(1, 3, 1, 1) for v in (mean, std))
+    mean, std = (torch.tensor(v, device=crops.device).view(1, -1, 1, 1) for v in pixels)
+    if pixels.channels != 3:
+        params = params * params.new_tensor([1, 1, 1, 0, 0, 0, 1, 1])  # saturation, hue, gray
+        params[:, 3] = 1  # times the saturation that it has
     # Images with equally many blends before hue go together, so that `jitter` has no empty places.
     before = (SLOTS[params[:, 0].long(), :3] != HUE).sum(1)
     order = torch.where(params[:, 0] < 0, 4, before).argsort(stable=True)  # 4: no jitter
@@ -369,7 +398,9 @@ def photometry(crops: Tensor, params: Tensor, mean=MEAN, std=STD) -> Tensor:
     out = torch.empty(crops.shape, device=crops.device)
     for rows in order.split(step):
         p, rows = params[rows], rows.to(crops.device)
-        y = crops.index_select(0, rows).to(torch.float32).div_(255)
+        y = crops.index_select(0, rows).to(torch.float32)
+        if crops.dtype == torch.uint8:
+            y = y.div_(255)
         wanted = {jitter: p[:, 0] >= 0, grayscale: p[:, 5] > 0, blur: p[:, 6] > 0,
                   solarize: p[:, 7] > 0}
         for op, some in wanted.items():
@@ -383,9 +414,9 @@ def photometry(crops: Tensor, params: Tensor, mean=MEAN, std=STD) -> Tensor:
     return out
 
 
-def normalise(images: Tensor) -> Tensor:
-    """uint8 (n, 3, h, w) -> floats with ImageNet's mean and spread; what evaluations feed."""
-    return photometry(images, torch.tensor([[-1.0] + [0.0] * 7]).expand(len(images), -1))
+def normalise(images: Tensor, pixels: Pixels = RGB) -> Tensor:
+    """(n, C, h, w), uint8 or 0 to 1 -> floats of mean 0 and spread 1; what evaluations feed."""
+    return photometry(images, torch.tensor([[-1.0] + [0.0] * 7]).expand(len(images), -1), pixels)
 
 
 if __name__ == "__main__":
@@ -407,7 +438,7 @@ if __name__ == "__main__":
     names = ["image", "global 1", "global 2"] + [f"local {i + 1}" for i in range(8)]
     fig, axes = plt.subplots(1, 11, figsize=(16, 1.9))
     for axis, name, view in zip(axes, names, [normalise(image[None])[0], *views]):
-        view = view * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+        view = view * torch.tensor(RGB.std)[:, None, None] + torch.tensor(RGB.mean)[:, None, None]
         axis.imshow(view.permute(1, 2, 0).clamp(0, 1).numpy())
         axis.set_title(f"{name}\n{view.shape[1]} px", fontsize=8)
         axis.axis("off")

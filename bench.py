@@ -42,7 +42,7 @@ import recipes
 import runtime
 import train
 import vit
-from data import Images, cached, open_images
+from data import Images, cached, in_channels, open_images
 from features import extract, knn_vote, top_neighbours
 from plain import IDEAS, DefaultAdamW, without
 from runtime import Place, UsageError, require
@@ -68,16 +68,17 @@ class Config(recipes.Config):
 # One step, timed
 
 
-def noise(count: int) -> Images:
+def noise(count: int, channels: int = 3) -> Images:
     """Images of no content and of ImageNet's usual size."""
-    image = torch.randint(256, (3, 375, 500), dtype=torch.uint8)
+    image = in_channels(torch.randint(256, (channels, 375, 500), dtype=torch.uint8), channels)
     return Images("noise", ([image] * count).__getitem__, [f"noise-{i}" for i in range(count)])
 
 
 def made_up_batch(config: Config, place: Place) -> dict:
     """A batch as the loader makes it, of noise; its crops are on the device already."""
     alone = replace(config, num_workers=0)
-    loader = train.batches_from(0, 1, noise(config.batch_size_per_gpu), alone, Place(place.device))
+    loader = train.batches_from(0, 1, noise(config.batch_size_per_gpu, config.in_chans),
+                                  alone, Place(place.device))
     batch = next(iter(loader))
     return batch | {k: batch[k].to(place.device) for k in ("global_crops", "local_crops")}
 
@@ -350,7 +351,7 @@ def print_stages(columns: dict[str, dict]):
 
 def from_files(version: Step, config: Config, place: Place) -> dict:
     """The same step fed by the loader, and the share of time that it waits for it."""
-    images = open_images(config.data, config.data_root, config.download)
+    images = open_images(config.data, config.data_root, config.download, "--data", config.pixels)
     images = cached(images, config.cache, config.cache_side, config.num_workers)
     total = config.steps + 5
     clock = runtime.Clock(0, total)
@@ -370,7 +371,7 @@ def data(config: Config, place: Place) -> dict:
 
     In the seconds of one thread of this process, so that others on the machine do not count.
     """
-    images = open_images(config.data, config.data_root, config.download)
+    images = open_images(config.data, config.data_root, config.download, "--data", config.pixels)
     images = cached(images, config.cache, config.cache_side, config.num_workers)
     size = min(config.batch_size_per_gpu, len(images))
     loader = train.batches_from(0, 1, images.subset(range(size)), replace(
@@ -389,7 +390,7 @@ def data(config: Config, place: Place) -> dict:
             marks.append(time.process_time())
             crops = collate(samples)
             marks.append(time.process_time())
-            train.to_device(crops, torch.device("cpu"))
+            train.to_device(crops, config.pixels, torch.device("cpu"))
             marks.append(time.process_time())
             for stage, a, b in zip(("decode", "geometry", "collate", "photometry"), marks,
                                    marks[1:]):

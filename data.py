@@ -2,7 +2,7 @@
 
     "shapes" | "folder:PATH" | "shards:PATTERN" | a torchvision class   (--cache: decoded once)
                                    |
-                  Images: read(i) -> (3, H, W), labels, names
+                  Images: read(i) -> (C, H, W), labels, names
                                    |
     Sampler: (epoch, step, index) from the seed --> Views: read, crop, draw colours --> DataLoader
 
@@ -15,6 +15,7 @@ Change   a new data set is one function and one line in DATASETS
 Tests    pytest tests/test_data.py
 """
 
+import contextlib
 import inspect
 import io
 import os
@@ -34,9 +35,10 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import store
-from augment import Masking, MultiCrop, collate
+from augment import RGB, Masking, MultiCrop, Pixels, collate, luma
 from shapes import Shapes
 
+ARRAYS = (".npy",)  # (H, W), (C, H, W) or (H, W, C); integers, or floats from 0 to 1
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 
 
@@ -45,12 +47,13 @@ class Images:
     """A set of images. `labels` is None where there are none; `names` tell the images apart."""
 
     name: str
-    read: Callable[[int], Tensor]  # index -> (3, H, W) uint8; raises for an image it cannot decode
+    read: Callable[[int], Tensor]  # index -> (C, H, W), see in_channels; raises if it cannot
     names: list[str]
     labels: list[int] | None = None
     classes: list[str] | None = None
     # Where reading in any order is slow: generator -> an order to read in. Else any permutation.
     order: Callable[[np.random.Generator], np.ndarray] | None = None
+    pixels: Pixels = RGB  # what a network will be fed them as
 
     def __len__(self) -> int:
         return len(self.names)
@@ -78,40 +81,84 @@ def _order_of_some(order, indices, rng):
 
 
 # ------------------------------------------------------------------------------------------------
-# Data sets by name: argument, split, root, download -> Images
+# Files of any kind
 
 
-def read_file(file: Path | io.BytesIO) -> Tensor:
-    """Any image file -> (3, H, W) uint8 RGB, turned upright as its EXIF says."""
-    with Image.open(file) as image:
-        return pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+def in_channels(image: Tensor, channels: int) -> Tensor:
+    """(c, H, W), uint8 or floats from 0 to 1 -> (channels, H, W): uint8 if they are three, as
+    photographs come; else floats, which keep what a camera of 16 bits saw.
+    """
+    if len(image) == 1 and channels == 3:
+        image = image.expand(3, -1, -1)
+    if len(image) == 3 and channels == 1:
+        image = luma((image / 255 if image.dtype == torch.uint8 else image)[None])[0]
+    if len(image) != channels:
+        raise ValueError(f"{len(image)} channels, expected --in_chans {channels}")
+    if channels == 3:
+        return image if image.dtype == torch.uint8 else (image * 255).round().byte()
+    return image / 255 if image.dtype == torch.uint8 else image
 
 
-def _read_path(root: Path, names: list[str], i: int) -> Tensor:
-    return read_file(root / names[i])
+def from_array(array: np.ndarray, channels: int) -> Tensor:
+    """(H, W), (C, H, W) or (H, W, C) of integers, or of floats from 0 to 1 -> as in_channels."""
+    first, last = array.shape[0], array.shape[-1]
+    if array.ndim == 3 and first != channels and (last == channels or last < first):
+        array = array.transpose(2, 0, 1)
+    if array.ndim not in (2, 3) or not np.issubdtype(array.dtype, np.number):
+        raise ValueError(f"an array {array.shape} of {array.dtype}, expected an image")
+    if np.issubdtype(array.dtype, np.integer):
+        array = array / np.float32(np.iinfo(array.dtype).max)
+    image = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    if not (image.min() >= 0 and image.max() <= 1):
+        raise ValueError(f"values from {image.min():g} to {image.max():g}, expected 0 to 1, or "
+                         "integers of 8 or 16 bits")
+    return in_channels(image if image.ndim == 3 else image[None], channels)
 
 
-def open_folder(argument: str, split: str, root: str, download: bool) -> Images:
+def read_file(file: Path | io.BytesIO, channels: int = 3) -> Tensor:
+    """Any image file, or a .npy -> (channels, H, W), turned upright as its EXIF says."""
+    with (open(file, "rb") if isinstance(file, Path) else file) as stream:
+        if stream.read(6) == b"\x93NUMPY":
+            stream.seek(0)
+            return from_array(np.load(stream, allow_pickle=False), channels)
+        with Image.open(stream) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits, in a type that may have more
+                return from_array(np.asarray(image).astype(np.uint16), channels)
+            if image.mode == "F" or (channels not in (1, 3) and len(image.getbands()) == channels):
+                return from_array(np.asarray(image), channels)
+            return in_channels(pil_to_tensor(image.convert("RGB")), channels)
+
+
+def _read_path(root: Path, names: list[str], channels: int, i: int) -> Tensor:
+    return read_file(root / names[i], channels)
+
+
+# ------------------------------------------------------------------------------------------------
+# Data sets by name: argument, split, root, download, channels -> Images
+
+
+def open_folder(argument: str, split: str, root: str, download: bool, channels: int) -> Images:
     """folder:PATH. Where all images lie in folders, the first one is the label; else no labels."""
     path = Path(argument).expanduser()
     if not argument or not path.is_dir():
         raise ValueError(f"folder:{argument}: there is no such folder")
-    names = sorted(
-        os.path.relpath(os.path.join(where, file), path)
-        for where, _, files in os.walk(path, followlinks=True)
-        for file in files
-        if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
-    )
+    files = sorted(os.path.relpath(os.path.join(where, file), path)
+                   for where, _, files in os.walk(path, followlinks=True)
+                   for file in files if not file.startswith("."))
+    names = [name for name in files if name.lower().endswith(EXTENSIONS)]
+    names = names or [name for name in files if name.lower().endswith(ARRAYS)]
     if not names:
-        raise ValueError(f"folder:{argument}: found 0 images under it; "
-                         f"expected {', '.join(EXTENSIONS)} files, or folders of them")
+        raise ValueError(f"folder:{argument}: found 0 images under it; expected "
+                         f"{', '.join(EXTENSIONS + ARRAYS)} files, or folders of them")
+    read = partial(_read_path, path, names, channels)
     tops = [Path(name).parts[0] for name in names]
     classes = sorted(set(tops))
     if any(top == name for top, name in zip(tops, names)) or len(classes) < 2:
-        return Images("folder", partial(_read_path, path, names), names)
+        return Images("folder", read, names)
     number = {name: i for i, name in enumerate(classes)}
     labels = [number[top] for top in tops]
-    return Images("folder", partial(_read_path, path, names), names, labels, classes)
+    return Images("folder", read, names, labels, classes)
 
 
 class _Drawn:
@@ -136,20 +183,26 @@ def _drawn(split: str, count: int | None) -> _Drawn:
     return _Drawn(Shapes(split, count))
 
 
-def open_shapes(argument: str, split: str, root: str, download: bool) -> Images:
+def _converted(read, channels: int, i: int) -> Tensor:
+    return in_channels(read(i), channels)
+
+
+def open_shapes(argument: str, split: str, root: str, download: bool, channels: int) -> Images:
     """shapes, or shapes:N for N images: the world of shapes.py."""
     if argument and not argument.isdigit():
         raise ValueError(f"shapes:{argument}: expected a number of images, or nothing")
     drawn = _drawn(split, int(argument or 0) or None)
     names = [f"{split}-{i:06d}" for i in range(len(drawn.world))]
-    return Images("shapes", drawn, names, drawn.world.labels, drawn.world.classes)
+    return Images("shapes", partial(_converted, drawn, channels), names, drawn.world.labels,
+                  drawn.world.classes)
 
 
-def _read_torchvision(dataset, i: int) -> Tensor:
-    return pil_to_tensor(dataset[i][0].convert("RGB"))
+def _read_torchvision(dataset, channels: int, i: int) -> Tensor:
+    return in_channels(pil_to_tensor(dataset[i][0].convert("RGB")), channels)
 
 
-def open_torchvision(argument: str, split: str, root: str, download: bool) -> Images:
+def open_torchvision(argument: str, split: str, root: str, download: bool,
+                     channels: int) -> Images:
     """Any classification set of torchvision, by its class name: CIFAR10, Flowers102, ..."""
     cls = getattr(torchvision.datasets, argument)
     takes = inspect.signature(cls).parameters
@@ -173,40 +226,44 @@ def open_torchvision(argument: str, split: str, root: str, download: bool) -> Im
     if labels is None:
         labels = [int(dataset[i][1]) for i in range(len(dataset))]
     names = [f"{argument}-{split}-{i:07d}" for i in range(len(dataset))]
-    return Images(argument, partial(_read_torchvision, dataset), names, labels,
+    return Images(argument, partial(_read_torchvision, dataset, channels), names, labels,
                   getattr(dataset, "classes", None))
 
 
-def _read_shards(shards: store.Shards, i: int) -> Tensor:
-    return read_file(io.BytesIO(shards.bytes(i)))
+def _read_shards(shards: store.Shards, channels: int, i: int) -> Tensor:
+    return read_file(io.BytesIO(shards.bytes(i)), channels)
 
 
-def open_shards(argument: str, split: str, root: str, download: bool) -> Images:
+def open_shards(argument: str, split: str, root: str, download: bool, channels: int) -> Images:
     """shards:PATTERN, tar files of images, read nearly in order. Labels: see store.Shards."""
-    shards = store.Shards(argument, EXTENSIONS)
-    return Images("shards", partial(_read_shards, shards), shards.names, shards.labels,
+    shards = store.Shards(argument, EXTENSIONS + ARRAYS)
+    return Images("shards", partial(_read_shards, shards, channels), shards.names, shards.labels,
                   shards.classes, shards.order)
 
 
 DATASETS = {"shapes": open_shapes, "folder": open_folder, "shards": open_shards}
 
 
-def open_images(
-    spec: str, root: str = "data", download: bool = False, flag: str = "--data"
-) -> Images:
+def open_images(spec: str, root: str = "data", download: bool = False, flag: str = "--data",
+                pixels: Pixels = RGB) -> Images:
     """NAME[:ARGUMENT][:val] -> Images. ValueError names the flag and the choices."""
     body, _, tail = spec.rpartition(":")
     spec, split = (body, tail) if body and tail in ("train", "val") else (spec, "train")
     name, _, argument = spec.partition(":")
+    if name not in DATASETS and not inspect.isclass(getattr(torchvision.datasets, name, None)):
+        raise ValueError(f"{flag} {spec!r}: choose from {', '.join(DATASETS)} (as in folder:PATH), "
+                         "or a torchvision class name such as CIFAR10")
     try:
         if name in DATASETS:
-            return DATASETS[name](argument, split, root, download)
-        if inspect.isclass(getattr(torchvision.datasets, name, None)):
-            return open_torchvision(name, split, root, download)
+            images = DATASETS[name](argument, split, root, download, pixels.channels)
+        else:
+            images = open_torchvision(name, split, root, download, pixels.channels)
+        if pixels.channels != 3:  # whether it has them: better asked now than by the first batch
+            with contextlib.suppress(OSError):
+                images.read(0)
     except ValueError as error:
         raise ValueError(f"{flag} {error}") from None
-    raise ValueError(f"{flag} {spec!r}: choose from {', '.join(DATASETS)} (as in folder:PATH), "
-                     "or a torchvision class name such as CIFAR10")
+    return replace(images, pixels=pixels)
 
 
 def cached(images: Images, folder: str, side: int, num_workers: int = 0) -> Images:

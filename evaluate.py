@@ -109,6 +109,12 @@ class Features:
             digest.update(key.encode() + value.cpu().numpy().tobytes())
         self.sha256 = digest.hexdigest()
 
+    def open(self, flag: str) -> Images:
+        """The images of --data or its like, in the channels that the network wants."""
+        config = self.config
+        return open_images(getattr(config, flag), config.data_root, config.download, f"--{flag}",
+                           self.model.pixels)
+
     def __call__(self, images: Images, name: str, read: nn.Module | None = None,
                  prepare=None, batch_size: int = 0) -> Tensor:
         """(n, D) on the CPU. `read` stands in for the network (class tokens), `prepare` for the
@@ -157,18 +163,17 @@ class Features:
         return epochs, batch, epochs * (len(images) // batch)
 
 
-def labelled(config: Config, flag: str = "data") -> Images:
-    spec = getattr(config, flag)
-    images = open_images(spec, config.data_root, config.download, f"--{flag}")
+def labelled(features: Features, flag: str = "data") -> Images:
+    spec, images = getattr(features.config, flag), features.open(flag)
     if not images.labels:
         raise UsageError(f"--{flag} {spec}: this task needs labels; "
                          "put the images into one folder per class")
     return images
 
 
-def judged(config: Config, train: Images, flag: str = "val_data") -> tuple[Images, Tensor]:
+def judged(features: Features, train: Images, flag: str = "val_data") -> tuple[Images, Tensor]:
     """The images of the flag, and their labels in the numbers of the images learned from."""
-    images = labelled(config, flag)
+    config, images = features.config, labelled(features, flag)
     if config.class_mapping:
         try:
             lines = Path(config.class_mapping).read_text().splitlines()
@@ -194,8 +199,8 @@ def judged(config: Config, train: Images, flag: str = "val_data") -> tuple[Image
 def knn(features: Features) -> dict:
     """Weighted k-NN vote on the class token. DINO F; few-shot as in DINOv2's code."""
     config, place = features.config, features.place
-    train = labelled(config)
-    val, labels = judged(config, train)
+    train = labelled(features)
+    val, labels = judged(features, train)
     ks = tuple(k for k in config.nb_knn if 0 < k <= len(train))
     if not ks:
         raise UsageError(f"--nb_knn {config.nb_knn}: none fits the {len(train)} images of --data")
@@ -261,7 +266,7 @@ def linear(features: Features) -> dict:
     on --val_data. dino: one rate; 4 blocks for ViT-S and smaller, else 1 with the mean patch.
     """
     config, place, model = features.config, features.place, features.model
-    train = labelled(config)
+    train = labelled(features)
     if config.head:
         try:
             head = read_head(config.head)
@@ -269,7 +274,7 @@ def linear(features: Features) -> dict:
             raise UsageError(f"--head {config.head}: not a readable file of tensors "
                              f"({str(error).splitlines()[0]})") from None
         return judge_head(features, train, head)
-    val, labels = judged(config, train)
+    val, labels = judged(features, train)
     blocks, pools, lrs, epochs = (1, 4), (False, True), LRS, 10
     if config.protocol == "dino":
         small = model.embed_dim <= 384
@@ -312,7 +317,7 @@ def linear(features: Features) -> dict:
 def judge_head(features: Features, train: Images, state: dict, flag: str = "val_data") -> dict:
     """A linear head on other images. Where these have fewer classes, only those compete."""
     config, place = features.config, features.place
-    images, labels = judged(config, train, flag)
+    images, labels = judged(features, train, flag)
     try:
         n, pool, weight, bias = released_head(state, features.model.embed_dim)
     except ValueError as error:
@@ -341,8 +346,8 @@ def logreg(features: Features) -> dict:
     the crop's size, so that nothing is cut off their short side.
     """
     config, place = features.config, features.place
-    train = labelled(config)
-    val, labels = judged(config, train)
+    train = labelled(features)
+    val, labels = judged(features, train)
     whole = partial(center_crop, size=features.size, short=features.size)
     device = torch.device("cpu") if place.device.type == "mps" else place.device  # no float64 there
     rows = features(train, "logreg-data", prepare=whole).double().to(device)
@@ -371,8 +376,8 @@ def logreg(features: Features) -> dict:
 def finetune(features: Features) -> dict:
     """The whole network trained on labels, judged by the mean of its weights. DINO sec. 4.2.3."""
     config, place = features.config, features.place
-    train = labelled(config)
-    val, labels = judged(config, train)
+    train = labelled(features)
+    val, labels = judged(features, train)
     epochs, batch, steps = features.steps(train, 10)
     recipe = {key: getattr(config, key) for key in (
         "lr", "weight_decay", "layerwise_decay", "label_smoothing", "mixup", "cutmix",
@@ -416,14 +421,14 @@ def retrieval(features: Features) -> dict:
     read = Scales(model) if config.multiscale else model
     name = f"retrieval{'-multiscale' * config.multiscale}"
     if not (config.ground_truth or config.groups):
-        train = labelled(config)
-        val, labels = judged(config, train)
+        train = labelled(features)
+        val, labels = judged(features, train)
         rows, targets = features(train, f"{name}-data", read), torch.tensor(train.labels)
         none = torch.zeros(len(rows), dtype=torch.bool)
         figures = {"labels": rank(features(val, f"{name}-val_data", read), rows,
                                   lambda i: (targets == labels[i], none), place)}
     else:
-        images = open_images(config.data, config.data_root, config.download)
+        images = features.open("data")
         whole = partial(fit_inside, longest=features.size)
 
         def see(images, name):  # every image has its own shape: one at a time
@@ -475,10 +480,10 @@ def read_edited(read, edit: str, i: int) -> Tensor:
     return EDITS[edit](read(i), i)
 
 
-def made_copies(config: Config) -> tuple[Images, dict[str, Images]]:
+def made_copies(features: Features) -> tuple[Images, dict[str, Images]]:
     """Some of --val_data, evenly spaced, and their copies by each of EDITS, named as they are."""
-    val = open_images(config.val_data, config.data_root, config.download, "--val_data")
-    some = {round(i) for i in np.linspace(0, len(val) - 1, config.n_originals)}
+    val = features.open("val_data")
+    some = {round(i) for i in np.linspace(0, len(val) - 1, features.config.n_originals)}
     originals = val.subset(sorted(some))
     return originals, {edit: replace(originals, read=partial(read_edited, originals.read, edit))
                        for edit in EDITS}
@@ -505,8 +510,11 @@ def copies(features: Features) -> dict:
     those of --copydays, or made on the spot of --n_originals of --val_data.
     """
     config, place, model = features.config, features.place, features.model
-    others = open_images(config.data, config.data_root, config.download)
-    originals, blocks = copydays(config) if config.copydays else made_copies(config)
+    if model.pixels.channels != 3:
+        raise UsageError(f"--weights {config.weights}: a network for {model.pixels.channels} "
+                         "channels; copies are made of photographs, which have three")
+    others = features.open("data")
+    originals, blocks = copydays(config) if config.copydays else made_copies(features)
     read, square = Descriptor(model), partial(squash, size=features.size)
     distractors = features(others, "copies-data", read, square)
     white = Whitening(distractors)
@@ -533,7 +541,7 @@ def copies(features: Features) -> dict:
 def features(features: Features) -> dict:
     """Class tokens of a folder as a float32 .npy (n, D), and the list of its files beside it."""
     config, place = features.config, features.place
-    images = open_images(config.data, config.data_root, config.download)
+    images = features.open("data")
     output = Path(config.output)
     if output.suffix != ".npy":
         raise UsageError(f"--output {output}: expected a name that ends in .npy")
@@ -549,7 +557,9 @@ def features(features: Features) -> dict:
 
 def everything(features: Features) -> dict:
     """All other tasks, one after the other, and one report card."""
-    tasks = [name for name in TASKS if name not in ("features", "all")]
+    colours = features.model.pixels.channels == 3
+    tasks = [name for name in TASKS
+             if name not in ("features", "all") and (colours or name != "copies")]
     results = {name: TASKS[name](features) for name in tasks}
     card = {key: value for each in results.values() for key, value in each["headline"].items()}
     features.place.print(f"\nreport card of {features.config.weights}")

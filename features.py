@@ -59,7 +59,7 @@ def extract(model: nn.Module, images: Images, size: int, place: Place, batch_siz
     model.eval()
     for batch in loader:
         with autocast(precision, place.device):
-            rows = model(normalise(batch.to(place.device))).float()  # (B, D)
+            rows = model(normalise(batch.to(place.device), images.pixels)).float()  # (B, D)
         rows = gather(rows, len(images) - done, place)
         if not done:  # one table for all, in place: these can be gigabytes
             out = torch.empty(len(images), rows.shape[1])
@@ -93,7 +93,7 @@ def random_crops(images: Images, size: int, batch_size: int, steps: int, place: 
                  num_workers: int = 0, seed: int = 0, together: int = 1):
     """What classifiers are trained on: this process's share of each batch of random crops.
 
-    Yields crops (b, 3, size, size), normalised, and their labels (b,). The batches, batch_size
+    Yields crops (b, C, size, size), normalised, and their labels (b,). The batches, batch_size
     images on all processes together, are the same for any number of them. `together` neighbours
     stay on one process. A crop covers 8 to 100 % of its image. A broken image raises: its label
     would go to another one.
@@ -108,7 +108,7 @@ def random_crops(images: Images, size: int, batch_size: int, steps: int, place: 
     for batch in training_loader(Views(images, crop, seed), shares(), num_workers):
         if batch["broken"]:
             raise ValueError(f"--data: an image does not decode: {batch['broken'][0]}")
-        crops = normalise(batch["global_crops"][0].to(place.device))  # (b, 3, H, W)
+        crops = normalise(batch["global_crops"][0].to(place.device), images.pixels)  # (b, C, H, W)
         yield crops, labels[batch["index"]].to(place.device)
 
 

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from augment import Pixels, pixels_of
 from runtime import UsageError, require
 
 Arch = Literal["vit_pico", "vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large",
@@ -36,6 +37,9 @@ class Config:
     auto_scale: bool = False  # set what depends on the number of images and on the batch: SCALED
     data_root: str = "data"  # where torchvision keeps its data sets
     download: bool = False  # let torchvision fetch them
+    in_chans: int = 3  # channels of the images; unless 3: no colour operations, .npy or 16 bits fit
+    mean: tuple[float, ...] = ()  # of each channel, black 0, white 1; empty: ImageNet's
+    std: tuple[float, ...] = ()  # and its spread
     cache: str = ""  # a folder for --data decoded once; changes crops a little
     cache_side: int = 256  # pixels of the short side there, at most; 0: images as they are
     # -- start
@@ -118,6 +122,10 @@ class Config:
     knn_every: int = 10  # epochs between k-NN evaluations of the teacher; 0: first and last only
 
     @property
+    def pixels(self) -> Pixels:
+        return pixels_of(self.in_chans, self.mean, self.std)
+
+    @property
     def convnet(self) -> bool:
         """Whether the backbone is one of resnet.NAMES."""
         return not self.arch.startswith("vit_")
@@ -140,8 +148,8 @@ NETWORK = ("arch", "patch_size", "ffn_layer", "num_register_tokens", "layerscale
 HEADS = ("n_prototypes", "head_hidden_dim", "head_bottleneck_dim", "head_nlayers",
          "use_bn_in_head", "norm_last_layer", "separate_head", "ibot_n_prototypes",
          "ibot_head_bottleneck_dim")
-CROPS = ("global_crops_size", "local_crops_size", "local_crops_number", "global_crops_scale",
-         "local_crops_scale", "photometry")
+CROPS = ("in_chans", "mean", "std", "global_crops_size", "local_crops_size", "local_crops_number",
+         "global_crops_scale", "local_crops_scale", "photometry")
 
 # Fields that do not change the result: a run may be continued with others.
 NEUTRAL = {"output_dir", "given", "resume", "save_every", "log_every", "knn_every", "num_workers",
@@ -232,6 +240,7 @@ def check(config: Config):
     require(config, lambda x: x >= 1, "at least 1", "epochs", "batch_size_per_gpu", "save_every",
             "log_every", "keep", "global_crops_number", "n_prototypes", "ibot_n_prototypes",
             "head_nlayers", "head_hidden_dim", "head_bottleneck_dim", "ibot_head_bottleneck_dim")
+    check_pixels(config)
     require(config, lambda x: x > 0, "a positive number", "teacher_temp", "warmup_teacher_temp",
             "student_temp")
     require(config, lambda x: 0 < x[0] <= x[1] <= 1, "0 < low <= high <= 1", "global_crops_scale",
@@ -275,6 +284,18 @@ def check(config: Config):
     if config.warmup_epochs >= config.epochs and not open_to_rules:
         raise UsageError(f"--warmup_epochs {config.warmup_epochs} leaves nothing of "
                          f"--epochs {config.epochs}")
+
+
+def check_pixels(config: Config):
+    C = config.in_chans
+    require(config, lambda x: x >= 1, "at least 1", "in_chans")
+    require(config, lambda x: len(x) in (0, C), f"{C} numbers, as --in_chans", "mean", "std")
+    require(config, lambda x: all(v > 0 for v in x), "positive numbers", "std")
+    if C != 3 and config.convnet:
+        raise UsageError(f"--in_chans {C}: torchvision's convnets begin with three channels; give "
+                         "a ViT")
+    if C != 3 and config.cache:
+        raise UsageError(f"--in_chans {C}: --cache keeps photographs, bytes of three channels")
 
 
 def check_masks(config: Config):

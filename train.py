@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import runtime
 import visualize
-from augment import Masking, MultiCrop, photometry
+from augment import Masking, MultiCrop, Pixels, photometry
 from data import Images, Sampler, Views, cached, held_out, open_images, training_loader
 from features import extract, knn_accuracy, same_labels, top_neighbours
 from heads import DINOHead
@@ -49,7 +49,7 @@ from recipes import (CROPS, DISTILLATION, HEADS, NETWORK, NEUTRAL, PRESETS, SCAL
                      auto_scale, check, read_config)
 from resnet import ConvNet
 from runtime import Place, UsageError
-from vit import ARCHS, VisionTransformer, resize_pos_embed
+from vit import ARCHS, VisionTransformer, inflate, resize_pos_embed
 from weights import load_strictly, read_backbone, read_tensors, settings
 
 # ------------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def new_backbone(config: Config, drop_path_rate: float) -> nn.Module:
     if config.convnet:
         return ConvNet(config.arch)
     return VisionTransformer(
-        config.global_crops_size, config.patch_size, ffn_layer=config.ffn_layer,
+        config.global_crops_size, config.patch_size, config.in_chans, ffn_layer=config.ffn_layer,
         num_register_tokens=config.num_register_tokens, layerscale=config.layerscale or None,
         mask_token=config.hides_patches, drop_path_rate=drop_path_rate,
         drop_path_uniform=config.drop_path_uniform, pos_embed_resize=config.pos_embed_resize,
@@ -135,7 +135,9 @@ def load_init(network: Network, config: Config):
     backbone, heads = network.backbone, init_heads(config)
     state, _ = read_backbone(config.init)
     if not config.convnet:
-        side, token = config.global_crops_size // config.patch_size, backbone.mask_token
+        embed, side = "patch_embed.proj.weight", config.global_crops_size // config.patch_size
+        state[embed] = inflate(state[embed], config.in_chans)
+        token = backbone.mask_token
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], (side, side),
                                               config.pos_embed_resize)
         if token is None:
@@ -207,7 +209,7 @@ def imagined(student: nn.Module, config: Config, device: torch.device, hidden=No
     sizes = [(config.global_crops_number, config.global_crops_size)]
     if config.local_crops_number and config.dino_weight:
         sizes.append((config.local_crops_number, config.local_crops_size))
-    views = [torch.empty(n * config.batch_size_per_gpu, 3, side, side, device=device)
+    views = [torch.empty(n * config.batch_size_per_gpu, config.in_chans, side, side, device=device)
              for n, side in sizes]
     plan = student.backbone.draw_plan(views, torch.Generator())
     masking, masks, places = masking_of(config), None, None
@@ -276,14 +278,14 @@ def target_makers(config: Config) -> nn.ModuleDict:
     return makers
 
 
-def to_device(batch: dict, device: torch.device) -> tuple[list[Tensor], dict]:
+def to_device(batch: dict, pixels: Pixels, device: torch.device) -> tuple[list[Tensor], dict]:
     """A batch of augment.collate -> the views, coloured here as the workers drew, and the masks."""
     views, first = [], 0
     for crops in (batch["global_crops"], batch["local_crops"]):
         if len(crops):
             draws = batch["photometry"][first:first + len(crops)].flatten(0, 1)
-            pixels = crops.flatten(0, 1).to(device, non_blocking=True)
-            views.append(photometry(pixels, draws))
+            there = crops.flatten(0, 1).to(device, non_blocking=True)  # (V*B, C, s, s)
+            views.append(photometry(there, draws, pixels))
             first += len(crops)
     return views, {name: batch[name].to(device, non_blocking=True)
                    for name in ("masks", "mask_indices", "mask_weights") if name in batch}
@@ -297,7 +299,7 @@ def train_step(student, teacher, makers, optimizer, batch, now, config, place, u
     `update` moves the teacher, `scaler` keeps fp16 in range. `batch` is augment.collate's.
     """
     B, G = len(batch["index"]), len(batch["global_crops"])
-    views, hidden = to_device(batch, place.device)
+    views, hidden = to_device(batch, config.pixels, place.device)
     weights = hidden.pop("mask_weights", None)  # (M,), 0 where padded
     real = {"dino": None, "ibot": None if weights is None else weights > 0}
 
@@ -421,9 +423,10 @@ class Judge:
         backbone.eval()
         for i in range(len(self.queries)):
             sample = views[0, 0, i]
-            pixels = photometry(sample["global_crops"].to(device), sample["photometry"])
+            pair = photometry(sample["global_crops"].to(device), sample["photometry"],
+                              config.pixels)
             with runtime.autocast(config.precision, device):
-                out.append(backbone(pixels).float().cpu())  # (2, D)
+                out.append(backbone(pair).float().cpu())  # (2, D)
         backbone.train(training)
         first, second = torch.stack(out).unbind(1)
         nearest = top_neighbours(first, second, 1)[1][:, 0]
@@ -581,10 +584,11 @@ def adopt(config: Config, folder: Path, place: Place, images: int) -> Config:
 
 def open_data(config: Config) -> tuple[Images, Images]:
     """(images to learn from, images to judge with). Without --val_data 5 % are held out by name."""
-    images = open_images(config.data, config.data_root, config.download)
+    images = open_images(config.data, config.data_root, config.download, "--data", config.pixels)
     images = cached(images, config.cache, config.cache_side, config.num_workers)
     if config.val_data:
-        return images, open_images(config.val_data, config.data_root, config.download, "--val_data")
+        return images, open_images(config.val_data, config.data_root, config.download, "--val_data",
+                                   config.pixels)
     out = [held_out(name) for name in images.names]
     parts = [images.subset([i for i, o in enumerate(out) if o == want]) for want in (False, True)]
     return parts[0], parts[1]
@@ -805,7 +809,8 @@ def run(config: Config, build=build, update=ema_update) -> dict:
         if len(some) and not config.convnet:
             with torch.compiler.set_stance("force_eager"):
                 visualize.draw_attention_page(whole, [val.read(int(i)) for i in some],
-                                              config.global_crops_size, folder / "attention.png")
+                                              config.global_crops_size, folder / "attention.png",
+                                              config.pixels)
         runtime.write_json(folder / "summary.json", summary)
         what, then = "curves.png, attention.png", f"visualize.py attention PHOTO --weights {folder}"
         if config.convnet:  # which has no attention to draw

@@ -25,7 +25,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 import runtime
-from augment import center_crop, normalise
+from augment import RGB, Pixels, center_crop, normalise
 from data import read_file
 from recipes import read_config
 from runtime import UsageError, require
@@ -48,13 +48,14 @@ def pyplot():
 
 
 @torch.no_grad()
-def class_attention(model: VisionTransformer, images: Tensor, block: int = -1) -> Tensor:
-    """uint8 images (B, 3, H, W) -> how the class token attends to patches, (B, nh, h, w).
+def class_attention(model: VisionTransformer, images: Tensor, block: int = -1,
+                    pixels: Pixels = RGB) -> Tensor:
+    """Images (B, C, H, W) -> how the class token attends to patches, (B, nh, h, w).
 
     Columns of the class token itself and of the registers are left out, so a map sums to less than
     one: the rest of the attention went to them.
     """
-    attention = model.get_attention(normalise(images), block)  # (B, nh, N, N)
+    attention = model.get_attention(normalise(images, pixels), block)  # (B, nh, N, N)
     h, w = model.grid(images)
     return attention[:, :, 0, 1 + model.num_register_tokens:].unflatten(2, (h, w))
 
@@ -83,6 +84,14 @@ def enlarge(grid: Tensor, patch: int) -> Tensor:
     return grid.repeat_interleave(patch, -2).repeat_interleave(patch, -1)
 
 
+def picture(image: Tensor) -> Tensor:
+    """(C, H, W) -> (H, W, 3), from 0 to 1; of other channels than colours, their mean."""
+    image = image / 255 if image.dtype == torch.uint8 else image
+    if len(image) != 3:
+        image = image.mean(0, keepdim=True).expand(3, -1, -1)
+    return image.permute(1, 2, 0).clamp(0, 1)
+
+
 def show(axis, picture, title: str = "", **how):
     axis.imshow(picture.numpy(), **how)
     axis.set_title(title, fontsize=9)
@@ -91,15 +100,14 @@ def show(axis, picture, title: str = "", **how):
 
 def masked(image: Tensor, mask: Tensor) -> Tensor:
     """The image where the mask is, darkened elsewhere: (H, W, 3)."""
-    picture = image.permute(1, 2, 0).float() / 255
-    return torch.where(mask[..., None], picture, 0.25 * picture)
+    return torch.where(mask[..., None], picture(image), 0.25 * picture(image))
 
 
 def draw_attention(model: VisionTransformer, image: Tensor, path: Path, block: int = -1,
-                   share: float = 0.6):
-    """One photo (3, H, W): every head, their mean, and the mask of the top mass of each."""
+                   share: float = 0.6, pixels: Pixels = RGB):
+    """One image (C, H, W): every head, their mean, and the mask of the top mass of each."""
     plt = pyplot()
-    heads = class_attention(model, image[None], block)[0]  # (nh, h, w)
+    heads = class_attention(model, image[None], block, pixels)[0]  # (nh, h, w)
     maps = torch.cat([heads.mean(0, keepdim=True), heads])
     masks = top_mass(maps, share)
     names = ["mean of heads"] + [f"head {i}" for i in range(len(heads))]
@@ -110,7 +118,7 @@ def draw_attention(model: VisionTransformer, image: Tensor, path: Path, block: i
                              figsize=(1.9 * (columns + 1), 2 * bands * (1.9 * ratio + 0.3)))
     for axis in axes.flat:
         axis.axis("off")
-    show(axes[0, 0], image.permute(1, 2, 0), "image")
+    show(axes[0, 0], picture(image), "image")
     for i, (name, grid, mask) in enumerate(zip(names, maps, masks)):
         row, column = 2 * (i // columns), 1 + i % columns
         show(axes[row, column], enlarge(grid, model.patch_size), name, cmap="viridis")
@@ -120,18 +128,19 @@ def draw_attention(model: VisionTransformer, image: Tensor, path: Path, block: i
     plt.close(fig)
 
 
-def draw_attention_page(model: VisionTransformer, images: list[Tensor], size: int, path: Path):
+def draw_attention_page(model: VisionTransformer, images: list[Tensor], size: int, path: Path,
+                        pixels: Pixels = RGB):
     """Several images, one column each: image, mean attention, top 60 %. Closes a training run."""
     plt = pyplot()
     device = next(model.parameters()).device
     images = torch.stack([center_crop(image, size) for image in images])
     was_training = model.training
-    maps = class_attention(model.eval(), images.to(device)).mean(1).cpu()  # (B, h, w)
+    maps = class_attention(model.eval(), images.to(device), -1, pixels).mean(1).cpu()  # (B, h, w)
     model.train(was_training)
     masks = top_mass(maps)
     fig, axes = plt.subplots(3, len(images), figsize=(1.6 * len(images), 4.9), squeeze=False)
     for i, image in enumerate(images):
-        show(axes[0, i], image.permute(1, 2, 0))
+        show(axes[0, i], picture(image))
         show(axes[1, i], enlarge(maps[i], model.patch_size), cmap="viridis")
         show(axes[2, i], masked(image, enlarge(masks[i], model.patch_size)))
     for axis, title in zip(axes[:, 0], ("image", "class token's attention", "top 60 % of it")):
@@ -234,11 +243,11 @@ def main(argv):
             if not isinstance(model, VisionTransformer):
                 raise UsageError(f"--weights {config.weights}: a convnet, which has no attention")
             try:
-                image = read_file(Path(target[0]))
-            except OSError as error:
+                image = read_file(Path(target[0]), model.pixels.channels)
+            except (OSError, ValueError) as error:
                 raise UsageError(f"{target[0]}: not a readable image ({error})") from None
             image = fit(image, config.image_size, model.patch_size)
-            draw_attention(model, image, path, config.block, config.share)
+            draw_attention(model, image, path, config.block, config.share, model.pixels)
     print(f"wrote {path}")
     return path
 

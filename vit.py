@@ -50,6 +50,20 @@ class PatchEmbed(nn.Module):
         return x
 
 
+def inflate(weight: Tensor, channels: int) -> Tensor:
+    """A patch embedding (D, C, p, p) for images of other channels: (D, channels, p, p).
+
+    More channels repeat the old ones in turn, fewer get their mean. The sum over channels stays:
+    an image that is the same in all of them has about the tokens that it had.
+    """
+    C = weight.shape[1]
+    if channels > C:
+        weight = weight[:, torch.arange(channels) % C]  # (D, channels, p, p)
+    elif channels < C:
+        weight = weight.mean(1, keepdim=True).repeat(1, channels, 1, 1)  # (D, channels, p, p)
+    return weight * (C / channels)
+
+
 def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], rule: str) -> Tensor:
     """Positions (1, 1 + M*M, D) learned on an M x M grid, resampled to `grid` = (h, w) patches.
 
@@ -263,7 +277,7 @@ class VisionTransformer(nn.Module):
         self.img_size = img_size // patch_size * patch_size
         self.patch_size, self.embed_dim, self.depth = patch_size, embed_dim, depth
         self.num_heads, self.num_register_tokens = num_heads, num_register_tokens
-        self.pos_embed_resize = pos_embed_resize
+        self.pos_embed_resize, self.in_chans = pos_embed_resize, in_chans
         self.activation_checkpointing = False  # True: compute the blocks again in backward
         self.drop_path_rates = [
             drop_path_rate if drop_path_uniform else drop_path_rate * i / max(depth - 1, 1)

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 import runtime
+from augment import pixels_of
 from recipes import read_config
 from resnet import NAMES, ConvNet
 from vit import ARCHS, VisionTransformer
@@ -347,7 +348,7 @@ def settings(what: str | Path) -> tuple[dict[str, Tensor], dict]:
     if not same:
         raise ValueError(f"--init {what}: a ViT {found['embed_dim']} wide and {found['depth']} "
                          "deep is none of vit.ARCHS")
-    known = ("patch_size", "ffn_layer", "num_register_tokens", "pos_embed_resize")
+    known = ("in_chans", "patch_size", "ffn_layer", "num_register_tokens", "pos_embed_resize")
     return state, dict({name: found[name] for name in known}, arch=same[0],
                        layerscale=1e-5 if found["layerscale"] else 0.0)
 
@@ -361,6 +362,7 @@ def is_resnet50(state: dict) -> bool:
 def load_backbone(what: str | Path) -> VisionTransformer | ConvNet:
     """The network with its weights, in eval mode. ValueError with the difference if one is left.
 
+    Its `pixels` say what images it wants: channels, mean, spread.
     what: a name of RELEASED, a URL, a file of any of LAYOUTS, or a run directory of ours.
     """
     state, config = read_backbone(what)
@@ -372,6 +374,8 @@ def load_backbone(what: str | Path) -> VisionTransformer | ConvNet:
             options["pos_embed_resize"] = config["pos_embed_resize"]
         model = VisionTransformer(**options)
     load_strictly(model, state, str(what))
+    model.pixels = pixels_of(getattr(model, "in_chans", 3), config.get("mean", ()),
+                             config.get("std", ()))
     return model.eval()
 
 

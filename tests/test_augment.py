@@ -15,11 +15,10 @@ from torchvision.transforms.v2 import functional as TF
 
 from augment import (
     MASK_SHAPES,
-    MEAN,
     ORDERS,
     PHOTOMETRY,
+    RGB,
     SOLARIZE_THRESHOLD,
-    STD,
     Masking,
     MultiCrop,
     center_crop,
@@ -28,6 +27,7 @@ from augment import (
     draw_photometry,
     normalise,
     photometry,
+    pixels_of,
 )
 
 
@@ -46,7 +46,7 @@ def one_by_one(crops, params):
             x = TF.gaussian_blur(x, [9, 9], [p[6], p[6]])
         if p[7]:
             x = TF.solarize(x, SOLARIZE_THRESHOLD)
-        out.append(TF.normalize(x, MEAN, STD))
+        out.append(TF.normalize(x, *RGB))
     return torch.stack(out)
 
 
@@ -68,6 +68,26 @@ def test_photometry_equals_torchvision(view):
     assert apart <= (0.0005 * ours.numel() if view == 1 else 0)
 
 
+def test_one_channel_has_no_colours():
+    """Brightness, contrast, blur and solarize are torchvision's; the rest is left out."""
+    crops, params, pixels = torch.rand(24, 1, 24, 20), draw(1, 24), pixels_of(1)
+    params[:, 0] = torch.arange(24)
+    for i, (order, brightness, contrast, _, _, _, sigma, solarize) in enumerate(params.tolist()):
+        x = crops[i]
+        for op in ORDERS[int(order)]:
+            x = {0: lambda y: TF.adjust_brightness(y, brightness),
+                 1: lambda y: TF.adjust_contrast(y, contrast)}.get(op, lambda y: y)(x)
+        if sigma:
+            x = TF.gaussian_blur(x, [9, 9], [sigma, sigma])
+        if solarize:
+            x = TF.solarize(x, SOLARIZE_THRESHOLD)
+        expected = TF.normalize(x, *pixels)
+        torch.testing.assert_close(photometry(crops[i : i + 1], params[i : i + 1], pixels)[0],
+                                   expected, rtol=0, atol=1e-4)
+    five = photometry(torch.rand(24, 5, 24, 20), params, pixels_of(5, (0.5,) * 5, (1.0,) * 5))
+    assert five.shape == (24, 5, 24, 20) and five.abs().max() <= 0.5
+
+
 def test_a_pixel_does_not_depend_on_the_batch():
     crops = torch.randint(0, 256, (40, 3, 96, 96), dtype=torch.uint8)
     params = draw(1, 40)
@@ -78,7 +98,7 @@ def test_a_pixel_does_not_depend_on_the_batch():
 
 def test_normalise():
     image = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
-    expected = TF.normalize(TF.to_dtype(image, torch.float32, scale=True), MEAN, STD)
+    expected = TF.normalize(TF.to_dtype(image, torch.float32, scale=True), *RGB)
     torch.testing.assert_close(normalise(image), expected)
 
 

@@ -4,19 +4,26 @@
 3. At another image size the positions are resampled, and learn.
 4. The network is that of the weights, the crops are unless something else is said; what
    contradicts the weights is refused in one line. A k-NN below the first one is warned of.
-5. Killed and resumed, such a run equals one that never stopped.
+5. A network of colours goes on with grey images of 16 bits, inflated, and is judged by them.
+6. Killed and resumed, such a run equals one that never stopped.
 """
 
 import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import evaluate
 import train
+import visualize
+from augment import Pixels
 from conftest import TINY, TINY_RUN, killed_in_step
 from vit import resize_pos_embed
+from weights import load_backbone
 
 
 def config_of(folder, *flags):
@@ -102,6 +109,12 @@ def test_another_size(first, tmp_path):
     ("--init RUN --global_crops_size 20", "--global_crops_size 20"),
     ("--init RUN --freeze_backbone_epochs 2", "leaves nothing"),
     ("--init RUN --freeze_backbone_epochs -1", "expected 0 or more"),
+    ("--patch_size 8 --in_chans 0", "--in_chans 0: expected at least 1"),
+    ("--patch_size 8 --mean 0.5", "--mean 0.5: expected 3 numbers"),
+    ("--patch_size 8 --in_chans 1 --mean 0.5 --std 0", "--std 0.0: expected positive"),
+    ("--patch_size 8 --in_chans 2", "--data 3 channels, expected --in_chans 2"),
+    ("--in_chans 1 --arch resnet18", "begin with three channels"),
+    ("--patch_size 8 --in_chans 1 --cache CACHE", "--cache keeps photographs"),
     ("--patch_size 8 --freeze_backbone_epochs 1", "give --init"),
     ("--init RUN/config.json", "--init"),
 ])
@@ -121,6 +134,39 @@ def test_crops_of_a_released_network_are_whole_patches(first, monkeypatch):
     monkeypatch.setattr(train, "settings", lambda _: stored)
     found = train.inherit(config)
     assert (found.arch, found.global_crops_size, found.local_crops_size) == ("vit_small", 224, 98)
+
+
+@pytest.mark.whole_run
+def test_other_channels(first, tmp_path, capsys):
+    """A network of colours goes on with X-rays of 16 bits, and is judged and drawn by them."""
+    folder, rng = tmp_path / "rays", np.random.default_rng(0)
+    for i in range(32):
+        name = folder / "ab"[i % 2] / f"{i}.png"
+        name.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 65536, (30, 40)).astype(np.uint16)).save(name)
+    flags = ["--data", f"folder:{folder}", "--val_data", f"folder:{folder}", "--in_chans", "1"]
+    train.run(config_of(tmp_path / "grey", "--init", str(first), *flags, "--mean", "0.5",
+                        "--std", "0.3", "--lr", "0", "--min_lr", "0"))
+    assert (tmp_path / "grey/attention.png").exists()
+    before, after = state_of(first), state_of(tmp_path / "grey")
+    torch.testing.assert_close(after["patch_embed.proj.weight"],
+                               before["patch_embed.proj.weight"].sum(1, keepdim=True))
+    model = load_backbone(tmp_path / "grey")
+    assert model.pixels == Pixels((0.5,), (0.3,))
+    (tmp_path / "further").mkdir()
+    again = train.inherit(config_of(tmp_path / "further", "--init", str(tmp_path / "grey")))
+    assert again.in_chans == 1 and again.pixels == model.pixels
+    done = evaluate.main(["knn", "--weights", str(tmp_path / "grey"), *flags[:4], "--nb_knn", "1",
+                          "--num_workers", "0", "--output_dir", str(tmp_path)])
+    assert done["knn"]["1"] == 1.0  # each image is its own neighbour
+    picture = tmp_path / "attention.png"
+    visualize.main(["attention", str(folder / "a/0.png"), "--weights", str(tmp_path / "grey"),
+                    "--image_size", "48", "--output", str(picture)])
+    assert picture.exists()
+    with pytest.raises(SystemExit):
+        evaluate.main(["copies", "--weights", str(tmp_path / "grey"), "--output_dir",
+                       str(tmp_path)])
+    assert "a network for 1 channels" in capsys.readouterr().err
 
 
 def test_resumed(first, tmp_path):
