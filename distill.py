@@ -196,6 +196,11 @@ def add_heads(config: Config, backbone: nn.Module, run: Path) -> tuple[Config, N
 def open_teacher(config: Config) -> tuple[Config, Network]:
     """--teacher, frozen, with heads where the losses ask for them; config with its prototypes."""
     backbone, where = open_backbone(config), Path(config.teacher).expanduser()
+    if config.pixels != backbone.pixels:  # both see the same crops
+        if {"in_chans", "mean", "std"} & set(config.given):
+            raise UsageError(f"--in_chans, --mean, --std: leave them to --teacher {config.teacher}")
+        mean, std = backbone.pixels
+        config = replace(config, in_chans=len(mean), mean=mean, std=std)
     if not train.objectives(config):
         return config, Network(config, backbone=backbone).eval()
     if config.train_teacher_heads_epochs:

@@ -130,133 +130,6 @@ def build(config: Config, place: Place, network=Network) -> tuple[nn.Module, nn.
     return student, teacher
 
 
-def load_init(network: Network, config: Config):
-    """--init: the backbone's weights, and those of the heads where they come along."""
-    backbone, heads = network.backbone, init_heads(config)
-    state, _ = read_backbone(config.init)
-    if not config.convnet:
-        embed, side = "patch_embed.proj.weight", config.global_crops_size // config.patch_size
-        state[embed] = inflate(state[embed], config.in_chans)
-        token = backbone.mask_token
-        state["pos_embed"] = resize_pos_embed(state["pos_embed"], (side, side),
-                                              config.pos_embed_resize)
-        if token is None:
-            state.pop("mask_token", None)
-        else:
-            state.setdefault("mask_token", token.detach())
-    load_strictly(backbone, state, f"--init {config.init}")
-    for name, head in list(network.named_children())[1:]:
-        if name in heads:
-            load_strictly(head, heads[name], f"--init {config.init}/heads.pt")
-
-
-def init_heads(config: Config) -> dict[str, dict[str, Tensor]]:
-    """What heads.pt of the run --init holds: heads by name, "makers"; {} for bare backbones."""
-    file = Path(config.init).expanduser() / "heads.pt"
-    return read_tensors(file) if config.init and file.exists() else {}
-
-
-def inherit(config: Config) -> Config:
-    """--init: a configuration for the network of those weights. See recipes.NETWORK."""
-    if not config.init:
-        return config
-    try:
-        _, known = settings(config.init)
-    except ValueError as error:
-        raise UsageError(str(error).replace("--weights", "--init")) from None
-    names = [*NETWORK, *(HEADS if init_heads(config) else ())]
-    wrong = [name for name in names if name in config.given
-             and known.get(name, getattr(config, name)) != getattr(config, name)]
-    if wrong:
-        raise UsageError(f"--init {config.init} fixes the network: leave out " + ", ".join(
-            f"--{name} {getattr(config, name)} (they have {known[name]})" for name in wrong)
-            + (f", or begin with {config.init}/teacher.pt, the backbone alone"
-               if wrong[0] in HEADS else ""))
-    said = {*config.given, *(PRESETS | DISTILLATION).get(config.preset, ())}
-    names += [name for name in CROPS if name not in said]
-    found = {name: known[name] for name in names if name in known}
-    config = dataclasses.replace(config, **found, given=(*config.given, *found))
-    if not config.convnet:
-        for name in ("global_crops_size", "local_crops_size"):
-            if name not in said:  # the default, in whole patches
-                p = config.patch_size
-                setattr(config, name, round(getattr(config, name) / p) * p)
-    return config
-
-
-def compile_blocks(networks, config: Config, place: Place):
-    """Block by block and in place: all blocks share one graph, and keys stay as they are."""
-    wanted = place.device.type == "cuda" if config.compile is None else config.compile
-    for network in networks if wanted else ():
-        for block in getattr(network.backbone, "blocks", network.backbone.children()):
-            block.compile()
-
-
-def shard(network: nn.Module, config: Config, place: Place):
-    """Split over all processes: blocks in the low precision, heads, norm and tokens in float32."""
-    backbone, *heads = network.children()
-    runtime.shard(network, list(backbone.blocks), heads, place, config.precision)
-
-
-def imagined(student: nn.Module, config: Config, device: torch.device, hidden=None):
-    """The student's tensors and a batch for it, in shape alone: (state, arguments).
-
-    To be used within FakeTensorMode, where whatever they go through takes no time and no memory.
-    hidden: how many patches it is asked about; None: as many as there can be.
-    """
-    state = {name: torch.empty_like(x, device=device).requires_grad_(x.requires_grad)
-             for name, x in (*student.named_parameters(), *student.named_buffers())}
-    sizes = [(config.global_crops_number, config.global_crops_size)]
-    if config.local_crops_number and config.dino_weight:
-        sizes.append((config.local_crops_number, config.local_crops_size))
-    views = [torch.empty(n * config.batch_size_per_gpu, config.in_chans, side, side, device=device)
-             for n, side in sizes]
-    plan = student.backbone.draw_plan(views, torch.Generator())
-    masking, masks, places = masking_of(config), None, None
-    if masking:
-        count = masking.most(len(views[0])) if hidden is None else hidden
-        places = torch.empty(count, dtype=torch.int64, device=device)
-        if config.hides_patches:
-            shape = len(views[0]), math.prod(masking.grid)
-            masks = torch.empty(shape, dtype=torch.bool, device=device)
-    return state, (views, plan, masks, places)
-
-
-def expected_memory(student: nn.Module, config: Config, place: Place) -> dict[str, float]:
-    """GB of one process, by part, at its fullest: when the backward pass begins.
-
-    What autograd keeps of the student's forward pass and of the losses is counted in a step that is
-    imagined. What lives for a moment is not in it; compiled blocks keep some third less.
-    """
-    kept, G, B = {}, config.global_crops_number, config.batch_size_per_gpu
-
-    def keep(x):  # storages are held here, so that no number is given twice
-        kept[x.untyped_storage()._cdata] = x.untyped_storage()
-        return x
-
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.compiler.set_stance("force_eager"):
-        state, arguments = imagined(student, config, place.device)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            with runtime.autocast(config.precision, place.device):
-                out = torch.func.functional_call(student, state, arguments)
-            targets = {name: torch.empty_like(out[name], dtype=torch.float32)
-                       for name in objectives(config)}
-            losses = []  # held too, as long as the count
-            for name, t in targets.items():
-                losses.append(patch_loss(t, out[name], t[:, 0], G * B) if name == "ibot" else
-                              view_pair_loss(t[:G * B].unflatten(0, (G, B)),
-                                             out[name].unflatten(0, (-1, B))))
-        own = {x.untyped_storage()._cdata for x in state.values()}
-        forward = sum(storage.nbytes() for at, storage in kept.items() if at not in own)
-        logits = sum(x.nbytes for name, x in out.items() if name in targets)
-    held = sum(p.nbytes for p in student.parameters())
-    held /= place.world_size if config.parallel == "fsdp" else 1
-    parts = {"two networks": 2 * held, "gradients": held,
-             "moments": held * (2 if config.optimizer == "adamw" else 1),
-             "kept for backward": forward, "teacher's logits": logits}
-    return {name: size / 2**30 for name, size in parts.items()}
-
-
 def objectives(config: Config) -> dict[str, int]:
     """What is learned, "dino" (class tokens) and "ibot" (patches): name -> its prototypes K."""
     found = {"dino": config.n_prototypes} if config.dino_weight else {}
@@ -374,6 +247,141 @@ def schedules(step: int, epoch_steps: int, total: int, config: Config, place: Pl
                             config.warmup_teacher_temp_epochs),
         generator=torch.Generator().manual_seed(int(seed)),  # of stochastic depth
     )
+
+
+# ------------------------------------------------------------------------------------------------
+# Other beginnings: the weights of --init
+
+
+def load_init(network: Network, config: Config):
+    """--init: the backbone's weights, and those of the heads where they come along."""
+    backbone, heads = network.backbone, init_heads(config)
+    state, _ = read_backbone(config.init)
+    if not config.convnet:
+        embed, side = "patch_embed.proj.weight", config.global_crops_size // config.patch_size
+        state[embed] = inflate(state[embed], config.in_chans)
+        token = backbone.mask_token
+        state["pos_embed"] = resize_pos_embed(state["pos_embed"], (side, side),
+                                              config.pos_embed_resize)
+        if token is None:
+            state.pop("mask_token", None)
+        else:
+            state.setdefault("mask_token", token.detach())
+    load_strictly(backbone, state, f"--init {config.init}")
+    for name, head in list(network.named_children())[1:]:
+        if name in heads:
+            load_strictly(head, heads[name], f"--init {config.init}/heads.pt")
+
+
+def init_heads(config: Config) -> dict[str, dict[str, Tensor]]:
+    """What heads.pt of the run --init holds: heads by name, "makers"; {} for bare backbones."""
+    file = Path(config.init).expanduser() / "heads.pt"
+    return read_tensors(file) if config.init and file.exists() else {}
+
+
+def inherit(config: Config) -> Config:
+    """--init: a configuration for the network of those weights. See recipes.NETWORK."""
+    if not config.init:
+        return config
+    try:
+        _, known = settings(config.init)
+    except ValueError as error:
+        raise UsageError(str(error).replace("--weights", "--init")) from None
+    names = [*NETWORK, *(HEADS if init_heads(config) else ())]
+    wrong = [name for name in names if name in config.given
+             and known.get(name, getattr(config, name)) != getattr(config, name)]
+    if wrong:
+        raise UsageError(f"--init {config.init} fixes the network: leave out " + ", ".join(
+            f"--{name} {getattr(config, name)} (they have {known[name]})" for name in wrong)
+            + (f", or begin with {config.init}/teacher.pt, the backbone alone"
+               if wrong[0] in HEADS else ""))
+    said = {*config.given, *(PRESETS | DISTILLATION).get(config.preset, ())}
+    names += [name for name in CROPS if name not in said]
+    found = {name: known[name] for name in names if name in known}
+    config = dataclasses.replace(config, **found, given=(*config.given, *found))
+    if not config.convnet:
+        for name in ("global_crops_size", "local_crops_size"):
+            if name not in said:  # the default, in whole patches
+                p = config.patch_size
+                setattr(config, name, round(getattr(config, name) / p) * p)
+    return config
+
+
+# ------------------------------------------------------------------------------------------------
+# The machine: kernels, processes, memory
+
+
+def compile_blocks(networks, config: Config, place: Place):
+    """Block by block and in place: all blocks share one graph, and keys stay as they are."""
+    wanted = place.device.type == "cuda" if config.compile is None else config.compile
+    for network in networks if wanted else ():
+        for block in getattr(network.backbone, "blocks", network.backbone.children()):
+            block.compile()
+
+
+def shard(network: nn.Module, config: Config, place: Place):
+    """Split over all processes: blocks in the low precision, heads, norm and tokens in float32."""
+    backbone, *heads = network.children()
+    runtime.shard(network, list(backbone.blocks), heads, place, config.precision)
+
+
+def imagined(student: nn.Module, config: Config, device: torch.device, hidden=None):
+    """The student's tensors and a batch for it, in shape alone: (state, arguments).
+
+    To be used within FakeTensorMode, where whatever they go through takes no time and no memory.
+    hidden: how many patches it is asked about; None: as many as there can be.
+    """
+    state = {name: torch.empty_like(x, device=device).requires_grad_(x.requires_grad)
+             for name, x in (*student.named_parameters(), *student.named_buffers())}
+    sizes = [(config.global_crops_number, config.global_crops_size)]
+    if config.local_crops_number and config.dino_weight:
+        sizes.append((config.local_crops_number, config.local_crops_size))
+    views = [torch.empty(n * config.batch_size_per_gpu, config.in_chans, side, side, device=device)
+             for n, side in sizes]
+    plan = student.backbone.draw_plan(views, torch.Generator())
+    masking, masks, places = masking_of(config), None, None
+    if masking:
+        count = masking.most(len(views[0])) if hidden is None else hidden
+        places = torch.empty(count, dtype=torch.int64, device=device)
+        if config.hides_patches:
+            shape = len(views[0]), math.prod(masking.grid)
+            masks = torch.empty(shape, dtype=torch.bool, device=device)
+    return state, (views, plan, masks, places)
+
+
+def expected_memory(student: nn.Module, config: Config, place: Place) -> dict[str, float]:
+    """GB of one process, by part, at its fullest: when the backward pass begins.
+
+    What autograd keeps of the student's forward pass and of the losses is counted in a step that is
+    imagined. What lives for a moment is not in it; compiled blocks keep some third less.
+    """
+    kept, G, B = {}, config.global_crops_number, config.batch_size_per_gpu
+
+    def keep(x):  # storages are held here, so that no number is given twice
+        kept[x.untyped_storage()._cdata] = x.untyped_storage()
+        return x
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.compiler.set_stance("force_eager"):
+        state, arguments = imagined(student, config, place.device)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            with runtime.autocast(config.precision, place.device):
+                out = torch.func.functional_call(student, state, arguments)
+            targets = {name: torch.empty_like(out[name], dtype=torch.float32)
+                       for name in objectives(config)}
+            losses = []  # held too, as long as the count
+            for name, t in targets.items():
+                losses.append(patch_loss(t, out[name], t[:, 0], G * B) if name == "ibot" else
+                              view_pair_loss(t[:G * B].unflatten(0, (G, B)),
+                                             out[name].unflatten(0, (-1, B))))
+        own = {x.untyped_storage()._cdata for x in state.values()}
+        forward = sum(storage.nbytes() for at, storage in kept.items() if at not in own)
+        logits = sum(x.nbytes for name, x in out.items() if name in targets)
+    held = sum(p.nbytes for p in student.parameters())
+    held /= place.world_size if config.parallel == "fsdp" else 1
+    parts = {"two networks": 2 * held, "gradients": held,
+             "moments": held * (2 if config.optimizer == "adamw" else 1),
+             "kept for backward": forward, "teacher's logits": logits}
+    return {name: size / 2**30 for name, size in parts.items()}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -642,12 +650,11 @@ def run(config: Config, build=build, update=ema_update) -> dict:
     The seam for other ways to learn from a teacher: `build` brings the two networks, `update` moves
     the second after each step. Distillation brings its own.
     """
-    # -- everything that can be refused, before anything is written
     config = inherit(config)
     check(config)
     place = runtime.start(config.device)
     folder = Path(config.output_dir or f"runs/{config.preset}")
-    with runtime.usage():
+    with runtime.usage():  # whatever can be refused is, before anything is written
         images, val = open_data(config)
         config = adopt(config, folder, place, len(images))
         if config.auto_scale:
@@ -655,169 +662,229 @@ def run(config: Config, build=build, update=ema_update) -> dict:
         check(config)  # once more: the batch of each process may have become another
         probe = Sampler(len(images), config.batch_size_per_gpu, 1, world_size=place.world_size)
         epoch_steps = config.epoch_length or probe.steps_per_pass
-        total = config.epochs * epoch_steps
         found = runtime.find_checkpoint(folder / "checkpoint", place) if config.resume else None
-        if found and found[1]["step"] >= total and (folder / "summary.json").exists():
-            summary = json.loads((folder / "summary.json").read_text())
-            knn = summary["knn"]
-            known = "" if knn is None else f", {summary['knn_protocol']} {knn:.1%}"
-            place.print(f"{folder} is finished{known}; --no_resume would start it anew")
-            return summary
-        student, teacher = build(config, place)
-        makers = target_makers(config).to(place.device)
-    expected = expected_memory(student, config, place)
-    whole = teacher.backbone
-    if config.parallel == "fsdp":
-        whole = copy.deepcopy(teacher.backbone)  # to be judged and saved: filled when needed
-        for network in (student, teacher):
-            shard(network, config, place)
-    optimizer = OPTIMIZERS[config.optimizer](
-        parameter_groups(student, config.layerwise_decay, config.patch_embed_lr_mult))
-    with runtime.usage():
-        judge = Judge(images, val, config, place)
-    if place.main:
-        prepare(folder, config, place)
-    place.print(f"{config.preset or 'run'} -> {folder}: {len(images):,d} images, {total:,d} steps "
-                f"of {config.batch_size_per_gpu} x {place.world_size}, {place.device}, "
-                f"{config.precision}, {sum(p.numel() for p in student.parameters()):,d} parameters")
-    there_is, in_all = runtime.memory_gb(place.device), sum(expected.values())
-    place.print(f"expects {in_all:.2f} of {there_is:.0f} GB: "
-                + ", ".join(f"{name} {size:.2f}" for name, size in expected.items()))
-    if in_all > there_is:
-        place.print("warning: that is too much; give --activation_checkpointing, --precision bf16, "
-                    "--parallel fsdp or a smaller --batch_size_per_gpu")
+        if found and found[1]["step"] >= config.epochs * epoch_steps:
+            if (folder / "summary.json").exists():
+                return finished(folder, place)
+        this = Run(config, place, folder, images, val, epoch_steps, build)
+    this.begin(found)
+    this.train(update)
+    return this.end()
 
-    def fill_whole() -> nn.Module:
-        """The teacher's backbone in one piece, as it is now."""
+
+def finished(folder: Path, place: Place) -> dict:
+    summary = json.loads((folder / "summary.json").read_text())
+    knn = summary["knn"]
+    known = "" if knn is None else f", {summary['knn_protocol']} {knn:.1%}"
+    place.print(f"{folder} is finished{known}; --no_resume would start it anew")
+    return summary
+
+
+class Run:
+    """Networks, data, and how far they are: `begin`, `train`, `end`.
+
+    A checkpoint keeps the tensors of `parts` and the optimiser, `step`, `figures` (what the summary
+    will say) and `last` (the newest row of the log). `whole` is the teacher's backbone in one
+    piece, to be judged and saved.
+    """
+
+    def __init__(self, config: Config, place: Place, folder: Path, images: Images, val: Images,
+                 epoch_steps: int, build):
+        self.config, self.place, self.folder = config, place, folder
+        self.images, self.val = images, val
+        self.epoch_steps, self.total = epoch_steps, config.epochs * epoch_steps
+        self.student, self.teacher = build(config, place)
+        self.makers = target_makers(config).to(place.device)
+        self.expected = expected_memory(self.student, config, place)
+        self.whole = self.teacher.backbone
         if config.parallel == "fsdp":
-            state = runtime.whole_state(teacher)
-            whole.load_state_dict({name.removeprefix("backbone."): value
-                                   for name, value in state.items() if "backbone." in name})
-        return whole
+            self.whole = copy.deepcopy(self.whole)  # filled when needed
+            for network in (self.student, self.teacher):
+                shard(network, config, place)
+        self.optimizer = OPTIMIZERS[config.optimizer](
+            parameter_groups(self.student, config.layerwise_decay, config.patch_embed_lr_mult))
+        self.scaler = LossScale().to(place.device) if config.precision == "fp16" else None
+        self.parts = {"student": self.student, "teacher": self.teacher, "makers": self.makers}
+        if self.scaler:
+            self.parts["scaler"] = self.scaler
+        self.judge = Judge(images, val, config, place)
+        self.step, self.last = 0, {}
+        self.figures = {"seconds": 0.0, "broken": 0, "untrained": None, "pixels": None, "knn": None}
 
     # -- where we are: the beginning, or a checkpoint
-    scaler = LossScale().to(place.device) if config.precision == "fp16" else None
-    parts = {"student": student, "teacher": teacher, "makers": makers}
-    if scaler:
-        parts["scaler"] = scaler
-    figures = {"seconds": 0.0, "broken": 0, "untrained": None, "pixels": None, "knn": None}
-    step, last = 0, {}
-    if found:
-        state = runtime.live_state(parts, optimizer, of="student")
-        runtime.load_checkpoint(found[0], state, place)
-        step, figures, last = (found[1][name] for name in ("step", "figures", "last"))
-        place.print(f"continuing from step {step}")
-    forget_metrics_after(folder / "metrics.jsonl", step if found else -1, place)
-    begun = time.time() - figures["seconds"]
-    begins = "--init" if config.init else "untrained"
-    if step == 0:
-        figures["pixels"] = judge(pixels_as_features())
-        figures["untrained"] = judge(fill_whole())
-        if figures["pixels"] is not None:
-            place.print(f"{judge.protocol}: raw pixels {figures['pixels']:.1%}, {begins} network "
-                        f"{figures['untrained']:.1%}")
-            record(folder, dict(step=0, knn=figures["untrained"], pixels=figures["pixels"]), place)
 
-    def save():
-        figures["seconds"] = time.time() - begun
-        runtime.save_checkpoint(folder / "checkpoint", step,
-                                runtime.live_state(parts, optimizer, of="student"),
-                                {"figures": figures, "last": last}, place, config.keep)
-        write_teacher()
-
-    def write_teacher():
-        state = runtime.whole_state(teacher)
+    def begin(self, found: tuple[Path, dict] | None):
+        config, place = self.config, self.place
         if place.main:
-            backbone, heads = {}, {"makers": makers.state_dict()}
+            prepare(self.folder, config, place)
+        self.introduce()
+        if found:
+            state = runtime.live_state(self.parts, self.optimizer, of="student")
+            runtime.load_checkpoint(found[0], state, place)
+            self.step, self.figures, self.last = (found[1][k] for k in ("step", "figures", "last"))
+            place.print(f"continuing from step {self.step}")
+        forget_metrics_after(self.folder / "metrics.jsonl", self.step if found else -1, place)
+        figures, self.begun = self.figures, time.time() - self.figures["seconds"]
+        if self.step == 0:
+            figures["pixels"], figures["untrained"] = (
+                self.judge(network) for network in (pixels_as_features(), self.whole_teacher()))
+            if figures["pixels"] is not None:
+                place.print(f"{self.judge.protocol}: raw pixels {figures['pixels']:.1%}, "
+                            f"{self.started} network {figures['untrained']:.1%}")
+                record(self.folder, dict(step=0, knn=figures["untrained"],
+                                         pixels=figures["pixels"]), place)
+        elif self.step == self.total:  # stopped between its last save and its end
+            self.write_teacher()
+            self.whole_teacher()
+
+    @property
+    def started(self) -> str:
+        return "--init" if self.config.init else "untrained"
+
+    def introduce(self):
+        config, place = self.config, self.place
+        place.print(
+            f"{config.preset or 'run'} -> {self.folder}: {len(self.images):,d} images, "
+            f"{self.total:,d} steps of {config.batch_size_per_gpu} x {place.world_size}, "
+            f"{place.device}, {config.precision}, "
+            f"{sum(p.numel() for p in self.student.parameters()):,d} parameters")
+        there_is, in_all = runtime.memory_gb(place.device), sum(self.expected.values())
+        place.print(f"expects {in_all:.2f} of {there_is:.0f} GB: "
+                    + ", ".join(f"{name} {size:.2f}" for name, size in self.expected.items()))
+        if in_all > there_is:
+            place.print("warning: that is too much; give --activation_checkpointing, --precision "
+                        "bf16, --parallel fsdp or a smaller --batch_size_per_gpu")
+
+    def whole_teacher(self) -> nn.Module:
+        """The teacher's backbone in one piece, as it is now."""
+        if self.config.parallel == "fsdp":
+            state = runtime.whole_state(self.teacher)
+            self.whole.load_state_dict({name.removeprefix("backbone."): value
+                                        for name, value in state.items() if "backbone." in name})
+        return self.whole
+
+    # -- the loop
+
+    def train(self, update):
+        config, place = self.config, self.place
+        batches = iter(batches_from(self.step, self.total, self.images, config, place))
+        network = self.student
+        if place.world_size > 1 and config.parallel == "ddp":
+            network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+        self.clock, self.recent = runtime.Clock(self.step, self.total), Recent(self.images)
+        self.warned = set()
+        with runtime.Farewell(place) as farewell:
+            while self.step < self.total:
+                batch = self.clock.wait(batches)
+                now = schedules(self.step, self.epoch_steps, self.total, config, place)
+                out = train_step(network, self.teacher, self.makers, self.optimizer, batch, now,
+                                 config, place, update, self.scaler)
+                self.recent.add(self.step, batch, out)
+                self.step += 1
+                self.clock.tick()
+
+                asked_to_stop, done = farewell.agreed(), self.step == self.total
+                saving = self.step % config.save_every == 0 or done or asked_to_stop
+                if self.step % config.log_every == 0 or saving:
+                    self.log(now)
+                with self.clock.pause():
+                    due = config.knn_every * self.epoch_steps
+                    if done or (due and self.step % due == 0 and not asked_to_stop):
+                        self.evaluate()
+                    if saving:
+                        self.save()
+                if asked_to_stop and not done:
+                    name = signal.Signals(asked_to_stop).name
+                    place.print(f"{name}: stopped after step {self.step}, saved; the same command "
+                                "continues")
+                    del batches  # and with it the loader's processes, at once
+                    raise SystemExit(128 + asked_to_stop)
+
+    def log(self, now: dict):
+        """The one place where the host waits for the device."""
+        config, place, clock = self.config, self.place, self.clock
+        batch = config.batch_size_per_gpu * place.world_size
+        self.last = self.recent.read(self.figures, self.step * batch) | dict(
+            step=self.step, lr=now["lr"], momentum=now["momentum"],
+            weight_decay=now["weight_decay"], teacher_temp=now["teacher_temp"],
+            images_per_second=batch / max(clock.step_seconds, 1e-9), waiting=clock.waiting,
+            memory_gb=runtime.peak_memory_gb(place.device))
+        place.print(log_line(self.last, self.total, config, clock))
+        record(self.folder, self.last, place)
+        illness = diagnose(self.last, config)
+        warm = self.step > config.warmup_epochs * self.epoch_steps
+        if illness and illness[0] not in self.warned and warm:
+            self.warned.add(illness[0])
+            place.print(f"warning: {illness[1]}")
+
+    def evaluate(self):
+        figures, place = self.figures, self.place
+        figures["knn"] = self.judge(self.whole_teacher())
+        if figures["knn"] is None:
+            return
+        place.print(f"epoch {self.step // self.epoch_steps}: {self.judge.protocol} "
+                    f"{figures['knn']:.1%} ({self.started} {figures['untrained']:.1%}, "
+                    f"pixels {figures['pixels']:.1%})")
+        record(self.folder, dict(step=self.step, knn=figures["knn"]), place)
+        if self.config.init and figures["knn"] < figures["untrained"]:
+            place.print("warning: below the weights that it began with; lower --lr, raise "
+                        "--freeze_backbone_epochs, or stop")
+
+    def save(self):
+        self.figures["seconds"] = time.time() - self.begun
+        runtime.save_checkpoint(self.folder / "checkpoint", self.step,
+                                runtime.live_state(self.parts, self.optimizer, of="student"),
+                                {"figures": self.figures, "last": self.last}, self.place,
+                                self.config.keep)
+        self.write_teacher()
+
+    def write_teacher(self):
+        """The backbone with official keys; heads and centres beside it."""
+        state = runtime.whole_state(self.teacher)
+        if self.place.main:
+            backbone, heads = {}, {"makers": self.makers.state_dict()}
             for key, value in state.items():
                 part, name = key.split(".", 1)
                 out = backbone if part == "backbone" else heads.setdefault(part, {})
                 out[name] = value.cpu()
-            runtime.save(folder / "teacher.pt", backbone)
-            runtime.save(folder / "heads.pt", heads)
-
-    # -- the loop
-    batches = iter(batches_from(step, total, images, config, place))
-    network = student
-    if place.world_size > 1 and config.parallel == "ddp":
-        network = DistributedDataParallel(student, gradient_as_bucket_view=True)
-    clock, recent, warned = runtime.Clock(step, total), Recent(images), set()
-    with runtime.Farewell(place) as farewell:
-        while step < total:
-            batch = clock.wait(batches)
-            now = schedules(step, epoch_steps, total, config, place)
-            out = train_step(network, teacher, makers, optimizer, batch, now, config, place,
-                             update, scaler)
-            recent.add(step, batch, out)
-            step += 1
-            clock.tick()
-
-            asked_to_stop = farewell.agreed()
-            saving = step % config.save_every == 0 or step == total or asked_to_stop
-            if step % config.log_every == 0 or saving:
-                # The one place where the host waits for the device.
-                last = recent.read(figures, step * config.batch_size_per_gpu * place.world_size)
-                rate = config.batch_size_per_gpu * place.world_size / max(clock.step_seconds, 1e-9)
-                last |= dict(step=step, lr=now["lr"], momentum=now["momentum"],
-                             weight_decay=now["weight_decay"], teacher_temp=now["teacher_temp"],
-                             images_per_second=rate, waiting=clock.waiting,
-                             memory_gb=runtime.peak_memory_gb(place.device))
-                place.print(log_line(last, total, config, clock))
-                record(folder, last, place)
-                illness = diagnose(last, config)
-                warm = step > config.warmup_epochs * epoch_steps
-                if illness and illness[0] not in warned and warm:
-                    warned.add(illness[0])
-                    place.print(f"warning: {illness[1]}")
-            with clock.pause():
-                due = config.knn_every and step % (config.knn_every * epoch_steps) == 0
-                if (due and not asked_to_stop) or step == total:
-                    figures["knn"] = judge(fill_whole())
-                    if figures["knn"] is not None:
-                        place.print(f"epoch {step // epoch_steps}: {judge.protocol} "
-                                    f"{figures['knn']:.1%} ({begins} {figures['untrained']:.1%}, "
-                                    f"pixels {figures['pixels']:.1%})")
-                        record(folder, dict(step=step, knn=figures["knn"]), place)
-                        if config.init and figures["knn"] < figures["untrained"]:
-                            place.print("warning: below the weights that it began with; lower "
-                                        "--lr, raise --freeze_backbone_epochs, or stop")
-                if saving:
-                    save()
-            if asked_to_stop and step < total:
-                name = signal.Signals(asked_to_stop).name
-                place.print(f"{name}: stopped after step {step}, saved; the same command continues")
-                del batches  # and with it the loader's processes, at once
-                raise SystemExit(128 + asked_to_stop)
+            runtime.save(self.folder / "teacher.pt", backbone)
+            runtime.save(self.folder / "heads.pt", heads)
 
     # -- what came of it
-    if found and found[1]["step"] == total:  # stopped between its last save and here
-        write_teacher()
-        fill_whole()
-    illness = diagnose(last, config)
-    summary = dict(
-        preset=config.preset, seed=config.seed, steps=total, loss=last["loss"],
-        knn=figures["knn"], knn_untrained=figures["untrained"], knn_pixels=figures["pixels"],
-        knn_protocol=judge.protocol, minutes=(time.time() - begun) / 60,
-        images_per_second=last["images_per_second"],
-        peak_memory_gb=runtime.peak_memory_gb(place.device),
-        collapsed=bool(illness and illness[0] in ("uniform collapse", "one prototype")),
-        device=str(place.device), precision=config.precision, broken_images=figures["broken"],
-    )
-    if place.main:
-        visualize.draw_curves(folder)
+
+    def end(self) -> dict:
+        config, figures, illness = self.config, self.figures, diagnose(self.last, self.config)
+        summary = dict(
+            preset=config.preset, seed=config.seed, steps=self.total, loss=self.last["loss"],
+            knn=figures["knn"], knn_untrained=figures["untrained"], knn_pixels=figures["pixels"],
+            knn_protocol=self.judge.protocol, minutes=(time.time() - self.begun) / 60,
+            images_per_second=self.last["images_per_second"],
+            peak_memory_gb=runtime.peak_memory_gb(self.place.device),
+            collapsed=bool(illness and illness[0] in ("uniform collapse", "one prototype")),
+            device=str(self.place.device), precision=config.precision,
+            broken_images=figures["broken"],
+        )
+        if self.place.main:
+            self.draw()
+            runtime.write_json(self.folder / "summary.json", summary)
+            what = "curves.png, attention.png"
+            then = f"visualize.py attention PHOTO --weights {self.folder}"
+            if config.convnet:  # which has no attention to draw
+                what, then = "curves.png", f"evaluate.py knn --weights {self.folder}"
+            print(f"\nfinished in {summary['minutes']:.1f} minutes; wrote {self.folder}/{what} and "
+                  f"teacher.pt\nnext:  python {then}")
+        return summary
+
+    def draw(self):
+        """The curves, and where the class token looks in eight images that are held out."""
+        config, val = self.config, self.val
+        visualize.draw_curves(self.folder)
         some = np.random.default_rng(config.seed).permutation(len(val))[:8]
         if len(some) and not config.convnet:
             with torch.compiler.set_stance("force_eager"):
-                visualize.draw_attention_page(whole, [val.read(int(i)) for i in some],
-                                              config.global_crops_size, folder / "attention.png",
-                                              config.pixels)
-        runtime.write_json(folder / "summary.json", summary)
-        what, then = "curves.png, attention.png", f"visualize.py attention PHOTO --weights {folder}"
-        if config.convnet:  # which has no attention to draw
-            what, then = "curves.png", f"evaluate.py knn --weights {folder}"
-        print(f"\nfinished in {summary['minutes']:.1f} minutes; wrote {folder}/{what} and "
-              f"teacher.pt\nnext:  python {then}")
-    return summary
+                visualize.draw_attention_page(self.whole, [val.read(int(i)) for i in some],
+                                              config.global_crops_size,
+                                              self.folder / "attention.png", config.pixels)
 
 
 def read_flags(argv: list[str], kind=Config, presets=PRESETS, program="train.py") -> Config:

@@ -21,10 +21,11 @@ import torch.nn.functional as F
 import distill
 import runtime
 import train
-from augment import collate, photometry
+from augment import collate, photometry, pixels_of
 from conftest import TINY, finish, killed_in_step, saved, start
 from recipes import DISTILLATION, PRESETS, check
 from runtime import Place, parse, whole_state
+from vit import ARCHS, VisionTransformer
 from weights import load_backbone
 
 HEADS = "--ibot_weight 1 --separate_head --ibot_n_prototypes 24 --drop_path_rate 0".split()
@@ -327,6 +328,14 @@ def test_a_students_first_weights_leave_the_presets_crops(teacher):
     assert found.global_crops_size == DISTILLATION["shapes_distill"]["global_crops_size"] != 24
 
 
+def test_the_student_is_shown_what_its_teacher_wants(tmp_path):
+    model = VisionTransformer(24, 8, 1, **ARCHS["vit_pico"])
+    torch.save(model.state_dict(), tmp_path / "grey.pth")
+    line = f"--teacher {tmp_path}/grey.pth --dino_weight 0 --ibot_weight 0 --class_feature_weight 1"
+    config, _ = distill.open_teacher(parse(distill.Config, [*STUDENT, *line.split()], DISTILLATION))
+    assert (config.in_chans, config.pixels) == (1, pixels_of(1))
+
+
 @pytest.mark.parametrize("line, words", [
     ("--teacher=", "--teacher .: no teacher.pt in it"),
     ("--teacher nowhere", "--teacher nowhere"),
@@ -340,6 +349,7 @@ def test_a_students_first_weights_leave_the_presets_crops(teacher):
     ("--arch resnet18 --ibot_weight 0 --patch_feature_weight 1", "--patch_feature_weight 0"),
     ("--dino_weight 0 --ibot_weight 0", "nothing to learn"),
     ("--patch_tokens some", "--patch_tokens"),
+    ("--in_chans 1", "leave them to --teacher"),
     ("--class_feature_weight -1", "--class_feature_weight"),
 ])
 def test_misuse(line, words, teacher, tmp_path, capsys):
