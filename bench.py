@@ -43,7 +43,7 @@ import runtime
 import train
 import vit
 from data import Images, cached, in_channels, open_images
-from features import extract, knn_vote, top_neighbours
+from features import MOST, extract, knn_vote, top_neighbours
 from plain import IDEAS, DefaultAdamW, without
 from runtime import Place, UsageError, require
 
@@ -278,6 +278,7 @@ def in_use(config: Config, place: Place) -> list[str]:
 
 def step(config: Config, place: Place) -> dict:
     """One training step: speed, memory, share of the hardware, and beside it what was asked for."""
+    runtime.keep_freed_memory(place)
     ideas = in_use(config, place)
     if config.without not in ("none", "each", *ideas):
         raise UsageError(f"--without {config.without}: this step does without it already "
@@ -423,7 +424,7 @@ def evaluation(config: Config, place: Place) -> dict:
     k = min(200, len(bank))
 
     def bare():
-        for part in queries.split(1024):
+        for part in queries.split(max(1, MOST // len(bank))):
             part @ bank.T
 
     def vote():

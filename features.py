@@ -178,8 +178,10 @@ def top_neighbours(queries: Tensor, bank: Tensor, k: int, chunk: int = 0):
         raise ValueError(f"k={k} neighbours out of a bank of {len(bank)} images")
     chunk = chunk or max(1, MOST // len(bank))
     lengths = torch.linalg.vector_norm(bank, dim=1).clamp(min=1e-12)  # a normalised copy is large
-    best = [(F.normalize(part, dim=1) @ bank.T).div_(lengths).topk(k)
-            for part in queries.split(chunk)]
+    table, best = queries.new_empty(min(chunk, len(queries)), len(bank)), []  # used over and over
+    for part in queries.split(chunk):
+        cosines = torch.mm(F.normalize(part, dim=1), bank.T, out=table[:len(part)]).div_(lengths)
+        best.append(cosines.topk(k))
     return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
 
 

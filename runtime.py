@@ -238,8 +238,6 @@ def start(device: str = "auto") -> Place:
     if not available.get(kind):
         found = ", ".join(name for name, here in available.items() if here)
         raise UsageError(f"--device {device}: not available here; choose from auto, {found}")
-    if kind == "cpu":
-        keep_freed_memory()
     if "WORLD_SIZE" not in os.environ:
         return Place(torch.device(device))
     if kind == "cuda":
@@ -250,13 +248,15 @@ def start(device: str = "auto") -> Place:
     return Place(torch.device(device), dist.get_rank(), dist.get_world_size())
 
 
-def keep_freed_memory():
-    """What this process frees it will need again in the next step; have it keep the pages.
+def keep_freed_memory(place: Place):
+    """For training on a CPU: what a step frees the next one needs again; have it keep the pages.
 
     glibc gives large blocks back to the system at once, and to have them cleared and mapped anew
-    takes a CPU some tenth of a step. See mallopt(3): no block is too large to be kept (-4,
-    M_MMAP_MAX), none is ever given back (-1, M_TRIM_THRESHOLD). Elsewhere nothing is done.
+    takes some tenth of a step. See mallopt(3): no block is too large to be kept (-4, M_MMAP_MAX),
+    none is ever given back (-1, M_TRIM_THRESHOLD). With another library nothing is done.
     """
+    if place.device.type != "cpu":
+        return
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)

@@ -653,6 +653,7 @@ def run(config: Config, build=build, update=ema_update) -> dict:
     config = inherit(config)
     check(config)
     place = runtime.start(config.device)
+    runtime.keep_freed_memory(place)
     folder = Path(config.output_dir or f"runs/{config.preset}")
     with runtime.usage():  # whatever can be refused is, before anything is written
         images, val = open_data(config)
