@@ -310,7 +310,8 @@ class Sampler:
         self.steps_per_pass = length // self.global_batch
         if not self.steps_per_pass:
             raise ValueError(f"--batch_size_per_gpu {batch_size}: a global batch of "
-                             f"{self.global_batch} is larger than the data set of {length} images")
+                             f"{self.global_batch} is larger than the data set of {length} images; "
+                             f"give at most {max(1, length // world_size)}")
 
     def __len__(self) -> int:
         return self.steps - self.start

@@ -405,6 +405,8 @@ class Judge:
         if self.labelled:
             same_labels(train, val)
         self.protocol = "k-NN(20)" if self.labelled else "other-view retrieval"
+        if len(self.queries) < 2:
+            place.print(f"{len(val)} images to judge with: nothing will be judged; give --val_data")
 
     def __call__(self, backbone: nn.Module) -> float | None:
         if len(self.queries) < 2:
