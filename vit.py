@@ -95,6 +95,18 @@ def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], rule: str) -> Ten
 Groups = tuple[tuple[int, int], ...]  # one (b, n) per crop size; sum of b*n is T
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k' / sqrt(hd)) v: three times (b, nh, n, hd) -> one. ViT sec. 3.1.
+
+    By torch's kernel, which never stores a pair of tokens. Only where a CPU learns in bfloat16 the
+    formula itself is taken: the kernel's backward pass is two to five times as slow there.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (b, nh, n, n)
+        return scores.softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, each image of each group for itself. ViT sec. 3.1."""
 
@@ -113,7 +125,7 @@ class Attention(nn.Module):
         outs = []
         for (b, n), rows in zip(groups, qkv.split([b * n for b, n in groups])):
             q, k, v = self.split_heads(rows, b, n).unbind(0)
-            o = F.scaled_dot_product_attention(q, k, v)  # (b, nh, n, hd)
+            o = attention(q, k, v)  # (b, nh, n, hd)
             outs.append(o.transpose(1, 2).reshape(b * n, -1))
         return self.proj(torch.cat(outs) if len(outs) > 1 else outs[0])  # (T, D)
 

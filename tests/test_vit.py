@@ -1,7 +1,7 @@
 """Claims
 1. Parameter counts equal the published ones to the unit; keys equal the official ones.
 2. One packed forward of several crop sizes equals one forward per size, values and gradients.
-3. Attention rows sum to one and reproduce what the fast path computes.
+3. Attention rows sum to one and reproduce what the fast path computes, in low precision too.
 4. Positions are resampled by the two official rules; the stored table serves its own grid.
 5. Stochastic depth keeps exactly max(int(b(1-p)), 1) samples and adds them scaled by b / kept.
 6. Sides that are no multiple of the patch lose their last rows and columns.
@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vit import ARCHS, VisionTransformer, drop_path_plan, inflate, resize_pos_embed
+from vit import ARCHS, VisionTransformer, attention, drop_path_plan, inflate, resize_pos_embed
 
 SMALL = dict(embed_dim=64, depth=3, num_heads=1)
 
@@ -287,3 +287,20 @@ def test_inflated(channels):
     grey = torch.randn(2, 1, 32, 32)
     a, b = other(grey.repeat(1, channels, 1, 1)), three(grey.repeat(1, 3, 1, 1))
     torch.testing.assert_close(a, b)
+
+
+def test_bfloat16_on_a_cpu_is_as_exact_as_the_kernel():
+    q, k, v = torch.randn(3, 2, 4, 50, 64, dtype=torch.float64).unbind(0)
+    exact = F.scaled_dot_product_attention(q, k, v)
+    low = [x.bfloat16().requires_grad_() for x in (q, k, v)]
+    ours = attention(*low)
+    with torch.no_grad():
+        kernel = attention(*low)
+    assert ours.dtype == kernel.dtype == torch.bfloat16
+    errors = [(x.double() - exact).abs().mean() for x in (ours, kernel)]
+    assert errors[0] < 1.5 * errors[1] + 1e-4 and errors[1] > 0
+    ours.float().square().sum().backward()
+    wide = [x.detach().double().requires_grad_() for x in low]
+    F.scaled_dot_product_attention(*wide).square().sum().backward()
+    for a, b in zip(low, wide):
+        assert (a.grad.double() - b.grad).abs().mean() < 0.02 * b.grad.abs().mean()
