@@ -101,11 +101,11 @@ def in_channels(image: Tensor, channels: int) -> Tensor:
 
 def from_array(array: np.ndarray, channels: int) -> Tensor:
     """(H, W), (C, H, W) or (H, W, C) of integers, or of floats from 0 to 1 -> as in_channels."""
+    if array.ndim not in (2, 3) or not np.issubdtype(array.dtype, np.number):
+        raise ValueError(f"an array {array.shape} of {array.dtype}, expected an image")
     first, last = array.shape[0], array.shape[-1]
     if array.ndim == 3 and first != channels and (last == channels or last < first):
         array = array.transpose(2, 0, 1)
-    if array.ndim not in (2, 3) or not np.issubdtype(array.dtype, np.number):
-        raise ValueError(f"an array {array.shape} of {array.dtype}, expected an image")
     if np.issubdtype(array.dtype, np.integer):
         array = array / np.float32(np.iinfo(array.dtype).max)
     image = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
@@ -124,7 +124,7 @@ def read_file(file: Path | io.BytesIO, channels: int = 3) -> Tensor:
         with Image.open(stream) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16 bits, in a type that may have more
-                return from_array(np.asarray(image).astype(np.uint16), channels)
+                return from_array(np.asarray(image) / np.float32(65535), channels)
             if image.mode == "F" or (channels not in (1, 3) and len(image.getbands()) == channels):
                 return from_array(np.asarray(image), channels)
             return in_channels(pil_to_tensor(image.convert("RGB")), channels)

@@ -82,12 +82,21 @@ def test_channels(tmp_path):
     np.save(tmp_path / "a.npy", array + 7)
     with pytest.raises(ValueError, match="--data values from 7.* expected 0 to 1"):
         open_images(f"folder:{tmp_path}", pixels=pixels_of(5))
+    np.save(tmp_path / "a.npy", np.float32(0.5))
+    with pytest.raises(ValueError, match="expected an image"):
+        open_images(f"folder:{tmp_path}", pixels=pixels_of(5))
     Image.fromarray((array[..., :4] * 255).astype(np.uint8), "RGBA").save(tmp_path / "d.png")
     images = open_images(f"folder:{tmp_path}", pixels=pixels_of(4))  # arrays: where nothing else is
     assert images.names == ["d.png"] and images.read(0).shape == (4, 20, 30)
     grey = open_images("shapes:8", pixels=pixels_of(1)).read(3)
     expected = TF.rgb_to_grayscale(open_images("shapes:8").read(3) / 255)
     torch.testing.assert_close(grey, expected)
+
+
+def test_more_than_sixteen_bits_are_refused(tmp_path):
+    Image.fromarray(np.full((20, 30), 70_000, dtype=np.int32)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match="values from 1.06813 to 1.06813, expected 0 to 1"):
+        open_images(f"folder:{tmp_path}").read(0)
 
 
 def test_sampler_resumes_and_shards():
