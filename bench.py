@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.functional import to_pil_image
 
 import recipes
 import runtime
@@ -44,7 +45,7 @@ import train
 import vit
 from data import Images, cached, in_channels, open_images
 from features import MOST, extract, knn_vote, top_neighbours
-from plain import IDEAS, DefaultAdamW, without
+from plain import IDEAS, DefaultAdamW, crop_by_crop, without
 from runtime import Place, UsageError, require
 
 
@@ -52,7 +53,7 @@ from runtime import Place, UsageError, require
 class Config(recipes.Config):
     # -- bench
     steps: int = 8  # steps or batches that are timed, after a few that are not
-    plain: bool = False  # step: beside it the plain version, all ideas taken out but the precision
+    plain: bool = False  # step, data: beside it the plain version; its precision is the same
     without: Literal["none", "each", "packing", "sdpa", "skipping", "fused_loss", "foreach",
                      "compile", "bf16"] = "none"  # step: beside it the same step without one idea
     bank: int = 20_000  # eval: features that vote
@@ -371,6 +372,7 @@ def data(config: Config, place: Place) -> dict:
     """Images per second and core, from file to what the network is fed, stage by stage.
 
     In the seconds of one thread of this process, so that others on the machine do not count.
+    --plain: beside it the papers' worker, one PIL image after another, by turns. Both decode alike.
     """
     images = open_images(config.data, config.data_root, config.download, "--data", config.pixels)
     images = cached(images, config.cache, config.cache_side, config.num_workers)
@@ -378,6 +380,7 @@ def data(config: Config, place: Place) -> dict:
     loader = train.batches_from(0, 1, images.subset(range(size)), replace(
         config, batch_size_per_gpu=size), Place(torch.device("cpu")))
     views, collate = loader.dataset, loader.collate_fn
+    plainly = crop_by_crop(views.multi_crop.views, config.photometry, config.pixels)
     spent, order = defaultdict(float), itertools.cycle(range(len(images)))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -396,16 +399,28 @@ def data(config: Config, place: Place) -> dict:
             for stage, a, b in zip(("decode", "geometry", "collate", "photometry"), marks,
                                    marks[1:]):
                 spent[stage] += (b - a) * (i >= 2)  # the first two warm up
+            if config.plain:
+                begun = time.process_time()
+                for image in pixels:
+                    plainly(to_pil_image(image))
+                spent["plain"] += (time.process_time() - begun + marks[1] - marks[0]) * (i >= 2)
     finally:
         torch.set_num_threads(threads)
-    count = size * config.steps
+    count, plain = size * config.steps, spent.pop("plain", None)
     spent["worker"] = spent["decode"] + spent["geometry"] + spent["collate"]
     spent["whole"] = spent["worker"] + spent["photometry"]
+    if plain:
+        spent["plain"] = plain
     print(f"{'stage':12s}  ms/image   images/s and core")
     for stage, time_spent in spent.items():
         print(f"{stage:12s} {1000 * time_spent / count:9.2f} {count / time_spent:12.1f}")
     print("worker: what a core of the loader does; on a GPU photometry is not the cores' work")
-    return {"images_per_second_per_core": {s: count / t for s, t in spent.items()}}
+    result = {"images_per_second_per_core": {s: count / t for s, t in spent.items()}}
+    if plain:
+        result["ratio"] = plain / spent["worker"]
+        print(f"plain: the same by PIL, all in the worker: {result['ratio']:.1f} times the "
+              f"worker's seconds, {plain / spent['whole']:.1f} times the whole's")
+    return result
 
 
 def evaluation(config: Config, place: Place) -> dict:

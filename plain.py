@@ -17,12 +17,16 @@ Letters  B images, K prototypes, n rows, M hidden patches; b n one crop size: b 
 """
 
 import contextlib
+import random
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageFilter
 from torch import Tensor
+from torchvision import transforms as T
 
+from augment import BLUR_SIGMA, PHOTOMETRY, Pixels
 from losses import all_sum, make_targets
 from vit import Groups, Keep, VisionTransformer
 
@@ -141,6 +145,31 @@ class DefaultAdamW(torch.optim.AdamW):
     """As torch runs it unasked: tensor by tensor on a CPU. It knows no such gate either."""
 
     found_inf = property(lambda self: None, lambda self, value: None)
+
+
+# ------------------------------------------------------------------------------------------------
+# The input path. Uint8 crops in the worker, colours in batches on the device; without that:
+# everything in the worker, one crop of one PIL image after another, as DINO's appendix A reads
+
+
+def blurred(image: Image.Image) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(random.uniform(*BLUR_SIGMA)))
+
+
+def crop_by_crop(views: list[tuple[int, tuple[float, float], int]], kind: str, pixels: Pixels):
+    """`views` of a MultiCrop and the name of a PHOTOMETRY -> a function: PIL image -> crops."""
+    p, makers = PHOTOMETRY[kind], []
+    for size, scale, view in views:
+        makers.append(T.Compose([
+            T.RandomResizedCrop(size, scale, interpolation=T.InterpolationMode.BICUBIC),
+            T.RandomHorizontalFlip(),
+            T.RandomApply([T.ColorJitter(*p["strength"])], p["jitter"][view]),
+            T.RandomGrayscale(p["gray"][view]),
+            T.RandomApply([T.Lambda(blurred)], p["blur"][view]),
+            T.RandomSolarize(128, p["solarize"][view]),
+            T.ToTensor(), T.Normalize(*pixels),
+        ]))
+    return lambda image: [make(image) for make in makers]  # of (3, s, s) each
 
 
 # ------------------------------------------------------------------------------------------------

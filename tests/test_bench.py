@@ -1,6 +1,7 @@
 """Claims
 1. With any idea taken out, or all of them, a step gives the same loss, gradients, centres and
-   teacher: float32, each of the methods, with stochastic depth and without.
+   teacher: float32, each of the methods, with stochastic depth and without. The papers' crops
+   are ours, where nothing is left to chance.
 2. Operations are counted as the layers' sizes say; memory as autograd itself keeps it.
 3. Stages add up to a step, and time within a stage belongs to the innermost.
 4. The five tasks write what they promise, and ratios are those of the pairs.
@@ -15,13 +16,16 @@ import time
 from dataclasses import replace
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
+from torchvision.transforms.functional import to_pil_image
 
 import bench
 import plain
 import runtime
 import train
+from augment import RGB, MultiCrop, draw_photometry, photometry
 from conftest import TINY
 from data import open_images
 from recipes import PRESETS, check
@@ -227,6 +231,33 @@ def test_data_and_its_stages(tmp_path, photos):
     stages = ("decode", "geometry", "collate", "photometry")
     assert 1 / rates["whole"] == pytest.approx(sum(1 / rates[s] for s in stages))
     assert torch.get_num_threads() >= 1
+
+
+def test_data_beside_the_plain_way(tmp_path, photos):
+    out = tmp_path / "out.json"
+    bench.main(["data", *TINY, "--data", f"folder:{photos}", "--steps", "2", "--plain",
+                "--json", str(out)])
+    found, rates = read(out), read(out)["images_per_second_per_core"]
+    assert found["ratio"] == pytest.approx(rates["worker"] / rates["plain"])
+
+
+def test_plain_crops_are_ours_without_colours():
+    """Where nothing is left to chance: the whole image, maybe flipped, resized and normalised."""
+    image = torch.randint(0, 256, (3, 50, 70), generator=torch.Generator().manual_seed(0),
+                          dtype=torch.uint8)
+    whole = dict(global_crops_size=24, local_crops_size=16, local_crops_number=1,
+                 global_crops_scale=(1, 1), local_crops_scale=(1, 1), photometry="none")
+    ours = MultiCrop(**whole)
+    torch.manual_seed(0)
+    theirs = plain.crop_by_crop(ours.views, "none", RGB)(to_pil_image(image))
+    sample = ours(image, np.random.default_rng(0))
+    crops = [*sample["global_crops"], *sample["local_crops"]]
+    colours = torch.from_numpy(draw_photometry("none", 0, np.random.default_rng(0)))[None]
+    assert [x.shape for x in theirs] == [x.shape for x in crops]
+    for mine, other in zip(crops, theirs):
+        mine = photometry(mine[None], colours, RGB)[0]
+        apart = min((mine - other).abs().max(), (mine.flip(-1) - other).abs().max())
+        assert apart < 2 / 255 / min(RGB.std)  # PIL rounds where torch does not
 
 
 def test_eval(tmp_path):
