@@ -23,6 +23,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 2**24  # numbers, 64 MB, of an (n, K) matrix that are copied to float32 at a time
 
 
 def all_sum(x: Tensor) -> Tensor:
@@ -40,7 +43,7 @@ def column_mean(rows: Tensor, real: Tensor | None = None, of=lambda x: x) -> Ten
     float32 copy of all of a matrix as large as (n, K) would cost more memory than the networks.
     """
     real = torch.ones(len(rows), device=rows.device) if real is None else real.float()  # (n,)
-    step = max(1, 2**24 // rows.shape[1])
+    step = max(1, CHUNK // rows.shape[1])
     total = sum(weight @ of(some.float())
                 for some, weight in zip(rows.split(step), real.split(step)))  # (K,)
     total = all_sum(torch.cat([total, real.sum()[None]]))
@@ -126,15 +129,30 @@ def make_targets(logits: Tensor, temp: float, bias: Tensor) -> Tensor:
 # Losses: pure functions of targets and student logits
 
 
+def cross_entropies(q: Tensor, logits: Tensor, temp: float, mass: int = 1) -> Tensor:
+    """-<q, log softmax(s)> of each row, s = logits / temp: twice (n, K) -> (n,), in float32.
+
+    The rows of q add up to `mass`, so that it is mass * logsumexp(s) - <q, s>. By chunks that are
+    computed again in the backward pass: what is kept for it are the logits as they came.
+    """
+    def rows(q, logits):
+        s = logits.float() / temp  # (n, K)
+        return mass * s.logsumexp(-1) - torch.einsum("nk,nk->n", q, s)
+
+    step = max(1, CHUNK // logits.shape[-1])
+    some = [checkpoint(rows, *chunk, use_reentrant=False, preserve_rng_state=False)
+            for chunk in zip(q.split(step), logits.split(step))]
+    return torch.cat(some)  # (n,)
+
+
 def view_pair_loss(targets: Tensor, student_logits: Tensor, student_temp: float = 0.1) -> Tensor:
     """Mean cross-entropy over all pairs (teacher view, other student view). DINO eq. 3, Alg. 1.
 
     targets (G, B, K), probabilities; student_logits (V, B, K), V >= G, the first G views being the
     teacher's. There are G*V - G ordered pairs: a view is never asked to match itself.
 
-    A student view meets its teachers' *sum* q of mass m (2 for a local crop with 2 globals, 1 for
-    a global one); -<q, log softmax(s)> = m logsumexp(s) - <q, s>: a pass per view, not per pair.
-    Value in nats; ln K when nobody knows anything.
+    A student view meets the *sum* of its teachers, of mass 2 for a local crop with 2 globals and 1
+    for a global one: a pass per view, not per pair. In nats; ln K when nobody knows anything.
     """
     G, V = len(targets), len(student_logits)
     if V < G or G * (V - 1) == 0:
@@ -142,9 +160,8 @@ def view_pair_loss(targets: Tensor, student_logits: Tensor, student_temp: float 
     everyone = targets.sum(0)  # (B, K)
     total = 0.0
     for v, logits in enumerate(student_logits):
-        s = logits.float() / student_temp  # (B, K)
-        q, mass = (everyone - targets[v], G - 1) if v < G else (everyone, G)
-        total = total + mass * s.logsumexp(-1).mean() - torch.einsum("bk,bk->", q, s) / len(s)
+        q, mass = (everyone - targets[v], G - 1) if v < G else (everyone, G)  # (B, K)
+        total = total + cross_entropies(q, logits, student_temp, mass).mean()
     return total / (G * V - G)
 
 
@@ -156,9 +173,7 @@ def patch_loss(targets: Tensor, student_logits: Tensor, weights: Tensor, crops: 
     that image), so that images count alike whatever their mask, and 0 for padding. The sum is
     divided by the number of global crops, those without a mask included, as in DINOv2's code.
     """
-    s = student_logits.float() / student_temp  # (M, K)
-    each = s.logsumexp(-1) - torch.einsum("mk,mk->m", targets, s)  # (M,)
-    return (weights * each).sum() / crops
+    return (weights * cross_entropies(targets, student_logits, student_temp)).sum() / crops
 
 
 def koleo_loss(features: Tensor) -> Tensor:
@@ -192,7 +207,7 @@ def entropies(targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, T
     targets (..., K); weights, one per row, 0 for padding.
     """
     rows = targets.flatten(0, -2)  # (n, K)
-    some = rows.split(max(1, 2**24 // rows.shape[1]))
+    some = rows.split(max(1, CHUNK // rows.shape[1]))
     each = torch.cat([torch.special.entr(x).sum(-1, keepdim=True) for x in some])  # (n, 1)
     mean = torch.special.entr(column_mean(rows, weights)).sum()
     return column_mean(each, weights)[0], mean

@@ -8,6 +8,8 @@
 7. The patch loss equals a loop over images and patches, KoLeo a loop over images, in float64.
 8. DINOv2's figures at the start: zero logits, Sinkhorn targets, the closed form of the EMA centre.
 9. DINOv2's local + global loss is DINO's.
+10. Chunks of rows change no value and no gradient; for the backward pass the patch loss keeps
+    nothing of n x K but what it was given.
 """
 
 import math
@@ -15,6 +17,7 @@ import math
 import pytest
 import torch
 
+import losses
 from losses import (
     CENTERING,
     EMACenter,
@@ -54,6 +57,27 @@ def test_loss_and_gradient_against_the_double_loop(G, L):
     targets = ((teacher - center) / 0.07).softmax(-1)
     # the loss works in float32 whatever it is given: compare at that precision
     got = view_pair_loss(targets.float(), ours)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+    got.backward()
+    expected.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+# Of 20 rows 1, 3 or all at once; the last chunk is shorter than the others.
+@pytest.mark.parametrize("chunk", [1, 21, 2**24])
+def test_chunks_change_nothing_and_keep_nothing(chunk, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK", chunk)
+    torch.manual_seed(0)
+    q, weights = torch.randn(20, 7).softmax(-1), torch.rand(20)
+    ours = torch.randn(20, 7).double().requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    expected = -(weights * (q * (theirs / 0.1).log_softmax(-1)).sum(-1)).sum() / 4
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        got = patch_loss(q, ours, weights, crops=4)
+    given = {x.untyped_storage().data_ptr() for x in (q, ours)}
+    more = [x.numel() for x in kept if x.untyped_storage().data_ptr() not in given]
+    assert len(more) < len(kept) and max(more) <= 20  # a number for each row, but no row of K
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
     got.backward()
     expected.backward()
