@@ -344,12 +344,13 @@ def shard(network: nn.Module, cheap: list[nn.Module], exact: list[nn.Module], pl
 
     Each module of the lists is gathered by itself when it runs and let go afterwards; the rest of
     the network is one more such unit. `cheap` ones are gathered, and their gradients summed, in the
-    low precision; `exact` ones and the rest in float32.
+    low precision, on GPUs; `exact` ones and the rest in float32. (A CPU's LayerNorm refuses
+    parameters in less than its input has, and there is no wire to spare.)
     """
     # It warns of outputs that are views, for those who would write into them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(place.device.type, (place.world_size,))
-    low = LOW.get(precision)
+    low = LOW.get(precision) if place.device.type == "cuda" else None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low, cast_forward_inputs=False)
     for module in cheap:
         fully_shard(module, mesh=mesh, mp_policy=policy)
