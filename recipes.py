@@ -108,7 +108,7 @@ class Config:
     seed: int = 0  # everything random follows from it
     # -- machine
     device: str = "auto"  # auto | cpu | cuda | mps
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of products; losses: fp32
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of products; auto: bf16 if fast
     parallel: Literal["ddp", "fsdp"] = "ddp"  # copies of the network, or one split over processes
     compile: bool | None = None  # fuse the blocks' kernels by torch.compile [on CUDA]
     activation_checkpointing: bool = False  # less memory, a quarter more time

@@ -191,7 +191,16 @@ def test_code_in_a_checkpoint_does_not_run(where, tmp_path, capsys):
 def test_device_is_checked():
     with pytest.raises(UsageError, match="--device tpu"):
         runtime.start("tpu")
-    assert runtime.resolve_precision("fp32", torch.device("cpu")) == "fp32"
+
+
+@pytest.mark.parametrize("can, expected", [({"amx_bf16": True}, "bf16"), ({}, "fp32"),
+                                           ({"avx512_bf16": True, "amx_bf16": False}, "bf16"),
+                                           ({"avx512_bf16": False}, "fp32")])
+def test_auto_is_bf16_where_a_cpu_multiplies_in_it(can, expected, monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
+    assert runtime.resolve_precision("auto", cpu) == expected
+    assert runtime.resolve_precision("fp32", cpu) == "fp32"
 
 
 def test_clock_does_not_count_pauses():
