@@ -240,6 +240,7 @@ if __name__ == "__main__":
     for name, (maker, temp) in cases.items():
         each, mean = entropies(make_targets(logits, temp, maker(logits, temp)))
         print(f"{name:16s} {each:16.2f} {mean:24.2f}")
-    print("\nBoth: each image is told apart (low), and all prototypes are in use (high).")
+    print("\nFirst column near ln K: nothing is said of an image. Second near 0: the same of all."
+          "\nBoth: each image is told apart, and all prototypes are in use.")
     uniform = view_pair_loss(torch.full((2, 64, K), 1 / K), torch.zeros(10, 64, K))
     print(f"Uniform answers on both sides cost {uniform:.4f} nats, which is ln K.")
