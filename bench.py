@@ -561,6 +561,9 @@ def main(argv):
     require(config, lambda x: 0 < x <= 1, "above 0, at most 1", "utilisation")
     if argv[0] == "data" and "data" not in config.given:
         raise UsageError("--data is missing: the images to read, as in --data folder:PATH")
+    if argv[0] == "data" and config.plain and config.in_chans != 3:
+        raise UsageError(f"--plain with --in_chans {config.in_chans}: the papers' worker knows PIL "
+                         "images of three channels; leave it out")
     if config.json and not Path(config.json).parent.is_dir():
         raise UsageError(f"--json {config.json}: there is no folder {Path(config.json).parent}")
     recipes.check(config)

@@ -325,6 +325,7 @@ def test_plan_splits_states_with_fsdp():
     ("step shapes --without bf16 --precision fp32", "--without bf16"),
     ("step shapes --without everything", "--without"),
     ("data shapes", "--data is missing"),
+    ("data --data shapes:64 --in_chans 5 --plain", "--plain with --in_chans 5"),
     ("data shapes --data folder:/none", "no such folder"),
     ("plan shapes --kind v100", "--kind"),
     ("plan shapes --json /none/out.json", "--json /none/out.json"),

@@ -190,6 +190,16 @@ def test_killed_and_resumed_equals_uninterrupted(workers, whole, tiny, tmp_path)
     assert a == b
 
 
+def test_resumed_in_bfloat16(tiny, tmp_path):
+    names = ("whole", "broken")
+    whole, broken = (config_of(tiny, tmp_path / n, "--precision", "bf16") for n in names)
+    train.run(whole)
+    with killed_in_step(11):
+        train.run(broken)
+    train.run(broken)
+    assert same([weights(tmp_path / n / "run") for n in names])
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_saves_and_goes(number, whole, tiny, tmp_path, monkeypatch, capsys):
     asked = config_of(tiny, tmp_path / "asked", "--num_workers", "1")
