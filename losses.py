@@ -19,13 +19,40 @@ Letters  G global views, V = G + L views, B images, K prototypes, n rows (views 
          M hidden patches of all global views, padded to a fixed number; D width.
 """
 
+import functools
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
-CHUNK = 2**24  # numbers, 64 MB, of an (n, K) matrix that are copied to float32 at a time
+# ------------------------------------------------------------------------------------------------
+# (n, K), thousands of rows of 65,536 numbers or more, is the largest matrix of a step. All that
+# goes over it takes some rows at a time, so that their float32 copies need not leave the cache
+
+CHUNK = {"cpu": 2**20, "cuda": 2**24}  # numbers at a time; a GPU has more to keep busy
+COMPILE = False  # train.py sets it where it compiles the network
+
+
+def chunks(*tensors: Tensor):
+    """Tensors of n rows, the first one (n, K) -> tuples of some rows of each, in order."""
+    size = max(1, CHUNK.get(tensors[0].device.type, 2**24) // tensors[0].shape[1])
+    return zip(*(x.split(size) for x in tensors))
+
+
+@functools.cache
+def compiled(function):
+    return torch.compile(function)
+
+
+def one_pass(function):
+    """Decorator of what is done with a chunk: one kernel where training compiles, else several."""
+    @functools.wraps(function)
+    def run(*args):
+        return (compiled(function) if COMPILE else function)(*args)
+
+    return run
 
 
 def all_sum(x: Tensor) -> Tensor:
@@ -36,16 +63,13 @@ def all_sum(x: Tensor) -> Tensor:
     return x
 
 
-def column_mean(rows: Tensor, real: Tensor | None = None, of=lambda x: x) -> Tensor:
+def column_mean(rows: Tensor, real: Tensor | None = None, of=Tensor.float) -> Tensor:
     """Mean of of(rows) over the real rows of all processes, in float32: (n, K) -> (K,).
 
-    Sums, then one division: processes may hold different numbers of rows. By chunks, because a
-    float32 copy of all of a matrix as large as (n, K) would cost more memory than the networks.
+    Sums, then one division: processes may hold different numbers of rows.
     """
     real = torch.ones(len(rows), device=rows.device) if real is None else real.float()  # (n,)
-    step = max(1, CHUNK // rows.shape[1])
-    total = sum(weight @ of(some.float())
-                for some, weight in zip(rows.split(step), real.split(step)))  # (K,)
+    total = sum(weight @ of(some) for some, weight in chunks(rows, real))  # (K,)
     total = all_sum(torch.cat([total, real.sum()[None]]))
     return total[:-1] / total[-1]
 
@@ -109,10 +133,10 @@ class SinkhornKnopp(NoCenter):
         # for all, near the largest, keeps the exponential in range and drops out of the softmax.
         rows = logits.flatten(0, -2)  # (n, K)
         top = column_mean(rows.amax(1, keepdim=True), real) / temp  # (1,)
-        got = column_mean(rows, real, lambda x: (x / temp - top).clamp(max=80).exp())  # (K,)
+        got = column_mean(rows, real, lambda x: exponentials(x, temp, top))  # (K,)
         bias = -got.clamp(min=1e-38).log()  # (K,)
         for _ in range(self.iterations - 1):
-            got = column_mean(rows, real, lambda x: make_targets(x, temp, bias))  # (K,)
+            got = column_mean(rows, real, lambda x: probabilities(x, temp, bias))  # (K,)
             bias = bias - got.clamp(min=1e-38).log()  # (K,)
         return bias
 
@@ -120,29 +144,60 @@ class SinkhornKnopp(NoCenter):
 CENTERING = {"ema": EMACenter, "sinkhorn": SinkhornKnopp, "none": NoCenter}
 
 
+@torch.no_grad()
 def make_targets(logits: Tensor, temp: float, bias: Tensor) -> Tensor:
     """softmax(logits / temp + bias) over prototypes, in float32, without gradient. DINO eq. 1."""
-    return F.softmax(logits.detach().float() / temp + bias, -1)
+    targets = torch.empty_like(logits, dtype=torch.float32)
+    for out, x in chunks(targets.flatten(0, -2), logits.flatten(0, -2)):
+        out.copy_(probabilities(x, temp, bias))
+    return targets
+
+
+@one_pass
+def probabilities(logits: Tensor, temp: float, bias: Tensor) -> Tensor:
+    return F.softmax(logits.float() / temp + bias, -1)
+
+
+@one_pass
+def exponentials(logits: Tensor, temp: float, top: Tensor) -> Tensor:
+    return (logits.float() / temp - top).clamp(max=80).exp()
 
 
 # ------------------------------------------------------------------------------------------------
 # Losses: pure functions of targets and student logits
 
 
-def cross_entropies(q: Tensor, logits: Tensor, temp: float, mass: int = 1) -> Tensor:
-    """-<q, log softmax(s)> of each row, s = logits / temp: twice (n, K) -> (n,), in float32.
+class CrossEntropies(torch.autograd.Function):
+    """-<q, log softmax(s)> of each row, s = logits / temp: q and logits (n, K) -> (n,), in float32.
 
-    The rows of q add up to `mass`, so that it is mass * logsumexp(s) - <q, s>. By chunks that are
-    computed again in the backward pass: what is kept for it are the logits as they came.
+    The rows of q add up to `mass`. The derivative by s is mass * softmax(s) - q: for the backward
+    pass nothing has to be kept but what came in.
     """
-    def rows(q, logits):
-        s = logits.float() / temp  # (n, K)
-        return mass * s.logsumexp(-1) - torch.einsum("nk,nk->n", q, s)
 
-    step = max(1, CHUNK // logits.shape[-1])
-    some = [checkpoint(rows, *chunk, use_reentrant=False, preserve_rng_state=False)
-            for chunk in zip(q.split(step), logits.split(step))]
-    return torch.cat(some)  # (n,)
+    @staticmethod
+    def forward(ctx, q: Tensor, logits: Tensor, temp: float, mass: int = 1) -> Tensor:
+        ctx.save_for_backward(q, logits)
+        ctx.temp, ctx.mass = temp, mass
+        return torch.cat([row_losses(*some, temp) for some in chunks(q, logits)])  # (n,)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (q, logits), by_logits = ctx.saved_tensors, torch.empty_like(ctx.saved_tensors[1])
+        for out, *some in chunks(by_logits, q, logits, grad / ctx.temp):
+            out.copy_(row_gradients(*some, ctx.temp, ctx.mass))
+        return None, by_logits, None, None
+
+
+@one_pass
+def row_losses(q: Tensor, logits: Tensor, temp: float) -> Tensor:
+    return -(q * F.log_softmax(logits.float() / temp, -1)).sum(-1)
+
+
+@one_pass
+def row_gradients(q: Tensor, logits: Tensor, grad: Tensor, temp: float, mass: int) -> Tensor:
+    p = F.softmax(logits.float() / temp, -1)
+    return (mass * p - q) * grad[:, None]
 
 
 def view_pair_loss(targets: Tensor, student_logits: Tensor, student_temp: float = 0.1) -> Tensor:
@@ -161,7 +216,7 @@ def view_pair_loss(targets: Tensor, student_logits: Tensor, student_temp: float 
     total = 0.0
     for v, logits in enumerate(student_logits):
         q, mass = (everyone - targets[v], G - 1) if v < G else (everyone, G)  # (B, K)
-        total = total + cross_entropies(q, logits, student_temp, mass).mean()
+        total = total + CrossEntropies.apply(q, logits, student_temp, mass).mean()
     return total / (G * V - G)
 
 
@@ -173,7 +228,8 @@ def patch_loss(targets: Tensor, student_logits: Tensor, weights: Tensor, crops: 
     that image), so that images count alike whatever their mask, and 0 for padding. The sum is
     divided by the number of global crops, those without a mask included, as in DINOv2's code.
     """
-    return (weights * cross_entropies(targets, student_logits, student_temp)).sum() / crops
+    each = CrossEntropies.apply(targets, student_logits, student_temp)  # (M,)
+    return (weights * each).sum() / crops
 
 
 def koleo_loss(features: Tensor) -> Tensor:
@@ -207,10 +263,14 @@ def entropies(targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, T
     targets (..., K); weights, one per row, 0 for padding.
     """
     rows = targets.flatten(0, -2)  # (n, K)
-    some = rows.split(max(1, CHUNK // rows.shape[1]))
-    each = torch.cat([torch.special.entr(x).sum(-1, keepdim=True) for x in some])  # (n, 1)
+    each = torch.cat([row_entropies(x) for x, in chunks(rows)])[:, None]  # (n, 1)
     mean = torch.special.entr(column_mean(rows, weights)).sum()
     return column_mean(each, weights)[0], mean
+
+
+@one_pass
+def row_entropies(q: Tensor) -> Tensor:
+    return -(q * q.clamp(min=1e-38).log()).sum(-1)
 
 
 @torch.no_grad()

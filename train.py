@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
+import losses
 import runtime
 import visualize
 from augment import Masking, MultiCrop, Pixels, photometry
@@ -314,6 +315,7 @@ def inherit(config: Config) -> Config:
 def compile_blocks(networks, config: Config, place: Place):
     """Block by block and in place: all blocks share one graph, and keys stay as they are."""
     wanted = place.device.type == "cuda" if config.compile is None else config.compile
+    losses.COMPILE = wanted
     for network in networks if wanted else ():
         for block in getattr(network.backbone, "blocks", network.backbone.children()):
             block.compile()
