@@ -98,10 +98,12 @@ Groups = tuple[tuple[int, int], ...]  # one (b, n) per crop size; sum of b*n is 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k' / sqrt(hd)) v: three times (b, nh, n, hd) -> one. ViT sec. 3.1.
 
-    By torch's kernel, which never stores a pair of tokens. Only where a CPU learns in bfloat16 the
-    formula itself is taken: the kernel's backward pass is two to five times as slow there.
+    By torch's kernel, which never stores a pair of tokens. Only in bfloat16 on a CPU the formula
+    itself is taken, to learn and for few tokens: the kernel's backward pass is two to five times
+    as slow there, and its forward pass up to twice.
     """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+    low_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if low_cpu and (torch.is_grad_enabled() or q.shape[-2] < 512):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (b, nh, n, n)
         return scores.softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
