@@ -294,11 +294,16 @@ def collate(samples: list[dict], masking: Masking | None = None) -> dict:
 # Photometry: whole batches, on the device, each image with its own draw
 
 
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """To the device, without waiting for what it still computes. (MPS would read x too late.)"""
+    return x.to(device, non_blocking=device.type != "mps")
+
+
 def luma(images: Tensor) -> Tensor:
     """(n, 3, h, w) -> grey (n, 1, h, w); of other channels than colours, their mean."""
     if images.shape[1] != 3:
         return images.mean(1, keepdim=True)
-    weights = images.new_tensor(GRAY)[None, None]  # (1, 1, 3)
+    weights = send(torch.tensor(GRAY, dtype=images.dtype)[None, None], images.device)  # (1, 1, 3)
     return (weights @ images.flatten(2)).view(len(images), 1, *images.shape[-2:])  # (n, 1, h, w)
 
 
@@ -340,10 +345,10 @@ def jitter(images: Tensor, params: Tensor) -> Tensor:
     slots = SLOTS[params[:, 0].long()]  # (n, 6)
     nothing = torch.ones(len(params), 1)
     factors = torch.cat([params[:, 1:4], nothing], 1).gather(1, slots)  # (n, 6)
-    on_device = torch.stack([factors, slots == 1, slots == 2]).to(images.device)  # (3, n, 6)
+    on_device = send(torch.stack([factors, slots == 1, slots == 2]), images.device)  # (3, n, 6)
     for i in range(6):
         if i == 3 and images.shape[1] == 3:
-            rotate_hue(images, params[:, 4].to(images.device)[:, None, None])
+            rotate_hue(images, send(params[:, 4], images.device)[:, None, None])
         if (slots[:, i] == HUE).all():
             continue
         factor, contrast, saturation = on_device[:, :, i, None, None, None]  # (n, 1, 1, 1) each
@@ -359,7 +364,7 @@ def grayscale(images: Tensor, params: Tensor) -> Tensor:
 
 def blur(images: Tensor, params: Tensor) -> Tensor:
     """Gaussian blur with reflected borders, each image with its own sigma, in pixels."""
-    sigma, pad = params[:, 6, None].to(images.device), BLUR_TAPS // 2
+    sigma, pad = send(params[:, 6, None], images.device), BLUR_TAPS // 2
     reach = torch.arange(-pad, pad + 1, device=images.device)
     kernel = torch.exp(-0.5 * (reach / sigma) ** 2)  # (n, taps)
     kernel = kernel / kernel.sum(1, keepdim=True)
@@ -386,7 +391,7 @@ def photometry(crops: Tensor, params: Tensor, pixels: Pixels = RGB) -> Tensor:
     Crops are uint8, or floats from 0 to 1. Unless they have three channels these are no colours:
     brightness, contrast, blur and solarize are left.
     """
-    mean, std = (torch.tensor(v, device=crops.device).view(1, -1, 1, 1) for v in pixels)
+    mean, std = (send(torch.tensor(v), crops.device).view(1, -1, 1, 1) for v in pixels)
     if pixels.channels != 3:
         params = params * params.new_tensor([1, 1, 1, 0, 0, 0, 1, 1])  # saturation, hue, gray
         params[:, 3] = 1  # times the saturation that it has
@@ -397,7 +402,7 @@ def photometry(crops: Tensor, params: Tensor, pixels: Pixels = RGB) -> Tensor:
     step = max(1, 1572864 // crops[0].numel()) if crops.device.type == "cpu" else len(crops)
     out = torch.empty(crops.shape, device=crops.device)
     for rows in order.split(step):
-        p, rows = params[rows], rows.to(crops.device)
+        p, rows = params[rows], send(rows, crops.device)
         y = crops.index_select(0, rows).to(torch.float32)
         if crops.dtype == torch.uint8:
             y = y.div_(255)
@@ -408,7 +413,7 @@ def photometry(crops: Tensor, params: Tensor, pixels: Pixels = RGB) -> Tensor:
                 y = op(y, p)
             elif some.any():
                 some = some.nonzero()[:, 0]
-                where = some.to(y.device)
+                where = send(some, y.device)
                 y.index_copy_(0, where, op(y.index_select(0, where), p[some]))
         out.index_copy_(0, rows, y.sub_(mean).div_(std))
     return out

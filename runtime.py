@@ -298,6 +298,28 @@ class Farewell:
         return int(flag)
 
 
+second_stream = functools.cache(lambda device: torch.cuda.Stream(device))
+
+
+@contextlib.contextmanager
+def beside(device: torch.device):
+    """On a GPU, what is inside goes to a second stream, beside what the first still computes.
+
+    The list that it yields takes the tensors that the first will use: it waits for them, nobody
+    else does. The host is ahead of a device that it never asks, by a step or so.
+    """
+    made = []
+    if device.type != "cuda":
+        yield made
+        return
+    first, second = torch.cuda.current_stream(device), second_stream(device)
+    with torch.cuda.stream(second):
+        yield made
+    first.wait_stream(second)
+    for x in made:
+        x.record_stream(first)  # until then its memory is not given to another
+
+
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

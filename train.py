@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 import losses
 import runtime
 import visualize
-from augment import Masking, MultiCrop, Pixels, photometry
+from augment import Masking, MultiCrop, Pixels, photometry, send
 from data import Images, Sampler, Views, cached, held_out, open_images, training_loader
 from features import extract, knn_accuracy, same_labels, top_neighbours
 from heads import DINOHead
@@ -155,14 +155,17 @@ def target_makers(config: Config) -> nn.ModuleDict:
 def to_device(batch: dict, pixels: Pixels, device: torch.device) -> tuple[list[Tensor], dict]:
     """A batch of augment.collate -> the views, coloured here as the workers drew, and the masks."""
     views, first = [], 0
-    for crops in (batch["global_crops"], batch["local_crops"]):
-        if len(crops):
-            draws = batch["photometry"][first:first + len(crops)].flatten(0, 1)
-            there = crops.flatten(0, 1).to(device, non_blocking=True)  # (V*B, C, s, s)
-            views.append(photometry(there, draws, pixels))
-            first += len(crops)
-    return views, {name: batch[name].to(device, non_blocking=True)
-                   for name in ("masks", "mask_indices", "mask_weights") if name in batch}
+    with runtime.beside(device) as made:  # while the step before is still computed
+        for crops in (batch["global_crops"], batch["local_crops"]):
+            if len(crops):
+                draws = batch["photometry"][first:first + len(crops)].flatten(0, 1)
+                there = send(crops.flatten(0, 1), device)  # (V*B, C, s, s)
+                views.append(photometry(there, draws, pixels))
+                first += len(crops)
+        hidden = {name: send(batch[name], device)
+                  for name in ("masks", "mask_indices", "mask_weights") if name in batch}
+        made += [*views, *hidden.values()]
+    return views, hidden
 
 
 def train_step(student, teacher, makers, optimizer, batch, now, config, place, update,

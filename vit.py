@@ -191,7 +191,8 @@ class Keep(NamedTuple):
 
 
 def drop_path_plan(
-    rates: list[float], groups: Groups, generator: torch.Generator, device="cpu"
+    rates: list[float], groups: Groups, generator: torch.Generator,
+    device: torch.device = torch.device("cpu"),
 ) -> list[tuple[Keep, Keep] | None]:
     """Draw, for each block, the samples that its attention and its FFN will see.
 
@@ -202,7 +203,8 @@ def drop_path_plan(
     # One permutation per branch and group, drawn on the CPU: the same on every kind of device.
     tokens = []
     for (b, n), start in zip(groups, starts):
-        order = torch.rand(2 * len(rates), b, generator=generator).argsort(1).to(device)
+        order = torch.rand(2 * len(rates), b, generator=generator).argsort(1)
+        order = order.to(device, non_blocking=device.type != "mps")  # which would read it too late
         tokens.append(order[:, :, None] * n + torch.arange(n, device=device) + start)
     plan = []
     for i, rate in enumerate(rates):
@@ -210,10 +212,11 @@ def drop_path_plan(
         if kept == tuple(groups):
             plan.append(None)
             continue
-        scale = torch.cat([torch.full((k * n, 1), b / k) for (b, n), (k, _) in zip(groups, kept)])
+        scale = torch.cat([torch.full((k * n, 1), b / k, device=device)
+                           for (b, n), (k, _) in zip(groups, kept)])
         rows = [torch.cat([t[j, :k].flatten() for t, (k, _) in zip(tokens, kept)])
                 for j in (2 * i, 2 * i + 1)]
-        plan.append(tuple(Keep(r, scale.to(device), kept) for r in rows))
+        plan.append(tuple(Keep(r, scale, kept) for r in rows))
     return plan
 
 

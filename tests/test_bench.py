@@ -20,6 +20,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.functional import to_pil_image
 
 import bench
@@ -344,9 +345,28 @@ def test_misuse(line, words, tmp_path, capsys):
 # -- 6
 
 
+class NoCopyThatWaits(TorchDispatchMode):
+    """From the CPU to a device: a copy that does not say non_blocking waits for all before it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, aten = kwargs or {}, torch.ops.aten
+        waits = False
+        if func == aten._to_copy.default:
+            there = kwargs.get("device") or args[0].device
+            waits = there != args[0].device and not kwargs.get("non_blocking")
+        elif func == aten.copy_.default:
+            waits = args[0].device != args[1].device and not any(args[2:])
+        elif func == aten.lift_fresh.default:  # torch.tensor(numbers, device=...); newer torch alone tells
+            waits = args[0].device.type != "cpu"
+        if waits:
+            raise RuntimeError(f"{func} to meta waits for the device")
+        return func(*args, **kwargs)
+
+
 def steps_on_meta(steps=3):
     """The loop between two log lines on a device that has shapes and no values. Whoever asks it
-    for one, as .item(), an `if` on a tensor or a boolean index do, gets an error."""
+    for one, as .item(), an `if` on a tensor or a boolean index do, gets an error, and whoever has
+    it wait for numbers of the CPU."""
     meta = runtime.Place(torch.device("meta"))
     config = config_of([*TINY, *EVERYTHING])
     student, teacher, makers = (network.to("meta") for network in networks_of(config))
@@ -363,8 +383,9 @@ def steps_on_meta(steps=3):
         for step in range(steps):
             batch = clock.wait(batches)
             now = train.schedules(step, 2, steps, config, meta)
-            out = train.train_step(student, teacher, makers, optimizer, batch, now, config, meta,
-                                   train.ema_update)
+            with NoCopyThatWaits():
+                out = train.train_step(student, teacher, makers, optimizer, batch, now, config,
+                                       meta, train.ema_update)
             recent.add(step, batch, out)
             clock.tick()
     return recent, out
@@ -378,7 +399,8 @@ def test_the_host_never_waits_between_log_lines():
 
 
 ASK = {"item": lambda x: x.item(), "float": lambda x: float(x.detach()), "if": bool,
-       "boolean index": lambda x: x[x > 0], "tolist": lambda x: x.cpu().tolist()}
+       "boolean index": lambda x: x[x > 0], "tolist": lambda x: x.cpu().tolist(),
+       "copy": lambda x: torch.ones(3).to(x.device), "copy_": lambda x: x.copy_(torch.ones(()))}
 
 
 @pytest.mark.parametrize("ask", ASK.values(), ids=list(ASK))
