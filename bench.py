@@ -13,6 +13,7 @@ Try      python bench.py step shapes --steps 3 --plain
          python bench.py data --data folder:PATH        images per second and core, by stage
          python bench.py eval                           features and neighbours
          python bench.py attention dino_vits16          SDPA's kernels at these lengths
+         python bench.py growth dino_vits16 --batch_size_per_gpu 2    cost by size, as curves
          python bench.py plan dinov2_vitl14 --gpus 32 --kind h100
 Change   another stage is one line in Step.breakdown, another GPU one in KINDS
 Tests    pytest tests/test_bench.py
@@ -22,8 +23,15 @@ import contextlib
 import ctypes
 import gc
 import itertools
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,6 +50,7 @@ from torchvision.transforms.functional import to_pil_image
 import recipes
 import runtime
 import train
+import visualize
 import vit
 from data import Images, cached, in_channels, open_images
 from features import MOST, extract, knn_vote, top_neighbours
@@ -502,6 +511,115 @@ def attention(config: Config, place: Place) -> dict:
     return {"seconds": results}
 
 
+# ------------------------------------------------------------------------------------------------
+# How the cost grows: one thing at a time, all else as the preset has it
+
+GROWTH = {  # what grows -> times as much as the preset has of it
+    "global_crops_size": (0.5, 1, 1.5, 2), "patch_size": (0.5, 1, 2),
+    "local_crops_number": (0, 0.5, 1, 2), "n_prototypes": (1 / 64, 1 / 8, 1, 2),
+    "depth": (0.25, 0.5, 1, 2), "batch_size_per_gpu": (0.5, 1, 2, 4),
+}
+
+
+def growth(config: Config, place: Place) -> dict:
+    """Seconds and memory of a step as one thing grows, and images/s of more processes.
+
+    Each point is the fastest of its steps, in a process of its own. Draws growth.png.
+    """
+    if config.convnet:
+        raise UsageError(f"--arch {config.arch}: growth is of a ViT, which has patches and a depth")
+    depth, found = vit.ARCHS[config.arch]["depth"], {name: [] for name in GROWTH}
+    alone = dict(mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1)
+    print(f"{'':20s}    value  seconds  ms/image  peak GB")
+    with ProcessPoolExecutor(1, **alone) as pool:
+        for name, factors in GROWTH.items():
+            now = depth if name == "depth" else getattr(config, name)
+            values = dict.fromkeys(int(now * factor) for factor in factors)
+            for value in (v for v in values if v or name == "local_crops_number"):
+                row = pool.submit(point, config, place, name, value).result()
+                found[name].append(row)
+                print(f"{name:20s} {value:8,d} {row['step_seconds']:8.3f} "
+                      f"{1e3 * row['seconds_per_image']:9.1f} {row['peak_memory_gb']:8.2f}",
+                      flush=True)
+    found["processes"] = processes(config, place)
+    draw_growth(found, Path("growth.png"))
+    print("wrote growth.png")
+    return {"growth": found}
+
+
+def point(config: Config, place: Place, name: str, value: int) -> dict:
+    """A step where `name`, a flag or the network's depth, is that value."""
+    runtime.keep_freed_memory(place)
+    if name == "depth":
+        vit.ARCHS[config.arch] |= {"depth": value}
+    else:
+        config = replace(config, **{name: value})
+    networks = *train.build(config, place), train.target_makers(config).to(place.device)
+    version = Step(networks, made_up_batch(config, place), config, place)
+    version()
+    memory = Memory(place.device)
+    memory.begin()
+    fastest = min(version() for _ in range(config.steps + 1))
+    return {"value": value, "step_seconds": fastest, "peak_memory_gb": memory.peak_gb(),
+            "seconds_per_image": fastest / config.batch_size_per_gpu}
+
+
+def processes(config: Config, place: Place) -> list[dict]:
+    """Images/s of train.py with 1, 2, 4 ... processes, a GPU or a core each, on drawn shapes."""
+    most = torch.cuda.device_count() if place.device.type == "cuda" else os.cpu_count()
+    rows, B = [], config.batch_size_per_gpu
+    for count in (2**i for i in range(most.bit_length())):
+        with tempfile.TemporaryDirectory() as folder:
+            steps = config.steps + 4
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                       f"--nproc_per_node={count}", str(Path(train.__file__)), config.preset,
+                       "--data", f"shapes:{B * count * steps}", "--val_data", "shapes:1:val",
+                       "--device", place.device.type, "--precision", config.precision,
+                       "--batch_size_per_gpu", str(B), "--epochs", "1", "--warmup_epochs", "0",
+                       "--epoch_length", str(steps), "--output_dir", folder]
+            subprocess.run(command, check=True, capture_output=True,
+                           env=os.environ | {"OMP_NUM_THREADS": "1"})
+            summary = json.loads((Path(folder) / "summary.json").read_text())
+        rows.append({"value": count, "images_per_second": summary["images_per_second"]})
+        print(f"{'processes':20s} {count:8,d} {rows[-1]['images_per_second']:8.2f} images/s",
+              flush=True)
+    return rows
+
+
+def draw_growth(found: dict[str, list[dict]], path: Path):
+    """A panel for each thing that grows; the last one is a legend."""
+    plt = visualize.pyplot()
+    fig, axes = plt.subplots(2, 4, figsize=(14, 5.6), layout="constrained")
+    for axis, (name, rows) in zip(axes.flat, found.items()):
+        x = [row["value"] for row in rows]
+        axis.set_xscale("symlog" if 0 in x else "log", base=2)
+        axis.set_xticks(x, [f"{n // 1024}k" if n > 9999 else f"{n}" for n in x])
+        axis.minorticks_off()
+        axis.set_xlabel(name)
+        if name == "processes":
+            rate = [row["images_per_second"] for row in rows]
+            lines = [(axis, rate, "^-", "tab:green"),
+                     (axis, [rate[0] * n for n in x], ":", "gray")]
+        else:
+            lines = [(axis, [1e3 * row["seconds_per_image"] for row in rows], "o-", "tab:blue"),
+                     (axis.twinx(), [row["peak_memory_gb"] for row in rows], "s--", "tab:orange")]
+        for side, y, style, color in lines:
+            side.plot(x, y, style, color=color)
+            side.set_ylim(0, 1.1 * max(y))
+    for style, color, label in (("o-", "tab:blue", "milliseconds an image (left)"),
+                                ("s--", "tab:orange", "peak memory, GB (right)"),
+                                ("^-", "tab:green", "images a second, all processes"),
+                                (":", "gray", "the same if nothing were lost")):
+        axes.flat[-1].plot([], [], style, color=color, label=label)
+    axes.flat[-1].axis("off")
+    axes.flat[-1].legend(loc="center", frameon=False)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+# ------------------------------------------------------------------------------------------------
+# What a run would cost elsewhere
+
 # Dense bf16 operations a second and GB of memory, as their maker states them.
 KINDS = {"a100": (312e12, 80), "h100": (989e12, 80), "h200": (989e12, 141)}
 SIZES = {"shapes": 5_000, "CIFAR10": 50_000, "Imagenette": 9_469, "ImageNet": 1_281_167}
@@ -544,7 +662,7 @@ def plan(config: Config, place: Place) -> dict:
 
 
 TASKS = {"step": step, "data": data, "eval": evaluation, "attention": attention,
-         "plan": plan}
+         "growth": growth, "plan": plan}
 
 
 @runtime.command

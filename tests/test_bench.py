@@ -4,7 +4,7 @@
    are ours, where nothing is left to chance.
 2. Operations are counted as the layers' sizes say; memory as autograd itself keeps it.
 3. Stages add up to a step, and time within a stage belongs to the innermost.
-4. The five tasks write what they promise, and ratios are those of the pairs.
+4. The six tasks write what they promise, and ratios are those of the pairs.
 5. Bad input is one line that names the flag, exit code 2, and nothing is written.
 6. Between two log lines the host never waits for the device.
 """
@@ -314,11 +314,26 @@ def test_plan_splits_states_with_fsdp():
     assert ddp["two networks"] == pytest.approx(8 * parameters / 2**30)
 
 
+@pytest.mark.slow
+def test_growth(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "GROWTH", {"depth": (0.25, 1), "local_crops_number": (0, 0.4)})
+    monkeypatch.setattr(bench.os, "cpu_count", lambda: 1)
+    found = bench.main(["growth", "shapes", "--batch_size_per_gpu", "2", "--steps", "1",
+                        "--device", "cpu", "--precision", "fp32"])["growth"]
+    values = {name: [row["value"] for row in rows] for name, rows in found.items()}
+    assert values == {"depth": [1, 4], "local_crops_number": [0], "processes": [1]}
+    one, four = found["depth"]
+    assert 0 < one["seconds_per_image"] < four["seconds_per_image"]
+    assert one["peak_memory_gb"] > 0.1 and found["processes"][0]["images_per_second"] > 0
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+
+
 # -- 5
 
 
 @pytest.mark.parametrize("line, words", [
-    ("", "choose from step, data, eval, attention, plan"),
+    ("", "choose from step, data, eval, attention, growth, plan"),
     ("stp", "choose from step"),
     ("step nothing", "there is no preset"),
     ("step shapes --steps 0", "--steps 0"),
@@ -328,6 +343,7 @@ def test_plan_splits_states_with_fsdp():
     ("data shapes", "--data is missing"),
     ("data --data shapes:64 --in_chans 5 --plain", "--plain with --in_chans 5"),
     ("data shapes --data folder:/none", "no such folder"),
+    ("growth shapes --arch resnet18", "--arch resnet18"),
     ("plan shapes --kind v100", "--kind"),
     ("plan shapes --json /none/out.json", "--json /none/out.json"),
     ("plan shapes --utilisation 40", "--utilisation 40"),
