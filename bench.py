@@ -311,12 +311,12 @@ def step(config: Config, place: Place) -> dict:
     peaks = {name: version.peak_gb() for name, version in versions.items()}
     for version in versions.values():  # its moments anew
         version()
-    # In turns, so that whatever else the machine does falls on all alike.
+    # In turns, there and back, so that whatever else the machine does falls on all alike.
     times, ceiling = {name: [] for name in versions}, 0.0
-    for _ in range(config.steps):
+    for turn in range(config.steps):
         ceiling = max(ceiling, matrix_ceiling(config.precision, place))
-        for name, version in versions.items():
-            times[name].append(version())
+        for name in list(versions)[::-1 if turn % 2 else 1]:
+            times[name].append(versions[name]())
 
     B = config.batch_size_per_gpu
     hidden = int((batch["mask_weights"] > 0).sum()) if "mask_weights" in batch else 0
@@ -542,8 +542,7 @@ def growth(config: Config, place: Place) -> dict:
                       f"{1e3 * row['seconds_per_image']:9.1f} {row['peak_memory_gb']:8.2f}",
                       flush=True)
     found["processes"] = processes(config, place)
-    draw_growth(found, Path("growth.png"))
-    print("wrote growth.png")
+    print(f"wrote {visualize.draw_growth(found, Path('growth.png'))}")
     return {"growth": found}
 
 
@@ -584,37 +583,6 @@ def processes(config: Config, place: Place) -> list[dict]:
         print(f"{'processes':20s} {count:8,d} {rows[-1]['images_per_second']:8.2f} images/s",
               flush=True)
     return rows
-
-
-def draw_growth(found: dict[str, list[dict]], path: Path):
-    """A panel for each thing that grows; the last one is a legend."""
-    plt = visualize.pyplot()
-    fig, axes = plt.subplots(2, 4, figsize=(14, 5.6), layout="constrained")
-    for axis, (name, rows) in zip(axes.flat, found.items()):
-        x = [row["value"] for row in rows]
-        axis.set_xscale("symlog" if 0 in x else "log", base=2)
-        axis.set_xticks(x, [f"{n // 1024}k" if n > 9999 else f"{n}" for n in x])
-        axis.minorticks_off()
-        axis.set_xlabel(name)
-        if name == "processes":
-            rate = [row["images_per_second"] for row in rows]
-            lines = [(axis, rate, "^-", "tab:green"),
-                     (axis, [rate[0] * n for n in x], ":", "gray")]
-        else:
-            lines = [(axis, [1e3 * row["seconds_per_image"] for row in rows], "o-", "tab:blue"),
-                     (axis.twinx(), [row["peak_memory_gb"] for row in rows], "s--", "tab:orange")]
-        for side, y, style, color in lines:
-            side.plot(x, y, style, color=color)
-            side.set_ylim(0, 1.1 * max(y))
-    for style, color, label in (("o-", "tab:blue", "milliseconds an image (left)"),
-                                ("s--", "tab:orange", "peak memory, GB (right)"),
-                                ("^-", "tab:green", "images a second, all processes"),
-                                (":", "gray", "the same if nothing were lost")):
-        axes.flat[-1].plot([], [], style, color=color, label=label)
-    axes.flat[-1].axis("off")
-    axes.flat[-1].legend(loc="center", frameon=False)
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def compute_then_drop(x: Tensor, branch, groups: Groups, keep: Keep | None) -> T
 
 
 # ------------------------------------------------------------------------------------------------
-# Fused losses: teacher views summed first, one logsumexp per view, Sinkhorn as K numbers.
+# Fused losses: teacher views summed first, one softmax per view by chunks, Sinkhorn as K numbers.
 # Without: a log-softmax per pair, and matrices of (n, K) written again and again
 
 

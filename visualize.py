@@ -206,6 +206,38 @@ def draw_curves(run: Path) -> Path:
     return run / "curves.png"
 
 
+def draw_growth(found: dict[str, list[dict]], path: Path) -> Path:
+    """What `bench.py growth` found, a panel for each thing that grows; the last one is a legend."""
+    plt = pyplot()
+    fig, axes = plt.subplots(2, 4, figsize=(14, 5.6), layout="constrained")
+    for axis, (name, rows) in zip(axes.flat, found.items()):
+        x = [row["value"] for row in rows]
+        axis.set_xscale("symlog" if 0 in x else "log", base=2)
+        axis.set_xticks(x, [f"{n // 1024}k" if n > 9999 else f"{n}" for n in x])
+        axis.minorticks_off()
+        axis.set_xlabel(name)
+        if name == "processes":
+            rate = [row["images_per_second"] for row in rows]
+            lines = [(axis, rate, "^-", "tab:green"),
+                     (axis, [rate[0] * n for n in x], ":", "gray")]
+        else:
+            lines = [(axis, [1e3 * row["seconds_per_image"] for row in rows], "o-", "tab:blue"),
+                     (axis.twinx(), [row["peak_memory_gb"] for row in rows], "s--", "tab:orange")]
+        for side, y, style, color in lines:
+            side.plot(x, y, style, color=color)
+            side.set_ylim(0, 1.1 * max(y))
+    for style, color, label in (("o-", "tab:blue", "milliseconds an image (left)"),
+                                ("s--", "tab:orange", "peak memory, GB (right)"),
+                                ("^-", "tab:green", "images a second, all processes"),
+                                (":", "gray", "the same if nothing were lost")):
+        axes.flat[-1].plot([], [], style, color=color, label=label)
+    axes.flat[-1].axis("off")
+    axes.flat[-1].legend(loc="center", frameon=False)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+    return path
+
+
 # ------------------------------------------------------------------------------------------------
 
 
