@@ -431,3 +431,19 @@ def test_a_hidden_wait_would_be_caught(ask, monkeypatch):
     monkeypatch.setattr(train, "koleo_loss", hides)
     with pytest.raises((RuntimeError, NotImplementedError), match="(?i)meta"):
         steps_on_meta(1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU has a second stream")
+def test_batches_are_whole_that_come_beside_other_work():
+    config, device = config_of([*TINY, *EVERYTHING]), torch.device("cuda")
+    busy = torch.randn(4096, 4096, device=device)
+    pairs = []
+    for batch in train.batches_from(0, 5, open_images("shapes:64"), config, PLACE):
+        for _ in range(20):
+            busy = (busy @ busy).clamp(-1, 1)
+        there = train.to_device(batch, config.pixels, device)
+        pairs.append((train.to_device(batch, config.pixels, PLACE.device), there))
+    for (views, hidden), (their_views, their_hidden) in pairs:
+        for ours, theirs in zip(views, their_views, strict=True):
+            torch.testing.assert_close(theirs.cpu(), ours, rtol=1e-3, atol=1e-3)
+        assert all(torch.equal(their_hidden[name].cpu(), hidden[name]) for name in hidden)

@@ -101,7 +101,7 @@ def ten_joined_steps(config):
     for step in range(STEPS):
         halves = [share(config, step, rank) for rank in (0, 1)]
         now, loss = halves[0][1], 0.0
-        inputs = [train.to_device(batch, config.pixels, "cpu") for batch, _ in halves]
+        inputs = [train.to_device(batch, config.pixels, torch.device("cpu")) for batch, _ in halves]
         weights = [hidden.pop("mask_weights", None) for _, hidden in inputs]
         with torch.no_grad():
             seen = [teacher(views[:1], mask_indices=hidden.get("mask_indices"))
