@@ -566,18 +566,23 @@ def point(config: Config, place: Place, name: str, value: int) -> dict:
 def processes(config: Config, place: Place) -> list[dict]:
     """Images/s of train.py with 1, 2, 4 ... processes, a GPU or a core each, on drawn shapes."""
     most = torch.cuda.device_count() if place.device.type == "cuda" else os.cpu_count()
-    rows, B = [], config.batch_size_per_gpu
+    rows, B, flags = [], config.batch_size_per_gpu, []
+    for name in set(config.given) & set(recipes.Config.__dataclass_fields__):
+        value = getattr(config, name)
+        flags += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
     for count in (2**i for i in range(most.bit_length())):
         with tempfile.TemporaryDirectory() as folder:
             steps = config.steps + 4
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                        f"--nproc_per_node={count}", str(Path(train.__file__)), config.preset,
-                       "--data", f"shapes:{B * count * steps}", "--val_data", "shapes:1:val",
+                       *flags, "--data", f"shapes:{B * count * steps}",
+                       "--val_data", "shapes:1:val",
                        "--device", place.device.type, "--precision", config.precision,
                        "--batch_size_per_gpu", str(B), "--epochs", "1", "--warmup_epochs", "0",
                        "--epoch_length", str(steps), "--output_dir", folder]
-            subprocess.run(command, check=True, capture_output=True,
-                           env=os.environ | {"OMP_NUM_THREADS": "1"})
+            one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+            if subprocess.run(command, stdout=subprocess.DEVNULL, env=one_thread).returncode:
+                raise UsageError(f"train.py with {count} processes failed, as it says above")
             summary = json.loads((Path(folder) / "summary.json").read_text())
         rows.append({"value": count, "images_per_second": summary["images_per_second"]})
         print(f"{'processes':20s} {count:8,d} {rows[-1]['images_per_second']:8.2f} images/s",

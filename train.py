@@ -373,11 +373,11 @@ def expected_memory(student: nn.Module, config: Config, place: Place) -> dict[st
                 out = torch.func.functional_call(student, state, arguments)
             targets = {name: torch.empty_like(out[name], dtype=torch.float32)
                        for name in objectives(config)}
-            losses = []  # held too, as long as the count
+            terms = []  # held too, as long as the count
             for name, t in targets.items():
-                losses.append(patch_loss(t, out[name], t[:, 0], G * B) if name == "ibot" else
-                              view_pair_loss(t[:G * B].unflatten(0, (G, B)),
-                                             out[name].unflatten(0, (-1, B))))
+                terms.append(patch_loss(t, out[name], t[:, 0], G * B) if name == "ibot" else
+                             view_pair_loss(t[:G * B].unflatten(0, (G, B)),
+                                            out[name].unflatten(0, (-1, B))))
         own = {x.untyped_storage()._cdata for x in state.values()}
         forward = sum(storage.nbytes() for at, storage in kept.items() if at not in own)
         logits = sum(x.nbytes for name, x in out.items() if name in targets)
@@ -507,9 +507,9 @@ class Recent:
         for (step, index, _, _), row in zip(self.rows, table):
             row = dict(zip(names, row))
             if not row["ok"]:
-                losses = [n for n in ("dino", "ibot", "koleo", "loss")
-                          if not math.isfinite(row.get(n, 0.0))]
-                term = f"the loss ({losses[0]})" if losses else "a gradient"
+                ill = [n for n in ("dino", "ibot", "koleo", "loss")
+                       if not math.isfinite(row.get(n, 0.0))]
+                term = f"the loss ({ill[0]})" if ill else "a gradient"
                 names = ", ".join(self.images.names[i] for i in index[:8].tolist())
                 raise UsageError(
                     f"step {step}: {term} is not finite; weights are as before it, the last "

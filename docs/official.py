@@ -16,7 +16,6 @@ import os
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -66,8 +65,7 @@ def official_step(precision: str):
     import utils
     import vision_transformer as vits
 
-    dist.init_process_group("gloo", init_method=f"file://{tempfile.mktemp()}", rank=0,
-                            world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     student = utils.MultiCropWrapper(vits.vit_small(patch_size=16, drop_path_rate=0.1),
                                      vits.DINOHead(384, 65536, False, True))
     teacher = utils.MultiCropWrapper(vits.vit_small(patch_size=16), vits.DINOHead(384, 65536))
@@ -138,6 +136,8 @@ def main():
     args = parser.parse_args()
     if not (args.clone / "main_dino.py").exists():
         parser.error(f"{args.clone} holds no main_dino.py: expected a clone of the official code")
+    if args.data and not any(args.data.rglob("*.jp*g")) and not any(args.data.rglob("*.png")):
+        parser.error(f"--data {args.data}: expected a folder with JPEG or PNG files in it")
     if args.side:
         sys.path.insert(0, str(args.clone.resolve()))
         print(f"found {side(args.side, args)}")
@@ -152,15 +152,16 @@ def main():
         bench = [sys.executable, str(Path(__file__).resolve().parents[1] / "bench.py"), "data",
                  "dino_vits16", "--batch_size_per_gpu", "24", "--steps", "2", "--device", "cpu",
                  "--data", f"folder:{args.data}"]
-        print(f"official {ask('official')[0]:.1f} images/s and core; ours, by {' '.join(bench[1:])}:")
+        print(f"official {ask('official')[0]:.1f} images/s and core; ours:")
         subprocess.run(bench, check=True)
         return
     pairs = []
     for _ in range(args.pairs):
         (ours, our_peak), (theirs, their_peak) = ask("ours"), ask("official")
         pairs.append((theirs / ours, our_peak / their_peak))
-        print(f"ours {ours:.2f} s, {our_peak:.2f} GB; official {theirs:.2f} s, {their_peak:.2f} GB: "
-              f"{pairs[-1][0]:.2f} times as fast, {pairs[-1][1]:.2f} of the memory", flush=True)
+        print(f"ours {ours:.2f} s, {our_peak:.2f} GB; official {theirs:.2f} s, "
+              f"{their_peak:.2f} GB: {pairs[-1][0]:.2f} times as fast, {pairs[-1][1]:.2f} of the "
+              "memory", flush=True)
     speed, memory = (median(column) for column in zip(*pairs))
     print(f"median: {speed:.2f} times as fast, {memory:.2f} of the memory; {os.cpu_count()} cores, "
           f"torch {torch.__version__}")

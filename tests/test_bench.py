@@ -329,6 +329,16 @@ def test_growth(tmp_path, monkeypatch):
     assert (tmp_path / "growth.png").stat().st_size > 10_000
 
 
+def test_growth_of_processes_trains_what_was_asked(monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench.subprocess, "run", lambda command, **_: asked.append(command) or
+                        bench.subprocess.CompletedProcess(command, 1))
+    with pytest.raises(bench.UsageError, match="with 1 processes failed"):
+        bench.processes(config_of(["--arch", "vit_pico", "--mask_ratio", 0.2, 0.4]), PLACE)
+    line = " ".join(asked[0])
+    assert "--arch vit_pico" in line and "--mask_ratio 0.2 0.4" in line and "--steps" not in line
+
+
 # -- 5
 
 
@@ -372,7 +382,7 @@ class NoCopyThatWaits(TorchDispatchMode):
             waits = there != args[0].device and not kwargs.get("non_blocking")
         elif func == aten.copy_.default:
             waits = args[0].device != args[1].device and not any(args[2:])
-        elif func == aten.lift_fresh.default:  # torch.tensor(numbers, device=...); newer torch alone tells
+        elif func == aten.lift_fresh.default:  # torch.tensor(numbers, device=...), in newer torch
             waits = args[0].device.type != "cpu"
         if waits:
             raise RuntimeError(f"{func} to meta waits for the device")

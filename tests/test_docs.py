@@ -107,14 +107,19 @@ def test_imports(name):
     assert third <= {"torch", "torchvision", "numpy", "PIL"}
 
 
+def test_no_line_is_too_long():
+    files = [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("docs/*.py")]
+    long = [f"{file.name}:{i}" for file in files
+            for i, line in enumerate(file.read_text().splitlines(), 1) if len(line) > 100]
+    assert not long, f"lines over 100 columns: {long}"
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_shape_of_a_file(name):
     text = (ROOT / name).read_text()
     for slot in ("\nIdea     ", "\nPaper    ", "\nTry      ", "\nChange   ", "\nTests    "):
         assert slot in text.split('"""')[1], f"{name} lacks {slot.strip()}"
     assert len(text.split('"""')[1].splitlines()) <= 32
-    long = [i for i, line in enumerate(text.splitlines(), 1) if len(line) > 100]
-    assert not long, f"{name}: lines over 100 columns: {long}"
     assert not re.search(r"\b(TO[D]O|FIX[M]E|HAC[K]|XX[X])\b", text)
     tests = re.search(r"\nTests    pytest (\S+)", text)[1]
     assert (ROOT / tests).exists()
