@@ -8,19 +8,23 @@
                                      |
                               normalised floats: teacher sees G, student sees G + L
 
-Idea     A network that gives two crops of one image the same answer, whatever their colours, must
-         have understood what stays: the thing itself. Small crops must be recognised as parts.
-Paper    SwAV (Caron 2020) multi-crop; BYOL (Grill 2020) appendix B photometry; DINO sec. 3.1 and A;
-         masks: BEiT (Bao 2021) Alg. 1, iBOT sec. 3.1, DINOv2 sec. 4
+Idea     A network that gives two crops of one image the same answer, whatever their colours,
+         must have understood what they share: the thing itself. Small crops must be recognised
+         as parts of it. Masks hide patches of the large crops from the student.
+Paper    SwAV (Caron 2020) multi-crop; BYOL (Grill 2020) appendix B photometry; DINO sec. 3.1
+         and A; masks: BEiT (Bao 2021) Alg. 1, iBOT sec. 3.1, DINOv2 sec. 4
 Try      python augment.py [PHOTO]      draws the ten views of an image into views.png
-Change   the chances of each operation stand in PHOTOMETRY; a new operation is one column of COLUMNS
+Change   the chances of each operation: an entry of PHOTOMETRY; another shape of masks:
+         MASK_SHAPES; a new operation: a column in COLUMNS, its draw in draw_photometry, a line
+         in OPERATIONS
 Tests    pytest tests/test_augment.py
 
 Letters  G global, L local crops, V = G + L; B images, H W and h w pixels, n crops of one size,
-         P patches of a global crop, M hidden patches of a batch, padded to a fixed number.
+         P patches of a global crop, M masked patches of a batch, padded to a fixed number.
 
-All randomness enters as numbers drawn beforehand, so that the device part is a pure function. The
-draws are a function of (seed, epoch, image): workers, batches and processes do not change them.
+All randomness enters as numbers that are drawn beforehand, so the part that runs on the device
+is a pure function. The draws are a function of (seed, epoch, image): the number of workers, of
+images in a batch and of processes does not change them.
 """
 
 import itertools
@@ -35,7 +39,9 @@ from torchvision.transforms.v2 import functional as TF
 
 
 class Pixels(NamedTuple):
-    """What a network takes for a pixel: mean and spread of each channel, black 0, white 1."""
+    """What a network takes for a pixel: mean and spread of each channel; black is 0, white
+    1.
+    """
 
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of ImageNet, as everywhere in the papers
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
@@ -48,77 +54,98 @@ class Pixels(NamedTuple):
 RGB = Pixels()
 
 
-def pixels_of(channels: int, mean: tuple[float, ...] = (), std: tuple[float, ...] = ()) -> Pixels:
-    """With what is known of them; else ImageNet's, or its average where there are not three."""
+def pixels_of(
+    channels: int, mean: tuple[float, ...] = (), std: tuple[float, ...] = ()) -> Pixels:
+    """Pixels with what is known of them; the rest is ImageNet's, averaged unless channels is
+    3.
+    """
+    # One number for all channels where nothing is known of them: they may be infrared or depth.
     usual = RGB if channels == 3 else Pixels((0.449,) * channels, (0.226,) * channels)
     return Pixels(mean or usual.mean, std or usual.std)
 
 
-GRAY = (0.2989, 0.587, 0.114)  # luma weights of torchvision
-
-# Chances for (first global, second global, local) crops, and the strengths of the colour jitter.
-# DINO appendix A; the same as BYOL's.
+# Chances for (first global, second global, local) crops, and the strengths of the colour
+# jitter. DINO appendix A; the same as BYOL's.
 PHOTOMETRY = {
     "dino": dict(jitter=(0.8, 0.8, 0.8), gray=(0.2, 0.2, 0.2), blur=(1.0, 0.1, 0.5),
                  solarize=(0.0, 0.2, 0.0), strength=(0.4, 0.4, 0.2, 0.1)),
-    # The official code of DINOv2 hands 1 - p to an operation that wants p: its released models saw
-    # the first global crop never blurred, the second nine times in ten. So do these.
+    # The official code of DINOv2 hands 1 - p to an operation that wants p: its released models
+    # saw the first global crop never blurred, the second nine times in ten. So do these.
     "dinov2": dict(jitter=(0.8, 0.8, 0.8), gray=(0.2, 0.2, 0.2), blur=(0.0, 0.9, 0.5),
                    solarize=(0.0, 0.2, 0.0), strength=(0.4, 0.4, 0.2, 0.1)),
     # For crops of 64 pixels and less: without blur, which would wipe out the texture of so few.
     "small": dict(jitter=(0.8, 0.8, 0.8), gray=(0.2, 0.2, 0.2), blur=(0.0, 0.0, 0.0),
                   solarize=(0.0, 0.2, 0.0), strength=(0.4, 0.4, 0.2, 0.1)),
-    "none": dict(jitter=(0.0,) * 3, gray=(0.0,) * 3, blur=(0.0,) * 3, solarize=(0.0,) * 3,
-                 strength=(0.0,) * 4),
-}
-BLUR_TAPS, BLUR_SIGMA = 9, (0.1, 2.0)
+    "none": dict(jitter=(0.0, 0.0, 0.0), gray=(0.0, 0.0, 0.0), blur=(0.0, 0.0, 0.0),
+                 solarize=(0.0, 0.0, 0.0), strength=(0.0, 0.0, 0.0, 0.0))}
+BLUR_TAPS = 9  # pixels that a blurred one is the mean of, in each direction
+BLUR_SIGMA = (0.1, 2.0)  # pixels
 SOLARIZE_THRESHOLD = 128 / 255
 
-# One row of photometry parameters, drawn in the worker, applied on the device. `order` counts the
-# 24 orders of the four jitter operations; -1 stands for "no jitter", sigma 0 for "no blur".
+# The parameters of one crop, drawn in the worker and applied on the device: a row of 8 numbers.
+# `order` counts the 24 orders of the four jitter operations, -1 is "no jitter"; `gray` and
+# `solarize` are 0 or 1; `sigma` is that of the blur, 0 is "no blur".
 COLUMNS = ("order", "brightness", "contrast", "saturation", "hue", "gray", "sigma", "solarize")
 ORDERS = tuple(itertools.permutations(range(4)))  # of brightness, contrast, saturation, hue
-HUE = 3
 
-# ------------------------------------------------------------------------------------------------
+
+def column(params: Tensor, name: str) -> Tensor:
+    """One parameter of all crops, by its name: (n, 8) -> (n,)."""
+    return params[:, COLUMNS.index(name)]
+
+
+# ----------------------------------------------------------------------------------------------
 # Geometry: one image at a time, on bytes, in the loader's workers
 
 
 def crop_box(height: int, width: int, scale: tuple[float, float], draws: np.ndarray):
-    """A random box (top, left, h, w) covering a share of the image drawn from `scale`.
+    """A random box (top, left, h, w) that covers a share of the image drawn from `scale`.
 
     The rule of torchvision's RandomResizedCrop: area uniform, aspect ratio log-uniform in
     (3/4, 4/3), ten tries, else the largest centred box. draws (10, 4) uniform in [0, 1).
     """
+    # One row of draws for each try, whether it is needed or not: what is drawn afterwards does
+    # not depend on how many tries failed.
     for area, ratio, y, x in draws:
         area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
+        # Uniform in the logarithm, so that 3:4 and 4:3 are equally likely.
         ratio = math.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * ratio)
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        w = round(math.sqrt(area * ratio))
+        h = round(math.sqrt(area / ratio))
+        # A large or long box may not fit. A try that fails costs four of the draws and nothing
+        # more.
         if 0 < w <= width and 0 < h <= height:
             return int(y * (height - h + 1)), int(x * (width - w + 1)), h, w
-    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+
+    # No try did fit, as in a panorama: the largest box in the middle that is at most 4:3.
+    w = min(width, round(height * 4 / 3))
+    h = min(height, round(width * 4 / 3))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
 def draw_photometry(kind: str, view: int, rng: np.random.Generator) -> np.ndarray:
     """One row of COLUMNS for a view: 0 first global, 1 further globals, 2 local."""
-    chance = {name: PHOTOMETRY[kind][name][view] for name in ("jitter", "gray", "blur", "solarize")}
-    brightness, contrast, saturation, hue = PHOTOMETRY[kind]["strength"]
-    u = rng.random(len(COLUMNS) + 3)  # always as many draws, whatever comes of them
+    chances = PHOTOMETRY[kind]
+    brightness, contrast, saturation, hue = chances["strength"]
+    # Always as many draws, whatever comes of them: a chance that changes leaves all others
+    # alone.
+    u = rng.random(len(COLUMNS) + 3)
 
     def around(strength, draw, centre=1.0):
+        """Uniform in centre - strength to centre + strength."""
         return centre + strength * (2 * draw - 1)
 
-    return np.array([
-        int(u[0] * 24) if u[8] < chance["jitter"] else -1,
-        around(brightness, u[1]),
-        around(contrast, u[2]),
-        around(saturation, u[3]),
-        around(hue, u[4], centre=0.0),
-        u[5] < chance["gray"],
-        BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * u[6] if u[9] < chance["blur"] else 0.0,
-        u[7] < chance["solarize"],
-    ], dtype=np.float32)
+    # Of each operation the parameters are drawn first, and then whether it takes place.
+    jittered = u[8] < chances["jitter"][view]
+    blurred = u[9] < chances["blur"][view]
+    row = {
+        "order": int(u[0] * len(ORDERS)) if jittered else -1,
+        "brightness": around(brightness, u[1]), "contrast": around(contrast, u[2]),
+        "saturation": around(saturation, u[3]), "hue": around(hue, u[4], centre=0.0),
+        "gray": u[5] < chances["gray"][view], "sigma": BLUR_SIGMA[0] +
+        (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * u[6] if blurred else 0.0, "solarize": u[7]
+        < chances["solarize"][view]}
+    return np.array([row[name] for name in COLUMNS], dtype=np.float32)
 
 
 class MultiCrop:
@@ -129,38 +156,46 @@ class MultiCrop:
     float32.
     """
 
-    def __init__(
-        self,
-        global_crops_size: int = 224,
-        local_crops_size: int = 96,
-        global_crops_number: int = 2,
-        local_crops_number: int = 8,
-        global_crops_scale: tuple[float, float] = (0.4, 1.0),
-        local_crops_scale: tuple[float, float] = (0.05, 0.4),
-        photometry: str = "dino",
-    ):
-        self.views = [(global_crops_size, global_crops_scale, min(i, 1))
-                      for i in range(global_crops_number)]
-        self.views += [(local_crops_size, local_crops_scale, 2)] * local_crops_number
-        self.global_crops_number, self.local_crops_size = global_crops_number, local_crops_size
+    def __init__(self, global_crops_size: int = 224, local_crops_size: int = 96,
+                 global_crops_number: int = 2, local_crops_number: int = 8,
+                 global_crops_scale: tuple[float, float] = (0.4, 1.0),
+                 local_crops_scale: tuple[float,
+                                          float] = (0.05, 0.4), photometry: str = "dino"):
+        # One entry (size, scale, column of chances) for each view. The two global crops of the
+        # papers get different colours; a third one would be treated as the second.
+        self.views = []
+        for i in range(global_crops_number):
+            self.views.append((global_crops_size, global_crops_scale, min(i, 1)))
+        for _ in range(local_crops_number):
+            self.views.append((local_crops_size, local_crops_scale, 2))
+        self.global_crops_number = global_crops_number
+        self.local_crops_size = local_crops_size
         self.photometry = photometry
 
     def crop(self, image: Tensor, size: int, scale, rng: np.random.Generator) -> Tensor:
+        """A random box of the image, resized to a square, and mirrored every second time."""
         top, left, h, w = crop_box(*image.shape[-2:], scale, rng.random((10, 4)))
-        out = TF.resize(image[:, top:top + h, left:left + w], [size, size],
-                        interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
+        box = image[:, top:top + h, left:left + w]
+        # On bytes: a quarter of the memory of floats, in the worker and on the way to the
+        # device.
+        out = TF.resize(box, [size, size], interpolation=TF.InterpolationMode.BICUBIC,
+                        antialias=True)
         return out.flip(-1) if rng.random() < 0.5 else out
 
     def __call__(self, image: Tensor, rng: np.random.Generator) -> dict:
+        # First all geometry, then all colours: the order of the draws is part of what a seed
+        # means.
         crops = [self.crop(image, size, scale, rng) for size, scale, _ in self.views]
         colours = [draw_photometry(self.photometry, view, rng) for _, _, view in self.views]
-        G, t = self.global_crops_number, self.local_crops_size
-        none = torch.empty(0, len(image), t, t, dtype=image.dtype)
+        G = self.global_crops_number
+        # Without local crops there is still a tensor, of none: batches have the same keys
+        # always.
+        side = self.local_crops_size
+        no_crops = torch.empty(0, len(image), side, side, dtype=image.dtype)
         return {
             "global_crops": torch.stack(crops[:G]),
-            "local_crops": torch.stack(crops[G:]) if crops[G:] else none,
-            "photometry": torch.from_numpy(np.stack(colours)),
-        }
+            "local_crops": torch.stack(crops[G:]) if crops[G:] else no_crops,
+            "photometry": torch.from_numpy(np.stack(colours))}
 
 
 def center_crop(image: Tensor, size: int, short: int = 0) -> Tensor:
@@ -170,14 +205,20 @@ def center_crop(image: Tensor, size: int, short: int = 0) -> Tensor:
     """
     height, width = image.shape[-2:]
     short = short or round(size * 8 / 7)
-    h, w = (short, max(short, int(short * width / height))) if height <= width else (
-        max(short, int(short * height / width)), short)
+    # int() and not round() for the long side, as torchvision's Resize(256) computes it.
+    if height <= width:
+        h, w = short, max(short, int(short * width / height))
+    else:
+        h, w = max(short, int(short * height / width)), short
     image = TF.resize(image, [h, w], interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
     return TF.center_crop(image, [size, size])
 
 
 def fit_inside(image: Tensor, longest: int) -> Tensor:
-    """The whole image with its shape kept, made smaller if its long side is beyond `longest`."""
+    """The whole image with its shape kept, made smaller if its long side is beyond
+    `longest`.
+    """
+    # A small image is left as it is: enlarging it would add pixels, but no detail.
     height, width = image.shape[-2:]
     scale = min(1.0, longest / max(height, width))
     size = [max(1, round(height * scale)), max(1, round(width * scale))]
@@ -190,33 +231,39 @@ def squash(image: Tensor, size: int) -> Tensor:
                      antialias=True)
 
 
-# ------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Masks: which patches of the global crops the student does not get to see
 
 
 def block_mask(grid: tuple[int, int], target: int, min_patches: int,
                rng: np.random.Generator) -> np.ndarray:
-    """Rectangles on an (h, w) grid until `target` patches are hidden, never more. BEiT Alg. 1.
+    """Rectangles on an (h, w) grid until `target` patches are masked, never more. BEiT Alg. 1.
 
-    Each rectangle covers min_patches or more, with an aspect ratio log-uniform in (.3, 1/.3), and
-    less than the grid's height and width. One that would hide too many, or nothing new, is drawn
-    again, ten times; then the mask is left as it is: in 92 of 100 masks it is full.
+    Each rectangle covers min_patches or more, with an aspect ratio log-uniform in (.3, 1/.3),
+    and less than the grid's height and width.
     """
-    (height, width), mask = grid, np.zeros(grid, dtype=bool)
+    height, width = grid
+    mask = np.zeros(grid, dtype=bool)
     while (missing := target - mask.sum()) > 0:
         room = min(missing, height * width // 2)
+
+        # Ten tries for the next rectangle. It is refused if it does not fit into the grid, if
+        # it would mask more than is missing, or if it lies where everything is masked already.
         for area, ratio, y, x in rng.random((10, 4)):
             area = min_patches + (room - min_patches) * area
             ratio = math.exp((2 * ratio - 1) * math.log(1 / 0.3))
-            h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            h = round(math.sqrt(area * ratio))
+            w = round(math.sqrt(area / ratio))
             if h >= height or w >= width:
                 continue
-            top, left = int(y * (height - h + 1)), int(x * (width - w + 1))
+            top = int(y * (height - h + 1))
+            left = int(x * (width - w + 1))
             block = mask[top:top + h, left:left + w]
             if 0 < block.size - block.sum() <= room:
                 block[:] = True
                 break
         else:
+            # All ten were refused: the mask stays a little too small. In 92 of 100 it is full.
             break
     return mask
 
@@ -224,6 +271,7 @@ def block_mask(grid: tuple[int, int], target: int, min_patches: int,
 def random_mask(grid: tuple[int, int], target: int, min_patches: int,
                 rng: np.random.Generator) -> np.ndarray:
     """Exactly `target` patches, each by itself. iBOT's "rand"."""
+    # min_patches is for rectangles; the argument is here so that all shapes are called alike.
     mask = np.zeros(grid[0] * grid[1], dtype=bool)
     mask[rng.permutation(mask.size)[:target]] = True
     return mask.reshape(grid)
@@ -233,69 +281,150 @@ MASK_SHAPES = {"block": block_mask, "random": random_mask}
 
 
 def hidden_places(masks: Tensor, most: int) -> dict:
-    """masks (crops, P) bool -> the same; mask_indices (M,), places of hidden patches among all
-    crops*P; mask_weights (M,), 1 / (hidden patches of that crop). Both end in zeros: M is `most`.
+    """masks (crops, P) bool -> the three mask tensors of a batch.
+
+    masks: the same; mask_indices (M,): which of all crops*P patches are masked; mask_weights
+    (M,): 1 / (masked patches of that crop). Both end in zeros, because M is always `most`: a
+    length that changes from step to step would compile the training step again and again.
     """
-    indices, weights = torch.zeros(most, dtype=torch.int64), torch.zeros(most)
-    hidden = masks.flatten().nonzero()[:, 0]
-    indices[:len(hidden)] = hidden
-    weights[:len(hidden)] = 1 / masks.sum(1)[hidden // masks.shape[1]]
+    # Example: two crops of 4 patches, [0 1 0 1] and [0 0 1 0], most = 5.
+    #   mask_indices  [1, 3, 6, 0, 0]      patch 2 of crop 1 is number 4 + 2
+    #   mask_weights  [.5, .5, 1, 0, 0]    each crop counts as one; the last two are padding
+    indices = torch.zeros(most, dtype=torch.int64)
+    weights = torch.zeros(most)
+    masked = masks.flatten().nonzero()[:, 0]
+    indices[:len(masked)] = masked
+    crop_of_each = masked // masks.shape[1]
+    weights[:len(masked)] = 1 / masks.sum(1)[crop_of_each]
     return {"masks": masks, "mask_indices": indices, "mask_weights": weights}
 
 
 class Masking:
-    """Masks for all global crops of a batch, as a function of (seed, step, rank).
+    """Masks for all global crops of a batch, as a function of (seed, step, rank). DINOv2 sec.
+    4.
 
-    A share `probability` of the crops gets a mask; the i-th of them hides a share of its patches
-    drawn from the i-th slice of `ratio`, so that every batch has small and large masks; then they
-    are dealt to the crops at random. An image may have both, one or none of its crops masked.
+    A share `probability` of the crops gets a mask. The i-th of these hides a share of its
+    patches that is drawn from the i-th slice of `ratio`, so that every batch has small and
+    large masks; then they are dealt to the crops at random. An image may have both, one or none
+    of its crops masked.
     """
 
     def __init__(self, grid: tuple[int, int], ratio: tuple[float, float] = (0.1, 0.5),
                  probability: float = 0.5, shape: str = "block", min_patches: int = 4,
                  seed: int = 0, rank: int = 0):
-        self.grid, self.ratio, self.probability = grid, ratio, probability
-        self.draw, self.min_patches = MASK_SHAPES[shape], min_patches
-        self.seed, self.rank = seed, rank
+        self.grid = grid
+        self.ratio = ratio
+        self.probability = probability
+        self.draw = MASK_SHAPES[shape]
+        self.min_patches = min_patches
+        self.seed = seed
+        self.rank = rank
 
     def __call__(self, crops: int, step: int) -> dict:
-        """hidden_places of new masks. M depends on `crops` alone, so that shapes are the same at
-        every step and on every process.
-        """
+        """hidden_places of new masks for so many crops."""
         rng = np.random.default_rng([self.seed, step, self.rank, 2])
-        patches, edges = self.grid[0] * self.grid[1], self.edges(crops)
+        patches = self.grid[0] * self.grid[1]
+
+        # Example: 8 crops, probability .5 and ratio (.1, .5) make 4 masks, and the slices
+        # .1-.2, .2-.3, .3-.4, .4-.5: one share is drawn from each.
+        edges = self.edges(crops)
         shares = edges[:-1] + (edges[1:] - edges[:-1]) * rng.random(len(edges) - 1)
         masks = np.zeros((crops, *self.grid), dtype=bool)
-        for place, share in zip(rng.permutation(crops), shares):
-            masks[place] = self.draw(self.grid, int(patches * share), self.min_patches, rng)
+        for crop, share in zip(rng.permutation(crops), shares):
+            masks[crop] = self.draw(self.grid, int(patches * share), self.min_patches, rng)
         return hidden_places(torch.from_numpy(masks).flatten(1), self.most(crops))
 
     def edges(self, crops: int) -> np.ndarray:
-        """Where the slices of `ratio` begin and end, one more than there are masks."""
+        """Where the slices of `ratio` begin and end: one number more than there are masks."""
         return np.linspace(*self.ratio, int(crops * self.probability) + 1)
 
     def most(self, crops: int) -> int:
-        """M: as many patches as the masks can hide."""
-        return sum(int(self.grid[0] * self.grid[1] * edge) for edge in self.edges(crops)[1:])
+        """M: as many patches as the masks can hide. It depends on the number of crops alone."""
+        patches = self.grid[0] * self.grid[1]
+        return sum(int(patches * edge) for edge in self.edges(crops)[1:])
 
 
 def collate(samples: list[dict], masking: Masking | None = None) -> dict:
     """Samples -> one batch, crop-major: crop 0 of all images, then crop 1, ... (V, B, ...)."""
-    batch = {key: torch.stack([s[key] for s in samples], 1)
-             for key in ("global_crops", "local_crops", "photometry")}
-    batch["index"] = torch.tensor([s["index"] for s in samples])
-    batch["broken"] = [name for s in samples for name in s.get("broken", ())]
+    # Crop-major, because the two networks work on all first crops, all second crops, ...: on
+    # the device (V, B, ...) becomes (V*B, ...) without moving a number.
+    batch = {}
+    for key in ("global_crops", "local_crops", "photometry"):
+        batch[key] = torch.stack([sample[key] for sample in samples], 1)
+    batch["index"] = torch.tensor([sample["index"] for sample in samples])
+    # Names of images that did not decode and were replaced by others.
+    batch["broken"] = [name for sample in samples for name in sample.get("broken", ())]
     if masking:
-        batch |= masking(len(batch["global_crops"]) * len(samples), samples[0]["step"])
+        crops = len(batch["global_crops"]) * len(samples)
+        batch |= masking(crops, samples[0]["step"])
     return batch
 
 
-# ------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Photometry: whole batches, on the device, each image with its own draw
 
 
+def photometry(crops: Tensor, params: Tensor, pixels: Pixels = RGB) -> Tensor:
+    """Crops (n, C, h, w) on any device, their params (n, 8) on the CPU -> normalised floats.
+
+    Equal, image by image, to torchvision's functionals in the order that was drawn. Crops are
+    uint8, or floats from 0 to 1. Unless they have three channels these are no colours:
+    brightness, contrast, blur and solarize are left.
+    """
+    # Brightness and contrast mean something for any channel; saturation, hue and gray do not.
+    mean, std = (send(torch.tensor(v), crops.device).view(1, -1, 1, 1) for v in pixels)
+    if pixels.channels != 3:
+        params = without_colours(params)
+
+    # Images are handled in an order that suits `jitter` (see there), a few at a time on a CPU.
+    order = jitter_order(params)
+    at_once = len(crops)
+    if crops.device.type == "cpu":
+        at_once = max(1, CACHED_NUMBERS // crops[0].numel())
+
+    out = torch.empty(crops.shape, device=crops.device)
+    for rows in order.split(at_once):
+        p = params[rows]
+        rows = send(rows, crops.device)
+        x = crops.index_select(0, rows).to(torch.float32)
+        if crops.dtype == torch.uint8:
+            x = x.div_(255)
+
+        # Which images an operation is for is read from the parameters, which are on the CPU.
+        # Asking the device for it would make the CPU wait until all earlier work is done.
+        for operation, is_wanted in OPERATIONS.values():
+            wanted = is_wanted(p)
+            if wanted.all():
+                x = operation(x, p)
+            elif wanted.any():
+                some = wanted.nonzero()[:, 0]
+                some_on_device = send(some, x.device)
+                changed = operation(x.index_select(0, some_on_device), p[some])
+                x.index_copy_(0, some_on_device, changed)
+        out.index_copy_(0, rows, x.sub_(mean).div_(std))
+    return out
+
+
+def normalise(images: Tensor, pixels: Pixels = RGB) -> Tensor:
+    """(n, C, h, w), uint8 or 0 to 1 -> floats of mean 0 and spread 1; what evaluations feed."""
+    nothing = torch.zeros(1, len(COLUMNS))
+    nothing[:, COLUMNS.index("order")] = -1  # no jitter; zeros switch off everything else
+    return photometry(images, nothing.expand(len(images), -1), pixels)
+
+
+def without_colours(params: Tensor) -> Tensor:
+    """Parameters for images whose channels are no colours: no saturation, hue and grayscale."""
+    params = params.clone()
+    column(params, "saturation").fill_(1)  # times the saturation that there is
+    column(params, "hue").fill_(0)
+    column(params, "gray").fill_(0)
+    return params
+
+
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """To the device, without waiting for what it still computes. (MPS would read x too late.)"""
+    """To the device, without waiting for what it still computes. (MPS would read x too
+    late.)
+    """
     return x.to(device, non_blocking=device.type != "mps")
 
 
@@ -303,126 +432,152 @@ def luma(images: Tensor) -> Tensor:
     """(n, 3, h, w) -> grey (n, 1, h, w); of other channels than colours, their mean."""
     if images.shape[1] != 3:
         return images.mean(1, keepdim=True)
-    weights = send(torch.tensor(GRAY, dtype=images.dtype)[None, None], images.device)  # (1, 1, 3)
-    return (weights @ images.flatten(2)).view(len(images), 1, *images.shape[-2:])  # (n, 1, h, w)
-
-
-def rotate_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the colour circle by `shift` (n, 1, 1) turns, in place; saturation and value stay.
-
-    In closed form: asking each pixel which of its channels is the largest is what makes the usual
-    way through HSV slow.
-    """
-    r, g, b = images.unbind(1)
-    value, low = images.amax(1), images.amin(1)  # (n, h, w)
-    spread = value - low
-    # In sixths of a turn: how far from red, on the side of green (+) or of blue (-).
-    hue = torch.copysign(g + b - r + value - 2 * low, g - b) / spread.clamp(min=1e-12)
-    hue = hue + 6 * shift
-    hue = hue - 6 * (hue / 6).floor()  # red at 0 (and 6), green at 2, blue at 4
-    shares = (hue - 3).abs() - 1, 2 - (hue - 2).abs(), 2 - (hue - 4).abs()
-    for channel, share in enumerate(shares):
-        torch.addcmul(low, spread, share.clamp_(0, 1), out=images[:, channel])
-    return images
-
-
-def around_hue(order: tuple) -> tuple:
-    """Three places before hue and three after it, filled with the blends in their order."""
-    before, after = order[:order.index(HUE)], order[order.index(HUE) + 1:]
-    return tuple((*part, HUE, HUE, HUE)[:3] for part in (before, after))  # HUE: nothing to blend
-
-
-SLOTS = torch.tensor([around_hue(order) for order in ORDERS]).flatten(1)  # (24, 6)
-
-
-def jitter(images: Tensor, params: Tensor) -> Tensor:
-    """Brightness, contrast, saturation and hue, in the order that each image drew; in place.
-
-    Three of the four are blends with something grey, so one step serves images that are at
-    different operations. Only hue is costly, and each image has it once: up to three blends come
-    before it, up to three after, and a place that an image leaves empty blends with factor 1.
-    """
-    slots = SLOTS[params[:, 0].long()]  # (n, 6)
-    nothing = torch.ones(len(params), 1)
-    factors = torch.cat([params[:, 1:4], nothing], 1).gather(1, slots)  # (n, 6)
-    on_device = send(torch.stack([factors, slots == 1, slots == 2]), images.device)  # (3, n, 6)
-    for i in range(6):
-        if i == 3 and images.shape[1] == 3:
-            rotate_hue(images, send(params[:, 4], images.device)[:, None, None])
-        if (slots[:, i] == HUE).all():
-            continue
-        factor, contrast, saturation = on_device[:, :, i, None, None, None]  # (n, 1, 1, 1) each
-        gray = luma(images)
-        other = contrast * gray.mean((2, 3), keepdim=True) + saturation * gray  # (n, 1, h, w)
-        images.lerp_(other, 1 - factor).clamp_(0, 1)
-    return images
+    # Green looks brightest to the eye, blue darkest: torchvision's weights. One matrix product.
+    weights = torch.tensor((0.2989, 0.587, 0.114), dtype=images.dtype)[None, None]  # (1, 1, 3)
+    gray = send(weights, images.device) @ images.flatten(2)  # (n, 1, h*w)
+    return gray.view(len(images), 1, *images.shape[-2:])
 
 
 def grayscale(images: Tensor, params: Tensor) -> Tensor:
+    # Three equal channels: the network still expects colours.
     return luma(images).repeat(1, 3, 1, 1)
 
 
 def blur(images: Tensor, params: Tensor) -> Tensor:
     """Gaussian blur with reflected borders, each image with its own sigma, in pixels."""
-    sigma, pad = send(params[:, 6, None], images.device), BLUR_TAPS // 2
+    sigma = send(column(params, "sigma")[:, None], images.device)  # (n, 1)
+    pad = BLUR_TAPS // 2
+
+    # The kernel is the bell curve at whole pixels, -4 to 4, made to add up to one.
     reach = torch.arange(-pad, pad + 1, device=images.device)
-    kernel = torch.exp(-0.5 * (reach / sigma) ** 2)  # (n, taps)
+    kernel = torch.exp(-0.5 * (reach / sigma)**2)  # (n, taps)
     kernel = kernel / kernel.sum(1, keepdim=True)
+
+    # Every image has a kernel of its own. So the channels of all images become the channels of
+    # one large image, and a grouped convolution gives each of them its kernel.
     n, c, h, w = images.shape
     kernel = kernel.repeat_interleave(c, 0)  # (n*c, taps)
     x = F.pad(images, (pad, pad, pad, pad), mode="reflect")  # (n, c, h + 2*pad, w + 2*pad)
     x = x.reshape(1, n * c, h + 2 * pad, w + 2 * pad)
-    # A Gaussian in two dimensions is one along rows, then one along columns.
+
+    # A Gaussian in two dimensions is one along rows, then one along columns: 2 x 9 products for
+    # each pixel in place of 81.
     x = F.conv2d(x, kernel[:, None, None, :], groups=n * c)  # (1, n*c, h + 2*pad, w)
     x = F.conv2d(x, kernel[:, None, :, None], groups=n * c)  # (1, n*c, h, w)
     return x.view(n, c, h, w)
 
 
 def solarize(images: Tensor, params: Tensor) -> Tensor:
-    """Invert everything at least half bright. A sum, as a choice for each pixel is slower."""
+    """Invert everything at least half bright: x -> 1 - x = x + (1 - 2x)."""
+    # As a sum with a mask of 0 and 1: choosing for each pixel (torch.where) is slower.
     return images + (1 - 2 * images) * (images >= SOLARIZE_THRESHOLD)
 
 
-def photometry(crops: Tensor, params: Tensor, pixels: Pixels = RGB) -> Tensor:
-    """Crops (n, C, h, w) on any device, their params (n, 8) on the CPU -> normalised floats.
+def rotate_hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turn the colour circle by `shift` (n, 1, 1) turns, in place; saturation and value stay.
 
-    Equal, image by image, to torchvision's functionals in the order that was drawn. Which images
-    need what is read from the parameters on the CPU, so that the device is never waited for.
-    Crops are uint8, or floats from 0 to 1. Unless they have three channels these are no colours:
-    brightness, contrast, blur and solarize are left.
+    In closed form: the usual way through HSV asks each pixel which of its channels is the
+    largest, which is slow.
     """
-    mean, std = (send(torch.tensor(v), crops.device).view(1, -1, 1, 1) for v in pixels)
-    if pixels.channels != 3:
-        params = params * params.new_tensor([1, 1, 1, 0, 0, 0, 1, 1])  # saturation, hue, gray
-        params[:, 3] = 1  # times the saturation that it has
-    # Images with equally many blends before hue go together, so that `jitter` has no empty places.
-    before = (SLOTS[params[:, 0].long(), :3] != HUE).sum(1)
-    order = torch.where(params[:, 0] < 0, 4, before).argsort(stable=True)  # 4: no jitter
-    # A cache holds some 6 MB of pixels well; on a GPU the whole batch goes at once.
-    step = max(1, 1572864 // crops[0].numel()) if crops.device.type == "cpu" else len(crops)
-    out = torch.empty(crops.shape, device=crops.device)
-    for rows in order.split(step):
-        p, rows = params[rows], send(rows, crops.device)
-        y = crops.index_select(0, rows).to(torch.float32)
-        if crops.dtype == torch.uint8:
-            y = y.div_(255)
-        wanted = {jitter: p[:, 0] >= 0, grayscale: p[:, 5] > 0, blur: p[:, 6] > 0,
-                  solarize: p[:, 7] > 0}
-        for op, some in wanted.items():
-            if some.all():
-                y = op(y, p)
-            elif some.any():
-                some = some.nonzero()[:, 0]
-                where = send(some, y.device)
-                y.index_copy_(0, where, op(y.index_select(0, where), p[some]))
-        out.index_copy_(0, rows, y.sub_(mean).div_(std))
-    return out
+    r, g, b = images.unbind(1)
+    value = images.amax(1)  # (n, h, w)
+    low = images.amin(1)  # (n, h, w)
+    spread = value - low
+
+    # The hue in sixths of a turn, counted from red: positive towards green, negative towards
+    # blue. For orange (1, .5, 0) it is +(.5 + 0 - 1 + 1 - 0) / 1 = .5, half of the way to
+    # yellow.
+    hue = torch.copysign(g + b - r + value - 2 * low, g - b) / spread.clamp(min=1e-12)
+    hue = hue + 6 * shift
+    hue = hue - 6 * (hue / 6).floor()  # red at 0 (and 6), green at 2, blue at 4
+
+    # A channel is full within one sixth of its own hue, and empty two sixths away from it.
+    shares = ((hue - 3).abs() - 1, 2 - (hue - 2).abs(), 2 - (hue - 4).abs())
+    for channel, share in enumerate(shares):
+        torch.addcmul(low, spread, share.clamp_(0, 1), out=images[:, channel])
+    return images
 
 
-def normalise(images: Tensor, pixels: Pixels = RGB) -> Tensor:
-    """(n, C, h, w), uint8 or 0 to 1 -> floats of mean 0 and spread 1; what evaluations feed."""
-    return photometry(images, torch.tensor([[-1.0] + [0.0] * 7]).expand(len(images), -1), pixels)
+# ----------------------------------------------------------------------------------------------
+# Colour jitter: four operations, in another order for each image
+#
+# Brightness, contrast and saturation blend an image with something grey (black, its mean grey,
+# its own grey picture). So one line of code serves a batch in which every image is at another
+# of the three. Hue is different, and costly; each image has it once. Therefore each image gets
+# six slots: three for the blends before its hue, three for those after it. Unused slots blend
+# with factor 1.
+#
+#     order of an image                          slots before | hue | slots after
+#     contrast, hue, brightness, saturation      C . .        |  *  | B S .
+#     brightness, saturation, contrast, hue      B S C        |  *  | . . .
+#
+# A batch then takes: slot 0, 1, 2 for all images, hue for all, slot 3, 4, 5 for all. A slot
+# that is unused in all images of a part of the batch is skipped: that is why `jitter_order`
+# sorts images by the number of blends before hue.
 
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # as ORDERS counts them
+UNUSED = HUE  # in a slot, where hue itself never stands
+CACHED_NUMBERS = 6 * 2**18  # float32 numbers, 6 MB: what a processor's cache holds well
+
+
+def slots_of(order: tuple[int, ...]) -> list[int]:
+    """Six slots for one order of the four operations: three before hue and three after it."""
+    # Filled up with UNUSED and cut to three: (contrast,) becomes contrast, unused, unused.
+    at = order.index(HUE)
+    before = [*order[:at], UNUSED, UNUSED, UNUSED][:3]
+    after = [*order[at + 1:], UNUSED, UNUSED, UNUSED][:3]
+    return before + after
+
+
+SLOTS = torch.tensor([slots_of(order) for order in ORDERS])  # (24, 6)
+
+
+def jitter_order(params: Tensor) -> Tensor:
+    """The images (n,), sorted by their number of blends before hue; those without jitter
+    last.
+    """
+    # A stable sort keeps the order of the batch among equals, so results do not depend on the
+    # sorting algorithm. "No jitter" (-1) would look up the last order: it is sent to the end.
+    order = column(params, "order")
+    blends_before = (SLOTS[order.long(), :3] != UNUSED).sum(1)
+    return torch.where(order < 0, 4, blends_before).argsort(stable=True)
+
+
+def jitter(images: Tensor, params: Tensor) -> Tensor:
+    """Brightness, contrast, saturation and hue, in the order that each image drew; in place."""
+    # The factor of each slot: that of its operation, and 1 where it is unused, which changes
+    # nothing: x.lerp(other, 1 - factor) is x * factor + other * (1 - factor).
+    slots = SLOTS[column(params, "order").long()]  # (n, 6)
+    factors = torch.stack([
+        column(params, "brightness"),
+        column(params, "contrast"),
+        column(params, "saturation"),
+        torch.ones(len(params))], 1).gather(1, slots)  # (n, 6)
+    is_contrast = slots == CONTRAST
+    is_saturation = slots == SATURATION
+    on_device = send(torch.stack([factors, is_contrast, is_saturation]),
+                     images.device)  # (3, n, 6)
+
+    for i in range(6):
+        if i == 3 and images.shape[1] == 3:
+            rotate_hue(images, send(column(params, "hue"), images.device)[:, None, None])
+        if (slots[:, i] == UNUSED).all():
+            continue
+        factor, contrast, saturation = on_device[:, :, i, None, None, None]  # (n, 1, 1, 1) each
+        # What an image is blended with: its mean grey, its grey picture, or 0, which is black.
+        gray = luma(images)  # (n, 1, h, w)
+        other = contrast * gray.mean((2, 3), keepdim=True) + saturation * gray  # (n, 1, h, w)
+        images.lerp_(other, 1 - factor).clamp_(0, 1)
+    return images
+
+
+# The operations in the order of the papers: (images, params) -> images, and which images want
+# it.
+OPERATIONS = {
+    "jitter": (jitter, lambda params: column(params, "order") >= 0),
+    "gray": (grayscale, lambda params: column(params, "gray") > 0),
+    "blur": (blur, lambda params: column(params, "sigma") > 0),
+    "solarize": (solarize, lambda params: column(params, "solarize") > 0)}
 
 if __name__ == "__main__":
     import sys
@@ -433,17 +588,20 @@ if __name__ == "__main__":
     if sys.argv[1:]:
         image = TF.pil_to_tensor(Image.open(sys.argv[1]).convert("RGB"))
     else:  # no photograph at hand: a disc on a slope of colours
-        y, x = torch.meshgrid(torch.linspace(-1, 1, 256), torch.linspace(-1, 1, 256), indexing="ij")
+        side = torch.linspace(-1, 1, 256)
+        y, x = torch.meshgrid(side, side, indexing="ij")
         image = torch.stack([128 + 100 * x, 128 + 100 * y, 200 - 60 * x]).clamp(0, 255)
         image = torch.where(x**2 + y**2 < 0.4, 255 - image.flip(0), image).byte()
     sample = MultiCrop()(image, np.random.default_rng(0))
     colours = sample["photometry"]
-    views = [*photometry(sample["global_crops"], colours[:2]),
-             *photometry(sample["local_crops"], colours[2:])]
+    views = [
+        *photometry(sample["global_crops"], colours[:2]),
+        *photometry(sample["local_crops"], colours[2:])]
     names = ["image", "global 1", "global 2"] + [f"local {i + 1}" for i in range(8)]
     fig, axes = plt.subplots(1, 11, figsize=(16, 1.9))
     for axis, name, view in zip(axes, names, [normalise(image[None])[0], *views]):
-        view = view * torch.tensor(RGB.std)[:, None, None] + torch.tensor(RGB.mean)[:, None, None]
+        view = view * torch.tensor(RGB.std)[:, None, None] + torch.tensor(RGB.mean)[:, None,
+                                                                                    None]
         axis.imshow(view.permute(1, 2, 0).clamp(0, 1).numpy())
         axis.set_title(f"{name}\n{view.shape[1]} px", fontsize=8)
         axis.axis("off")

@@ -1,19 +1,25 @@
-"""Distill: a small student learns what a large teacher says, and the teacher stays as it is.
+"""Distill: a small student learns to answer as a large teacher does, which is trained already.
 
-    crops --+--> teacher (large crops), frozen ----------------------> targets --+
-            |                                                                    +--> losses
-            +--> student (all crops, nothing hidden, no depth dropped) -> logits -+
+    crops --+--> teacher (large crops), frozen ------------------------> targets --+
+            |                                                                      +--> losses
+            +--> student (all crops, no patch masked, no block dropped) --> logits-+
                     |
-                    +--> average of its past: judged and saved, never asked
+                    +--> average of its past weights: judged and saved, never asked for targets
 
-Idea     `train.py` with a handful of differences, all of them in this file: the teacher is another
-         network, larger and done learning; the student's average is not the teacher any more but
-         the result. Losses, targets and schedules are the same.
-Paper    DINOv2 (Oquab 2024) sec. 5 "model distillation" and table 16; its code was never released
+Idea     `train.py` with three differences, all of them in this file. The teacher is another
+         network, larger, whose weights do not change. The student sees every patch: it has to
+         copy the teacher's answers, not to guess what is hidden. The average of the student's
+         weights is no longer the teacher, but the result. Losses, targets and schedules are
+         the same.
+Paper    DINOv2 (Oquab 2024) sec. 5 "model distillation" and table 16; its code was never
+         released
 Try      python distill.py                   a student of `python train.py`, in minutes
          python distill.py dinov2_vits14_distill --teacher RUN --data folder:PATH
-Change   which places patches are compared at: Config.patch_tokens; other matches: `more_terms`
+Change   which patches are compared: Config.patch_tokens; another distance between features:
+         DISTANCES; another term of the loss: `extra_losses`
 Tests    pytest tests/test_distill.py
+
+Letters  G global crops, B images, P patches of a crop, D width of the student's backbone.
 """
 
 import copy
@@ -26,198 +32,314 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import recipes
-import runtime
 import train
-from optim import ema_update
-from recipes import DISTILLATION
-from resnet import ConvNet
-from runtime import Place, UsageError
+from backbones.convnet import ConvNet
+from backbones.layouts import read_tensors
+from backbones.weights import load_backbone, load_strictly
+from machinery.flags import UsageError, command, user_errors
+from machinery.process import Process, start_process
 from train import Network
+from training.config import Config as TrainingConfig
+from training.config import check, read_config
+from training.optim import ema_update
+from training.recipes import DISTILLATION
 from vit import ARCHS
-from weights import load_backbone, load_strictly, read_tensors
+
+# A term of the loss -> the output of the networks that it compares. These terms are for
+# teachers without heads, and ours: the paper compares answers over prototypes alone.
+FEATURES = {"class_feature": "features", "patch_feature": "patches"}
+
+# How far apart two features are: the mean over all of them, 0 where they are equal.
+DISTANCES = {
+    "mse": F.mse_loss, "cosine": lambda x, y: 1 - F.cosine_similarity(x, y, dim=-1).mean()}
 
 
 @dataclass
-class Config(recipes.Config):
+class Config(TrainingConfig):
     # -- teacher
-    teacher: str = ""  # a run with its heads; or any backbone: a run, released name, URL, file
-    train_teacher_heads_epochs: int = 0  # first train heads on the frozen backbone, this long
+    teacher: str = ""  # a run with its heads.pt; or any backbone: run, released name, URL, file
+    train_teacher_heads_epochs: int = 0  # epochs to train heads on --teacher, if it has none
     # -- network
-    drop_path_rate: float = 0.0  # stochastic depth of the student's last block: the paper has none
+    drop_path_rate: float = 0.0  # stochastic depth of the student's last block; the paper: none
     # -- loss
-    patch_tokens: Literal["all", "sampled"] = "all"  # patches that count; sampled: as masks fall
-    class_feature_weight: float = 0.0  # of matching the teacher's class token (not the paper's)
-    patch_feature_weight: float = 0.0  # of matching its patch tokens (not the paper's)
-    feature_distance: Literal["cosine", "mse"] = "cosine"  # what matching means
+    patch_tokens: Literal["all", "sampled"] = "all"  # compare all patches, or those under masks
+    class_feature_weight: float = 0.0  # weight of matching the teacher's class token (ours)
+    patch_feature_weight: float = 0.0  # weight of matching the teacher's patch tokens (ours)
+    feature_distance: Literal[*DISTANCES] = "cosine"  # how far apart two features are
 
-    hides_patches = False  # masks say where to compare, and nothing is to be guessed
+    # In train.py masks hide patches from the student. Here they only say which patches are
+    # compared, so that the student has no mask token.
+    hides_patches = False
 
     def __post_init__(self):
-        if self.patch_tokens == "all":  # one mask over every crop
-            self.mask_probability, self.mask_ratio, self.mask_shape = 1.0, (1.0, 1.0), "random"
+        # "All patches" needs no code of its own: it is one mask that covers each crop.
+        if self.patch_tokens == "all":
+            self.mask_probability = 1.0
+            self.mask_ratio = (1.0, 1.0)
+            self.mask_shape = "random"
 
 
-# ------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # The two networks
-
-FEATURES = {"class_feature": "features", "patch_feature": "patches"}  # term -> what is matched
-DISTANCES = {"mse": F.mse_loss,
-             "cosine": lambda x, y: 1 - F.cosine_similarity(x, y, dim=-1).mean()}
 
 
 class Student(Network):
-    """Sees every patch. Linear maps take its features to the teacher's width, where they count."""
+    """A train.Network that sees every patch.
 
-    def __init__(self, config: Config, drop_path_rate: float = 0.0, width: int = 0, backbone=None):
+    Where features are matched, a linear map takes each of them to the teacher's width.
+    """
+
+    def __init__(self, config: Config, drop_path_rate: float = 0.0, width: int = 0,
+                 backbone=None):
+        """width: that of the teacher's backbone; 0: no features are matched."""
         super().__init__(config, drop_path_rate, backbone)
         self.distance = DISTANCES[config.feature_distance]
-        self.matched = [n for n in FEATURES if width and getattr(config, f"{n}_weight")]
-        for name in self.matched:
-            self.add_module(f"{name}_map", nn.Linear(self.backbone.embed_dim, width))
+        self.matched = []  # names of FEATURES
+        for name in FEATURES:
+            if width and getattr(config, f"{name}_weight"):
+                self.matched.append(name)
+                self.add_module(f"{name}_map", nn.Linear(self.backbone.embed_dim, width))
 
     def forward(self, views: list[Tensor], plan=None, masks=None, mask_indices=None) -> dict:
+        # None takes the place of the masks: no patch is hidden. The logits are still asked for
+        # at mask_indices only.
         out = super().forward(views, plan, None, mask_indices)
-        for name in self.matched:  # of the large crops, which are what the teacher sees
-            large = out[FEATURES[name]][:len(views[0])]  # (G*B, D) or (G*B, P, D)
-            out[name] = getattr(self, f"{name}_map")(large)
+
+        # Features are matched on the global crops, which come first: the teacher sees no
+        # others.
+        global_crops = len(views[0])  # G*B
+        for name in self.matched:
+            features = out[FEATURES[name]][:global_crops]  # (G*B, D) or (G*B, P, D)
+            out[name] = getattr(self, f"{name}_map")(features)
         return out
 
-    def more_terms(self, seen: dict, said: dict) -> dict[str, Tensor]:
-        """Plain feature distillation: ours, for teachers without heads. Same view, same place."""
-        return {name: self.distance(said[name].float(), seen[FEATURES[name]].float())
-                for name in self.matched}
+    def extra_losses(self, teacher_out: dict, student_out: dict) -> dict[str, Tensor]:
+        """Distances between mapped features and the teacher's, by name: same crop, same patch.
+
+        In float32, because nearly equal features have distances that half precision rounds to
+        0.
+        """
+        terms = {}
+        for name in self.matched:
+            wanted = teacher_out[FEATURES[name]].float()
+            terms[name] = self.distance(student_out[name].float(), wanted)
+        return terms
 
 
 class Teacher(nn.Module):
-    """Answers what the frozen network says; its own weights are the average of the student."""
+    """Gives the answers of the frozen network; its own weights are the student's average.
+
+    train.Run knows one teacher, which it asks for targets, and which it also averages, judges
+    and saves. In distillation these are two networks. This class shows each use the right one.
+    """
 
     def __init__(self, average: Network, frozen: Network):
         super().__init__()
+        # The parts of the average become parts of this module under their own names. So its
+        # parameters are those of a Network, in the order of the student's.
         for name, part in average.named_children():
             self.add_module(name, part)
-        self.frozen = [frozen]  # in a list it is no part of this: not averaged, judged or saved
+
+        # nn.Module registers every module that is assigned to it, but not what is in a list.
+        # Registered, the frozen network would be among parameters() and state_dict(): the
+        # student would be averaged into it, each checkpoint would contain it, and counts of
+        # parameters would include it.
+        self.frozen = [frozen]
+
+    heads = Network.heads  # train.shard asks for them
 
     def forward(self, views: list[Tensor], mask_indices=None) -> dict:
         return self.frozen[0](views, mask_indices=mask_indices)
 
 
-def build(config: Config, place: Place, frozen: Network) -> tuple[nn.Module, nn.Module]:
-    """The student, and a teacher that knows `frozen` and starts to average the student."""
+def build(config: Config, process: Process, frozen: Network) -> tuple[nn.Module, nn.Module]:
+    """(student, teacher); the teacher answers as `frozen` does, and averages the student."""
     width = frozen.backbone.embed_dim
-    student, average = train.build(config, place, partial(Student, width=width))
-    frozen.to(place.device)
-    train.compile_blocks([frozen], config, place)
+    student, average = train.build(config, process, partial(Student, width=width))
+
+    # The frozen network is no part of a module (see Teacher), so whatever is done to all parts
+    # of a network has to be done to it by hand: moving, compiling, splitting over processes.
+    frozen.to(process.device)
+    train.compile_blocks([frozen], config, process)
     count = sum(p.numel() for p in frozen.parameters())
-    place.print(f"teacher {config.teacher}: {count:,d} parameters, frozen, {count / 2**18:.0f} MB")
+    megabytes = count / 2**18  # four bytes for each parameter
+    process.print(
+        f"teacher {config.teacher}: {count:,d} parameters, frozen, {megabytes:.0f} MB")
     if config.parallel == "fsdp":
-        train.shard(frozen, config, place)
+        train.shard(frozen, config, process)
     return student, Teacher(average, frozen)
 
 
 @torch.no_grad()
-def update(teacher: Teacher, student: nn.Module, momentum: float, ok: Tensor | float = 1.0):
-    """The average follows; BatchNorm's statistics too, for no image ever passes through it."""
+def move_average(teacher: Teacher, student: nn.Module, momentum: float,
+                 ok: Tensor | float = 1.0):
+    """average <- m * average + (1 - m) * student, BatchNorm's statistics included.
+
+    ok: 0 where the loss or a gradient was not finite; then nothing changes.
+    """
     ema_update(teacher, student, momentum, ok)
-    for mine, its in zip(teacher.buffers(), student.buffers()):
-        if mine.is_floating_point():
-            mine.lerp_(its, torch.as_tensor((1 - momentum) * ok, dtype=mine.dtype))
+
+    # In train.py the teacher sees every batch, and BatchNorm gathers statistics of its own. No
+    # image ever passes through this average: it has to take the statistics of the student.
+    for averaged, current in zip(teacher.buffers(), student.buffers()):
+        if averaged.is_floating_point():  # not the number of batches that were seen
+            weight = torch.as_tensor((1 - momentum) * ok, dtype=averaged.dtype)
+            averaged.lerp_(current, weight)
 
 
-# ------------------------------------------------------------------------------------------------
-# The large network, and whether the two can talk
+# ----------------------------------------------------------------------------------------------
+# Opening the large network: --teacher
 
 
 def open_backbone(config: Config) -> nn.Module:
-    """The backbone of --teacher, frozen; refused where the student could not follow it."""
+    """The backbone of --teacher, frozen; UsageError if the student's crops do not fit it."""
     try:
         backbone = load_backbone(config.teacher).requires_grad_(False)
     except ValueError as error:
         raise UsageError(str(error).replace("--weights", "--teacher")) from None
-    size, patch = config.global_crops_size, backbone.patch_size
-    theirs = None if isinstance(backbone, ConvNet) else patch
-    ours = None if config.convnet else config.patch_size
-    if (config.learns_patches or config.patch_feature_weight) and (theirs != ours or not ours):
-        raise UsageError(f"--patch_size {ours}: patches are compared one by one, and those of "
-                         f"--teacher {config.teacher} are of {theirs} pixels; give the same, or do "
-                         "without patches: --ibot_weight 0 --patch_feature_weight 0")
-    if size % patch:
-        raise UsageError(f"--global_crops_size {size} is not a multiple of the teacher's patches "
-                         f"of {patch} pixels; try {max(size // patch, 1) * patch}")
+
+    # Patches are compared one by one, so both networks must cut a crop into the same grid. A
+    # convnet has no patches. Class tokens alone can be compared whatever the patches are.
+    patch_size = backbone.patch_size
+    teacher_patch = None if isinstance(backbone, ConvNet) else patch_size
+    student_patch = None if config.convnet else config.patch_size
+    compares_patches = config.learns_patches or config.patch_feature_weight
+    if compares_patches and (teacher_patch != student_patch or not student_patch):
+        raise UsageError(
+            f"--patch_size {student_patch}: patches are compared one by one, and those of "
+            f"--teacher {config.teacher} are of {teacher_patch} pixels; give the same, or do "
+            "without patches: --ibot_weight 0 --patch_feature_weight 0")
+
+    # The teacher sees the global crops: each must be a whole number of its patches.
+    size = config.global_crops_size
+    if size % patch_size:
+        raise UsageError(
+            f"--global_crops_size {size} is not a multiple of the teacher's patches "
+            f"of {patch_size} pixels; try {max(size // patch_size, 1) * patch_size}")
     return backbone
 
 
 def train_heads(config: Config, backbone: nn.Module) -> Path:
-    """Heads for a frozen backbone: a run of its own where nothing else learns, and its directory.
+    """Train heads on a frozen backbone, for a teacher that came without; returns their run.
 
-    Its student and teacher are this backbone twice, and see different crops, as ever.
+    This is a run of train.py in RUN/teacher_heads, which is continued or found finished like
+    any other. Its student and its teacher have this same backbone, and see different crops. So
+    the heads learn to give all crops of an image the same answer over the prototypes. (DINOv2's
+    own heads were not released.)
     """
     if isinstance(backbone, ConvNet):
-        raise UsageError(f"--train_teacher_heads_epochs: --teacher {config.teacher} is a convnet; "
-                         "expected a Vision Transformer, or a run with its heads")
+        raise UsageError(
+            f"--train_teacher_heads_epochs: --teacher {config.teacher} is a convnet; "
+            "expected a Vision Transformer, or a run with its heads")
+
+    # 1. The settings: those of the distillation, but for the length and for what belongs to the
+    # student alone (--init, a backbone that rests). k-NN judges the backbone, which does not
+    # change here, so it would always give the same figure.
     folder = Path(config.output_dir or f"runs/{config.preset}") / "teacher_heads"
-    epochs, sizes = config.train_teacher_heads_epochs, (backbone.embed_dim, backbone.depth)
-    known = {(arch["embed_dim"], arch["depth"]): name for name, arch in ARCHS.items()}
-    heads = replace(
-        config, output_dir=str(folder), epochs=epochs, knn_every=0, patch_size=backbone.patch_size,
-        warmup_epochs=min(config.warmup_epochs, epochs - 1), init="", freeze_backbone_epochs=0,
-        pos_embed_resize=backbone.pos_embed_resize,
-        arch=known.get(sizes, config.arch))  # for the record: it is not built
-    with_heads = partial(Student, backbone=copy.deepcopy(backbone))
-    train.run(heads, partial(train.build, network=with_heads))
-    runtime.start(config.device).barrier()  # the main process has written them
+    epochs = config.train_teacher_heads_epochs
+    warmup_epochs = min(config.warmup_epochs, epochs - 1)
+    heads_config = replace(config, output_dir=str(folder), epochs=epochs, knn_every=0, init="",
+                           warmup_epochs=warmup_epochs, freeze_backbone_epochs=0)
+
+    # 2. The network in config.json is the teacher's, so that its masks have the teacher's grid.
+    # The name of the architecture is for the record: the backbone is not built but given.
+    names = {(arch["embed_dim"], arch["depth"]): name for name, arch in ARCHS.items()}
+    arch = names.get((backbone.embed_dim, backbone.depth), config.arch)
+    heads_config = replace(heads_config, arch=arch, patch_size=backbone.patch_size,
+                           pos_embed_resize=backbone.pos_embed_resize)
+
+    # 3. The run. The backbone's parameters need no gradient, so the optimizer leaves them out:
+    # only the heads learn. The copy keeps `backbone` itself free of what training does to it.
+    network = partial(Student, backbone=copy.deepcopy(backbone))
+    train.run(heads_config, partial(train.build, network=network))
+
+    # 4. The main process writes heads.pt: the others wait before they read it.
+    start_process(config.device).barrier()
     return folder
 
 
 def add_heads(config: Config, backbone: nn.Module, run: Path) -> tuple[Config, Network]:
-    """The frozen teacher with the heads of its run; config with its prototypes, unless flagged."""
+    """(config, teacher): the backbone with the heads of its run, and settings that fit them.
+
+    UsageError if the run has no heads, or has other prototypes than the flags ask for.
+    """
     if not (run / "heads.pt").exists() or not (run / "config.json").exists():
-        raise UsageError(f"--teacher {config.teacher} has no heads.pt and config.json beside it: "
-                         "give --train_teacher_heads_epochs to train heads, or match features: "
-                         "--dino_weight 0 --ibot_weight 0 --class_feature_weight 1")
-    stored = recipes.read_config(run / "config.json")
-    known_fields = recipes.Config.__dataclass_fields__
-    theirs = recipes.Config(**{k: v for k, v in stored.items() if k in known_fields})
+        raise UsageError(
+            f"--teacher {config.teacher} has no heads.pt and config.json beside it: "
+            "give --train_teacher_heads_epochs to train heads, or match features: "
+            "--dino_weight 0 --ibot_weight 0 --class_feature_weight 1")
+
+    # 1. The teacher's settings. Where it was distilled itself, its config.json has fields of
+    # this file's Config, too: they say nothing about the heads and are left out.
+    stored = read_config(run / "config.json")
+    fields = TrainingConfig.__dataclass_fields__
+    teacher_config = TrainingConfig(
+        **{name: value
+           for name, value in stored.items() if name in fields})
+
+    # 2. Teacher and student answer over the same prototypes. What no flag says about their
+    # number is taken from the teacher, and counts as given: --auto_scale must not change it.
     shared = ("n_prototypes", "ibot_n_prototypes", "separate_head")
-    open_ones = {name: getattr(theirs, name) for name in shared if name not in config.given}
-    config = replace(config, **open_ones, given=(*config.given, *open_ones))  # nor --auto_scale's
-    has = train.objectives(theirs)
-    for name, count in train.objectives(config).items():
-        if count != has.get(name):
-            raise UsageError(f"{count} prototypes are asked for {name}, the teacher's run {run} "
-                             f"has {has.get(name, 'none')}: leave --{', --'.join(shared)} to it, "
-                             f"or give --{name}_weight 0, or --train_teacher_heads_epochs")
-    frozen, tensors = Network(theirs, backbone=backbone), read_tensors(run / "heads.pt")
-    for name, head in list(frozen.named_children())[1:]:
+    taken_over = {
+        name: getattr(teacher_config, name)
+        for name in shared if name not in config.given}
+    config = replace(config, **taken_over, given=(*config.given, *taken_over))
+
+    # 3. Flags may still ask for another number, or the teacher may never have learned patches.
+    teacher_prototypes = teacher_config.objectives
+    for name, count in config.objectives.items():
+        if count != teacher_prototypes.get(name):
+            raise UsageError(
+                f"{count} prototypes are asked for {name}, the teacher's run {run} "
+                f"has {teacher_prototypes.get(name, 'none')}: leave --{', --'.join(shared)} "
+                f"to it, or give --{name}_weight 0, or --train_teacher_heads_epochs")
+
+    # 4. The network, with heads as they were trained: each tensor has to find its place.
+    frozen = Network(teacher_config, backbone=backbone)
+    tensors = read_tensors(run / "heads.pt")
+    for name, head in frozen.heads().items():
         load_strictly(head, tensors.get(name, {}), f"{run}/heads.pt")
     return config, frozen
 
 
 def open_teacher(config: Config) -> tuple[Config, Network]:
-    """--teacher, frozen, with heads where the losses ask for them; config with its prototypes."""
-    backbone, where = open_backbone(config), Path(config.teacher).expanduser()
-    if config.pixels != backbone.pixels:  # both see the same crops
+    """(config, --teacher): frozen, with heads where the losses need them.
+
+    The returned config has the channels and the prototypes of the teacher.
+    """
+    backbone = open_backbone(config)
+
+    # Both networks see the same crops, in the channels and with the normalisation that the
+    # teacher has learned with.
+    if config.pixels != backbone.pixels:
         if {"in_chans", "mean", "std"} & set(config.given):
-            raise UsageError(f"--in_chans, --mean, --std: leave them to --teacher {config.teacher}")
+            raise UsageError(
+                f"--in_chans, --mean, --std: leave them to --teacher {config.teacher}")
         mean, std = backbone.pixels
         config = replace(config, in_chans=len(mean), mean=mean, std=std)
-    if not train.objectives(config):
+
+    # Without a loss over prototypes features are matched, and no heads are needed. eval():
+    # BatchNorm uses the statistics it has, and does not change them.
+    if not config.objectives:
         return config, Network(config, backbone=backbone).eval()
+    run = Path(config.teacher).expanduser()
     if config.train_teacher_heads_epochs:
-        where = train_heads(config, backbone)
-    config, frozen = add_heads(config, backbone, where if where.is_dir() else where.parent)
+        run = train_heads(config, backbone)
+    if not run.is_dir():  # a file such as RUN/teacher.pt: the heads lie beside it
+        run = run.parent
+    config, frozen = add_heads(config, backbone, run)
     return config, frozen.requires_grad_(False).eval()
 
 
 def run(config: Config) -> dict:
-    """train.run, with a teacher from elsewhere."""
-    recipes.check(config)
-    with runtime.usage():
+    """train.run with a teacher that is opened first; returns the summary of the run."""
+    check(config)
+    with user_errors():
         config, frozen = open_teacher(config)
-    return train.run(config, partial(build, frozen=frozen), update)
+    return train.run(config, partial(build, frozen=frozen), move_average)
 
 
-@runtime.command
+@command
 def main(argv):
     return run(train.read_flags(argv, Config, DISTILLATION, "distill.py"))
 

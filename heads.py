@@ -1,10 +1,12 @@
 """Projection heads: from a feature of the backbone to a distribution over K prototypes.
 
     feature (n, D) --> MLP, GELU --> bottleneck (n, d) --> L2 norm --> cosines with K prototypes
-                                                                       (unit rows, times a gain g)
+                                                                       (unit rows, times a gain
+                                                                       g)
 
 Idea     The loss is taken on scores against K learned directions. Both sides of each score are
-         unit vectors, so logits are cosines: no one can win by growing longer.
+         unit vectors, so logits are cosines: neither a feature nor a prototype can get a larger
+         score by growing longer.
 Paper    DINO sec. 3.1 and appendix C ("projection head"); DINOv2 sec. 4
 Try      python heads.py        a head's sizes, and what the two normalisations do
 Change   the layers of the MLP stand in DINOHead.__init__; `Prototypes` is the last layer alone
@@ -21,63 +23,79 @@ from torch import Tensor, nn
 class Prototypes(nn.Module):
     """K directions of width d, weight-normalised: row k is g_k * v_k / |v_k|.
 
-    Written out rather than taken from torch.nn.utils, so that the keys are the official weight_g
-    and weight_v, and so that the module can be copied, sharded and compiled like any other.
+    Written out rather than taken from torch.nn.utils, so that the keys are the official
+    weight_g and weight_v, and so that the module can be copied, sharded and compiled like any
+    other.
     """
 
     def __init__(self, dim: int, n_prototypes: int, learn_gain: bool):
         super().__init__()
+        # Length and direction of a row are separate parameters: g_k, and v_k divided by its
+        # length. With learn_gain=False every g_k stays at 1, and a logit is a cosine.
         self.weight_g = nn.Parameter(torch.ones(n_prototypes, 1), requires_grad=learn_gain)
         self.weight_v = nn.Parameter(torch.empty(n_prototypes, dim))
-        bound = dim**-0.5  # the range of a freshly made nn.Linear, as in the official head
+
+        # Uniform in +-1/sqrt(dim), as a freshly made nn.Linear, which the official head wraps.
+        # Only the direction matters for the logits; the length decides how fast the direction
+        # turns.
+        bound = dim**-0.5
         nn.init.uniform_(self.weight_v, -bound, bound)
 
     def weight(self) -> Tensor:
         """The (K, d) matrix that multiplies the bottleneck."""
-        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))  # (K, d)
+        # Computed anew at every step: v grows with training, as its gradient is always at a
+        # right angle to it, and a longer v turns more slowly.
+        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True)
+                                )  # (K, d)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight())  # (n, K)
 
 
 class DINOHead(nn.Module):
-    """MLP, L2-normalised bottleneck, weight-normalised prototypes: (n, in_dim) -> logits (n, K).
+    """MLP, L2-normalised bottleneck, weight-normalised prototypes: (n, in_dim) -> logits (n,
+    K).
 
-    norm_last_layer=True freezes the gains g at 1 (logits stay in [-1, 1]): steadier, and slightly
-    worse for small networks trained long (DINO's README). DINOv2 trains them. nlayers counts the
-    linear layers of the MLP (>= 1). use_bn puts BatchNorm before each GELU, for convnets.
+    norm_last_layer=True freezes the gains g at 1 (logits stay in [-1, 1]): steadier, and
+    slightly worse for small networks trained long (DINO's README). DINOv2 trains them. nlayers
+    counts the linear layers of the MLP (>= 1). use_bn puts BatchNorm before each GELU, for
+    convnets.
     """
 
-    def __init__(
-        self,
-        in_dim: int,
-        n_prototypes: int = 65536,
-        hidden_dim: int = 2048,
-        bottleneck_dim: int = 256,
-        nlayers: int = 3,
-        use_bn: bool = False,
-        norm_last_layer: bool = True,
-    ):
+    def __init__(self, in_dim: int, n_prototypes: int = 65536, hidden_dim: int = 2048,
+                 bottleneck_dim: int = 256, nlayers: int = 3, use_bn: bool = False,
+                 norm_last_layer: bool = True):
         super().__init__()
         if nlayers < 1:
             raise ValueError(f"nlayers={nlayers}: a head has at least one linear layer")
+
+        # Example: in_dim 384 and nlayers 3 give the widths 384, 2048, 2048, 256, so three
+        # linear layers. Each but the last is followed by (BatchNorm and) GELU: the bottleneck
+        # is linear.
         widths = [in_dim] + [hidden_dim] * (nlayers - 1) + [bottleneck_dim]
         layers = []
         for i, (a, b) in enumerate(zip(widths, widths[1:])):
             layers.append(nn.Linear(a, b))
             if i < nlayers - 1:
                 layers += [nn.BatchNorm1d(b), nn.GELU()] if use_bn else [nn.GELU()]
-        # A single layer is called `mlp` itself in the official keys, several are mlp.0, mlp.2, ...
+
+        # A single layer is called `mlp` itself in the official keys, several are mlp.0, mlp.2,
+        # ...
         self.mlp = nn.Sequential(*layers) if nlayers > 1 else layers[0]
+
+        # This comes before the prototypes are made, which keep an initialisation of their own.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        self.last_layer = Prototypes(bottleneck_dim, n_prototypes, learn_gain=not norm_last_layer)
+        self.last_layer = Prototypes(bottleneck_dim, n_prototypes,
+                                     learn_gain=not norm_last_layer)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mlp(x)  # (n, d)
-        # Half precision cannot hold 1e-12: there the smallest useful guard is 1e-6.
+
+        # Unit length. The guard keeps a feature of all zeros from dividing by zero; half
+        # precision rounds 1e-12 to 0, there the smallest useful guard is 1e-6.
         x = F.normalize(x, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
         return self.last_layer(x)  # (n, K)
 
@@ -87,7 +105,8 @@ if __name__ == "__main__":
     sizes = {name: tuple(p.shape) for name, p in head.named_parameters()}
     for name, shape in sizes.items():
         print(f"{name:22s} {shape}")
-    print(f"{sum(p.numel() for p in head.parameters()):,d} parameters, of which frozen: weight_g")
+    print(
+        f"{sum(p.numel() for p in head.parameters()):,d} parameters, of which frozen: weight_g")
     with torch.no_grad():
         x = torch.randn(4, 384)
         small, large = head(x), head(100 * x)

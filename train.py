@@ -1,908 +1,836 @@
-"""Train: self-distillation with no labels. A student learns to say what its own past average says.
+"""Train: self-distillation with no labels. A student learns to answer as its own past average
+does.
 
-    images --> crops --+--> teacher (large crops) -----------------> targets --+
-                       |       ^                                               +--> losses
-                       |       | average of the student's past                 |      |
-                       +--> student (all crops, packed; patches hidden) --> logits <--+
+    images --> crops --+--> teacher (large crops) ------------------> targets --+
+                       |       ^                                                +--> losses
+                       |       | average of the student's past weights          |      |
+                       +--> student (all crops, some patches masked) -> logits -+      |
+                               ^                                                       |
+                               +------------------ gradient ---------------------------+
 
-Idea     Both networks see different crops of one image and must agree, on the image (DINO) and on
-         patches that only the teacher saw (iBOT). Only the student learns; the teacher follows it
-         slowly. Centering and sharpening keep them from agreeing on nothing.
-Paper    DINO (Caron 2021) Alg. 1, iBOT (Zhou 2022) Alg. 1, DINOv2 (Oquab 2024) sec. 4: `train_step`
+Idea     Both networks see different crops of one image and must give the same answer for the
+         image (DINO) and for the patches that only the teacher saw (iBOT). Only the student is
+         trained; the teacher follows it slowly. Centering and a low temperature keep the two
+         from agreeing on one answer for everything.
+Paper    DINO (Caron 2021) Alg. 1, iBOT (Zhou 2022) Alg. 1, DINOv2 (Oquab 2024) sec. 4:
+         `train_step`
 Try      python train.py                                 the embedded world, minutes on a laptop
          python train.py dino_vits16 --data folder:PATH  a paper's recipe on your images
          torchrun --nproc_per_node=8 train.py ...        the same on eight GPUs
-Change   a new loss: add it to `terms` in train_step, its weight to recipes.Config
+Change   a new loss: add it to `terms` in train_step, and a field NAME_weight to
+         training/config.py
 Tests    pytest tests/test_train.py
 
-Letters  G global, L local crops, V = G + L; B images per process, K prototypes, D width, M patches
-         hidden from the student. A dictionary with "dino" and "ibot" holds one thing per objective.
+Letters  G global crops, L local crops, V = G + L of an image; B images per process, K
+         prototypes, D width of the backbone, P patches of a global crop, M masked patches of
+         the batch. A dictionary with "dino" and "ibot" holds one thing for each objective.
 """
 
-import contextlib
 import copy
 import dataclasses
-import json
 import math
-import shutil
 import signal
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
 import losses
-import runtime
-import visualize
-from augment import Masking, MultiCrop, Pixels, photometry, send
-from data import Images, Sampler, Views, cached, held_out, open_images, training_loader
-from features import extract, knn_accuracy, same_labels, top_neighbours
+from augment import MultiCrop, Pixels, photometry, send
+from backbones.convnet import ConvNet
 from heads import DINOHead
-from losses import (CENTERING, all_sum, effective_rank, entropies, koleo_loss, make_targets,
-                    patch_loss, view_pair_loss)
-from optim import (OPTIMIZERS, LossScale, clip_gradients, cosine, ema_update, linear,
-                   parameter_groups, set_schedule)
-from recipes import (CROPS, DISTILLATION, HEADS, NETWORK, NEUTRAL, PRESETS, SCALED, Config,
-                     auto_scale, check, read_config)
-from resnet import ConvNet
-from runtime import Place, UsageError
-from vit import ARCHS, VisionTransformer, inflate, resize_pos_embed
-from weights import load_strictly, read_backbone, read_tensors, settings
+from images.data import Images, Sampler, Views, cached, held_out, open_images, training_loader
+from losses import CENTERING, all_sum, koleo_loss, make_targets, patch_loss, view_pair_loss
+from machinery import process as machine
+from machinery.checkpoints import (find_checkpoint, live_state, load_checkpoint,
+                                   save_checkpoint, save_tensors, whole_state, write_json)
+from machinery.clock import Clock
+from machinery.flags import command, parse, user_errors
+from machinery.process import Process, StopSignal, autocast, side_stream, start_process
+from training.config import Config, check
+from training.log import LogWindow, diagnose, log_line, step_figures
+from training.optim import (OPTIMIZERS, LossScale, clip_gradients, cosine, ema_update, linear,
+                            parameter_groups, set_schedule)
+from training.recipes import PRESETS, SCALED
+from training.rundir import (create_run_dir, finished, forget_metrics_after, match_stored_run,
+                             record)
+from vit import ARCHS, VisionTransformer
 
-# ------------------------------------------------------------------------------------------------
-# The two networks and the algorithm
+# ----------------------------------------------------------------------------------------------
+# The two networks
+#
+# Student and teacher have the same parts: a backbone (vit.py), which turns an image into
+# tokens, and a head (heads.py), which turns a token into logits over K prototypes. Training
+# needs the head; what is kept at the end is the backbone. The teacher is not trained: its
+# weights are an average of the student's past ones. An average of networks is better than each
+# of them, so the teacher is always a little ahead, and there is something to learn from it.
 
 
 def new_backbone(config: Config, drop_path_rate: float) -> nn.Module:
+    """The network that `config` describes, with random weights."""
     if config.convnet:
         return ConvNet(config.arch)
-    return VisionTransformer(
-        config.global_crops_size, config.patch_size, config.in_chans, ffn_layer=config.ffn_layer,
-        num_register_tokens=config.num_register_tokens, layerscale=config.layerscale or None,
-        mask_token=config.hides_patches, drop_path_rate=drop_path_rate,
-        drop_path_uniform=config.drop_path_uniform, pos_embed_resize=config.pos_embed_resize,
-        **ARCHS[config.arch],
-    )
+
+    # The table of positions is built for the global crops; local crops get it resampled. A
+    # factor of 0 for LayerScale stands for "none": the network then has no such parameters.
+    return VisionTransformer(config.global_crops_size, config.patch_size, config.in_chans,
+                             ffn_layer=config.ffn_layer,
+                             num_register_tokens=config.num_register_tokens,
+                             layerscale=config.layerscale or None,
+                             mask_token=config.hides_patches, drop_path_rate=drop_path_rate,
+                             drop_path_uniform=config.drop_path_uniform,
+                             pos_embed_resize=config.pos_embed_resize, **ARCHS[config.arch])
 
 
 class Network(nn.Module):
-    """Backbone and heads; called once a step with all crops, so that DDP sees one forward.
+    """A backbone and its projection heads. Student and teacher are two of these.
 
-    What a configuration does not use is not built: no head without its loss, no token for hidden
-    patches without any. Patches share the head of the class tokens, or have their own.
+    It is called once per step with all crops, because DistributedDataParallel expects one
+    forward pass for each backward pass. A configuration builds only what it uses: no head
+    without a loss that needs it, no mask token where no patch is masked. Patches go through the
+    head of the class tokens, or through a head of their own (config.separate_head).
     """
 
     def __init__(self, config: Config, drop_path_rate: float = 0.0, backbone=None):
         super().__init__()
         self.backbone = backbone or new_backbone(config, drop_path_rate)
-        sizes = dict(hidden_dim=config.head_hidden_dim, nlayers=config.head_nlayers,
-                     use_bn=config.use_bn_in_head, norm_last_layer=config.norm_last_layer)
-        shared = config.learns_patches and not config.separate_head
-        if config.dino_weight or shared:
-            self.dino_head = DINOHead(self.backbone.embed_dim, config.n_prototypes,
-                                      bottleneck_dim=config.head_bottleneck_dim, **sizes)
+
+        # The heads of class tokens and patches have the same layers; they differ in the number
+        # of prototypes and in the width before them.
+        new_head = partial(DINOHead, self.backbone.embed_dim, hidden_dim=config.head_hidden_dim,
+                           nlayers=config.head_nlayers, use_bn=config.use_bn_in_head,
+                           norm_last_layer=config.norm_last_layer)
+
+        # The names of the heads are those of the checkpoints and of heads.pt.
+        patches_share_it = config.learns_patches and not config.separate_head
+        if config.dino_weight or patches_share_it:
+            self.dino_head = new_head(n_prototypes=config.n_prototypes,
+                                      bottleneck_dim=config.head_bottleneck_dim)
         if config.learns_patches and config.separate_head:
-            self.ibot_head = DINOHead(self.backbone.embed_dim, config.ibot_n_prototypes,
-                                      bottleneck_dim=config.ibot_head_bottleneck_dim, **sizes)
-        self.classes = config.dino_weight > 0
+            self.ibot_head = new_head(n_prototypes=config.ibot_n_prototypes,
+                                      bottleneck_dim=config.ibot_head_bottleneck_dim)
+        self.learns_class_token = config.dino_weight > 0
+
+    def heads(self) -> dict[str, nn.Module]:
+        """What stands beside the backbone, by name: dino_head, ibot_head, ..."""
+        children = dict(self.named_children())
+        del children["backbone"]
+        return children
 
     def forward(self, views: list[Tensor], plan=None, masks=None, mask_indices=None) -> dict:
-        """A list of crop sizes, globals first -> features (V*B, D), class tokens, views in order;
-        patches (G*B, P, D), of the globals; dino (V*B, K), logits of the class tokens; ibot (M, K),
-        logits of the patches at mask_indices.
+        """Crops of all sizes -> features and logits.
 
-        masks (G*B, P) are the student's: the teacher sees everything.
+        views: one tensor for each crop size, global crops (G*B, C, H, W) first; `plan` is that
+        of stochastic depth (vit.drop_path_plan). masks (G*B, P) hide patches from the student;
+        the teacher gets None. mask_indices (M,) says at which of the G*B*P patches logits are
+        asked.
+
+        Returns features (V*B, D), the class tokens; patches (G*B, P, D) of the global crops;
+        and, where the configuration learns them, dino (V*B, K), logits of the class tokens, and
+        ibot (M, K), logits of the patches at mask_indices.
         """
+        # All crop sizes go through the backbone in one pass: vit.py packs them into one
+        # sequence. Only global crops have masks: one entry for each crop size, None for the
+        # others.
         masks = [masks] + [None] * (len(views) - 1)
         tokens = self.backbone.forward_features(views, masks, plan)
-        out = {"features": torch.cat([t["x_norm_clstoken"] for t in tokens]),
-               "patches": tokens[0]["x_norm_patchtokens"]}
-        ask = {"dino": out["features"]} if self.classes else {}
+        features = torch.cat([t["x_norm_clstoken"] for t in tokens])
+        patches = tokens[0]["x_norm_patchtokens"]
+        out = {"features": features, "patches": patches}
+
+        # What the heads are asked about: class tokens, and the patches that were masked. Of all
+        # G*B*P patches only those M are picked, because logits of K numbers each are costly.
+        head_inputs = {}
+        if self.learns_class_token:
+            head_inputs["dino"] = features
         if mask_indices is not None:
-            ask["ibot"] = out["patches"].flatten(0, 1).index_select(0, mask_indices)  # (M, D)
-        if "ibot" in ask and hasattr(self, "ibot_head"):
-            out["ibot"] = self.ibot_head(ask.pop("ibot"))
-        if ask:  # all that share a head go through it together
-            logits = self.dino_head(torch.cat(list(ask.values())))
-            out |= zip(ask, logits.split([len(x) for x in ask.values()]))
+            head_inputs["ibot"] = patches.flatten(0, 1).index_select(0, mask_indices)  # (M, D)
+        if "ibot" in head_inputs and hasattr(self, "ibot_head"):
+            out["ibot"] = self.ibot_head(head_inputs.pop("ibot"))
+
+        # Inputs that share a head go through it as one matrix, so that its large weights are
+        # read once; the logits are split again afterwards.
+        if head_inputs:
+            logits = self.dino_head(torch.cat(list(head_inputs.values())))
+            counts = [len(x) for x in head_inputs.values()]
+            out |= zip(head_inputs, logits.split(counts))
         return out
 
-    def more_terms(self, seen: dict, said: dict) -> dict[str, Tensor]:
-        """Further losses of what a teacher and this student answered, each with its NAME_weight."""
+    def extra_losses(self, teacher_out: dict, student_out: dict) -> dict[str, Tensor]:
+        """Further terms of the loss by name, each weighted by config.NAME_weight; here none.
+
+        The seam for subclasses whose loss needs modules of its own, such as distill.Student.
+        """
         return {}
 
 
-def build(config: Config, place: Place, network=Network) -> tuple[nn.Module, nn.Module]:
-    """The student, and a teacher that starts as its copy and never gets a gradient."""
+def build(config: Config, process: Process, network=Network) -> tuple[nn.Module, nn.Module]:
+    """(student, teacher): the teacher begins as a copy of the student, without gradients."""
+    # One seed for the first weights, on every process: DDP expects them to be equal.
     torch.manual_seed(config.seed)
     student = network(config, config.drop_path_rate)
     if config.init:
+        # Imported here, because reading weights takes three files that a new run does not need.
+        from training.warmstart import load_init
+
         load_init(student, config)
-    student = student.to(place.device)
-    if place.world_size > 1 and place.device.type == "cuda":  # on a CPU it does not exist
+    student = student.to(process.device)
+
+    # BatchNorm (convnets, heads of small networks) has to see the images of all processes.
+    # PyTorch's synchronised version exists for GPUs only.
+    if process.world_size > 1 and process.device.type == "cuda":
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+
+    # The copy is made before activation checkpointing is switched on: the teacher has no
+    # backward pass, so it has no activations to save.
     teacher = copy.deepcopy(student).requires_grad_(False)
     student.backbone.activation_checkpointing = config.activation_checkpointing
-    compile_blocks((student, teacher), config, place)
+    compile_blocks((student, teacher), config, process)
     return student, teacher
 
 
-def objectives(config: Config) -> dict[str, int]:
-    """What is learned, "dino" (class tokens) and "ibot" (patches): name -> its prototypes K."""
-    found = {"dino": config.n_prototypes} if config.dino_weight else {}
-    if config.learns_patches:
-        own = config.separate_head
-        found["ibot"] = config.ibot_n_prototypes if own else config.n_prototypes
-    return found
-
-
-def target_makers(config: Config) -> nn.ModuleDict:
-    """One per objective: class tokens and patches are centred apart, by the same classes."""
-    options = {"momentum": config.center_momentum} if config.centering == "ema" else {}
+def build_centerings(config: Config) -> nn.ModuleDict:
+    """One module for each objective: class tokens and patches are centred apart."""
+    # Class tokens and patches have other statistics, so one centre for both would fit neither.
     make = CENTERING[config.centering]
-    makers = nn.ModuleDict({name: make(k, **options) for name, k in objectives(config).items()})
-    own, known = makers.state_dict(), init_heads(config).get("makers", {})
-    # Centres that belong to the heads of --init.
-    makers.load_state_dict(own | {k: v for k, v in known.items()
-                                  if k in own and own[k].shape == v.shape})
-    return makers
+    centerings = nn.ModuleDict({
+        name: make(n_prototypes, momentum=config.center_momentum)
+        for name, n_prototypes in config.objectives.items()})
+
+    # With --init, centres belong to the heads that come along: a centre is a mean of logits.
+    if config.init:
+        from training.warmstart import init_heads
+
+        state = centerings.state_dict()
+        for key, value in init_heads(config).get("centerings", {}).items():
+            if key in state and state[key].shape == value.shape:
+                state[key] = value
+        centerings.load_state_dict(state)
+    return centerings
 
 
-def to_device(batch: dict, pixels: Pixels, device: torch.device) -> tuple[list[Tensor], dict]:
-    """A batch of augment.collate -> the views, coloured here as the workers drew, and the masks."""
-    views, first = [], 0
-    with runtime.beside(device) as made:  # while the step before is still computed
-        for crops in (batch["global_crops"], batch["local_crops"]):
-            if len(crops):
-                draws = batch["photometry"][first:first + len(crops)].flatten(0, 1)
-                there = send(crops.flatten(0, 1), device)  # (V*B, C, s, s)
-                views.append(photometry(there, draws, pixels))
-                first += len(crops)
-        hidden = {name: send(batch[name], device)
-                  for name in ("masks", "mask_indices", "mask_weights") if name in batch}
-        made += [*views, *hidden.values()]
-    return views, hidden
+def compile_blocks(networks, config: Config, process: Process):
+    """torch.compile, block by block and in place.
 
-
-def train_step(student, teacher, makers, optimizer, batch, now, config, place, update,
-               scaler=None) -> dict:
-    """One step of DINO, iBOT or DINOv2. Returns figures as tensors; nothing waits for the device.
-
-    `now` holds this step's values of the schedules, `makers` make targets (losses.CENTERING),
-    `update` moves the teacher, `scaler` keeps fp16 in range. `batch` is augment.collate's.
+    All blocks of a network share one compiled graph, so the first step waits for one
+    compilation and not for twelve. Compiling in place leaves the names of the parameters as
+    they are.
     """
-    B, G = len(batch["index"]), len(batch["global_crops"])
-    views, hidden = to_device(batch, config.pixels, place.device)
-    weights = hidden.pop("mask_weights", None)  # (M,), 0 where padded
-    real = {"dino": None, "ibot": None if weights is None else weights > 0}
+    wanted = config.compile
+    if wanted is None:  # by default where it pays: on GPUs
+        wanted = process.device.type == "cuda"
+    losses.COMPILE = wanted  # the passes over (n, K) matrices in losses.py are compiled, too
+    if not wanted:
+        return
 
-    # The teacher sees all of the large crops and says, sharply and in balance, what it sees.
-    with torch.no_grad(), runtime.autocast(config.precision, place.device):
-        seen = teacher(views[:1], mask_indices=hidden.get("mask_indices"))
-    targets = {}
-    for name, maker in makers.items():
-        bias = maker(seen[name], now["teacher_temp"], real[name])
-        targets[name] = make_targets(seen[name], now["teacher_temp"], bias)
-
-    # The student sees all crops, patches of the large ones hidden, and has to say the same.
-    plan = unwrap(student).backbone.draw_plan(views, now["generator"])
-    with runtime.autocast(config.precision, place.device):
-        said = student(views, plan, **hidden)
-    terms = {}
-    if "dino" in targets:
-        terms["dino"] = view_pair_loss(targets["dino"].unflatten(0, (G, B)),
-                                       said["dino"].unflatten(0, (-1, B)), config.student_temp)
-    if "ibot" in targets:
-        terms["ibot"] = patch_loss(targets["ibot"], said["ibot"], weights, G * B,
-                                   config.student_temp)
-    if config.koleo_weight:
-        terms["koleo"] = sum(koleo_loss(view) for view in said["features"][:G * B].chunk(G))
-    terms |= unwrap(student).more_terms(seen, said)
-    loss = sum(getattr(config, f"{name}_weight") * term for name, term in terms.items())
-
-    # Only the student learns.
-    optimizer.zero_grad(set_to_none=True)
-    scaler.backward(loss, optimizer) if scaler else loss.backward()
-    norm = clip_gradients(list(unwrap(student).children()), config.clip_grad, config.clip_mode)
-    # Should anything not be finite, on any process, nothing below moves; the log will hear of it.
-    figures = torch.stack([loss, *terms.values()]).detach()
-    figures = dict(zip(["loss", *terms], all_sum(figures) / place.world_size))
-    ok = (figures["loss"] + norm).isfinite()
-    set_schedule(optimizer, now)
-    optimizer.found_inf = 1 - ok.float()
-    optimizer.step()
-
-    # The teacher follows, and the centres learn what the teacher tends to say.
-    update(teacher, unwrap(student), now["momentum"], ok.float())
-    for name, maker in makers.items():
-        maker.update(seen[name], real[name], ok)
-    for name in targets:
-        rows = entropies(targets[name], weights if name == "ibot" else None)
-        figures |= zip((f"{name}_entropy", f"{name}_mean_entropy"), rows)
-    if "ibot" in terms:  # for the log: per hidden patch, where the loss counts unmasked crops too
-        figures["ibot"] = figures["ibot"] * G * B / weights.sum()
-    if scaler:  # an overflow is no illness in fp16: the step is left out
-        norm, ok = torch.where(ok, norm, 0), figures["loss"].isfinite() & scaler.update(ok)
-    return figures | dict(grad_norm=norm, ok=ok, features=seen["features"])
-
-
-def unwrap(network: nn.Module) -> nn.Module:
-    return network.module if isinstance(network, DistributedDataParallel) else network
-
-
-def schedules(step: int, epoch_steps: int, total: int, config: Config, place: Place) -> dict:
-    """Everything that depends on the step. Teacher temperature changes by the epoch, as in DINO."""
-    batch = config.batch_size_per_gpu * place.world_size
-    scale = {"linear_256": batch / 256, "sqrt_1024": math.sqrt(batch / 1024), "none": 1.0}
-    peak, warmup = config.lr * scale[config.lr_scaling], config.warmup_epochs * epoch_steps
-    lr = cosine(step, peak, config.min_lr, total, warmup)
-    seed = np.random.SeedSequence([config.seed, step, place.rank]).generate_state(1)[0]
-    return dict(
-        lr=lr,
-        last_layer_lr=0.0 if step < config.freeze_last_layer_epochs * epoch_steps else lr,
-        backbone_lr=0.0 if step < config.freeze_backbone_epochs * epoch_steps else lr,
-        weight_decay=cosine(step, config.weight_decay, config.weight_decay_end, total),
-        momentum=cosine(step, config.momentum_teacher, config.final_momentum_teacher, total),
-        teacher_temp=linear(step // epoch_steps, config.warmup_teacher_temp, config.teacher_temp,
-                            config.warmup_teacher_temp_epochs),
-        generator=torch.Generator().manual_seed(int(seed)),  # of stochastic depth
-    )
-
-
-# ------------------------------------------------------------------------------------------------
-# Other beginnings: the weights of --init
-
-
-def load_init(network: Network, config: Config):
-    """--init: the backbone's weights, and those of the heads where they come along."""
-    backbone, heads = network.backbone, init_heads(config)
-    state, _ = read_backbone(config.init)
-    if not config.convnet:
-        embed, side = "patch_embed.proj.weight", config.global_crops_size // config.patch_size
-        state[embed] = inflate(state[embed], config.in_chans)
-        token = backbone.mask_token
-        state["pos_embed"] = resize_pos_embed(state["pos_embed"], (side, side),
-                                              config.pos_embed_resize)
-        if token is None:
-            state.pop("mask_token", None)
-        else:
-            state.setdefault("mask_token", token.detach())
-    load_strictly(backbone, state, f"--init {config.init}")
-    for name, head in list(network.named_children())[1:]:
-        if name in heads:
-            load_strictly(head, heads[name], f"--init {config.init}/heads.pt")
-
-
-def init_heads(config: Config) -> dict[str, dict[str, Tensor]]:
-    """What heads.pt of the run --init holds: heads by name, "makers"; {} for bare backbones."""
-    file = Path(config.init).expanduser() / "heads.pt"
-    return read_tensors(file) if config.init and file.exists() else {}
-
-
-def inherit(config: Config) -> Config:
-    """--init: a configuration for the network of those weights. See recipes.NETWORK."""
-    if not config.init:
-        return config
-    try:
-        _, known = settings(config.init)
-    except ValueError as error:
-        raise UsageError(str(error).replace("--weights", "--init")) from None
-    names = [*NETWORK, *(HEADS if init_heads(config) else ())]
-    wrong = [name for name in names if name in config.given
-             and known.get(name, getattr(config, name)) != getattr(config, name)]
-    if wrong:
-        raise UsageError(f"--init {config.init} fixes the network: leave out " + ", ".join(
-            f"--{name} {getattr(config, name)} (they have {known[name]})" for name in wrong)
-            + (f", or begin with {config.init}/teacher.pt, the backbone alone"
-               if wrong[0] in HEADS else ""))
-    said = {*config.given, *(PRESETS | DISTILLATION).get(config.preset, ())}
-    names += [name for name in CROPS if name not in said]
-    found = {name: known[name] for name in names if name in known}
-    config = dataclasses.replace(config, **found, given=(*config.given, *found))
-    if not config.convnet:
-        for name in ("global_crops_size", "local_crops_size"):
-            if name not in said:  # the default, in whole patches
-                p = config.patch_size
-                setattr(config, name, round(getattr(config, name) / p) * p)
-    return config
-
-
-# ------------------------------------------------------------------------------------------------
-# The machine: kernels, processes, memory
-
-
-def compile_blocks(networks, config: Config, place: Place):
-    """Block by block and in place: all blocks share one graph, and keys stay as they are."""
-    wanted = place.device.type == "cuda" if config.compile is None else config.compile
-    losses.COMPILE = wanted
-    for network in networks if wanted else ():
+    for network in networks:
+        # A convnet has no list of blocks: its layers are compiled one by one.
         for block in getattr(network.backbone, "blocks", network.backbone.children()):
             block.compile()
 
 
-def shard(network: nn.Module, config: Config, place: Place):
-    """Split over all processes: blocks in the low precision, heads, norm and tokens in float32."""
-    backbone, *heads = network.children()
-    runtime.shard(network, list(backbone.blocks), heads, place, config.precision)
-
-
-def imagined(student: nn.Module, config: Config, device: torch.device, hidden=None):
-    """The student's tensors and a batch for it, in shape alone: (state, arguments).
-
-    To be used within FakeTensorMode, where whatever they go through takes no time and no memory.
-    hidden: how many patches it is asked about; None: as many as there can be.
+def shard(network: nn.Module, config: Config, process: Process):
+    """Split the network over all processes (FSDP): blocks in the low precision, the rest
+    exact.
     """
-    state = {name: torch.empty_like(x, device=device).requires_grad_(x.requires_grad)
-             for name, x in (*student.named_parameters(), *student.named_buffers())}
-    sizes = [(config.global_crops_number, config.global_crops_size)]
-    if config.local_crops_number and config.dino_weight:
-        sizes.append((config.local_crops_number, config.local_crops_size))
-    views = [torch.empty(n * config.batch_size_per_gpu, config.in_chans, side, side, device=device)
-             for n, side in sizes]
-    plan = student.backbone.draw_plan(views, torch.Generator())
-    masking, masks, places = masking_of(config), None, None
-    if masking:
-        count = masking.most(len(views[0])) if hidden is None else hidden
-        places = torch.empty(count, dtype=torch.int64, device=device)
-        if config.hides_patches:
-            shape = len(views[0]), math.prod(masking.grid)
-            masks = torch.empty(shape, dtype=torch.bool, device=device)
-    return state, (views, plan, masks, places)
+    # Blocks are most of the network, and attention and MLPs bear bfloat16. The heads end in a
+    # softmax over many prototypes, and norms and tokens are small: those stay in float32.
+    blocks = list(network.backbone.blocks)
+    machine.shard(network, blocks, list(network.heads().values()), process, config.precision)
 
 
-def expected_memory(student: nn.Module, config: Config, place: Place) -> dict[str, float]:
-    """GB of one process, by part, at its fullest: when the backward pass begins.
+# ----------------------------------------------------------------------------------------------
+# The algorithm
+#
+# `train_step` is all of DINO, iBOT and DINOv2: which of their losses are used depends on their
+# weights in the configuration. The functions below it say what changes from step to step.
 
-    What autograd keeps of the student's forward pass and of the losses is counted in a step that is
-    imagined. What lives for a moment is not in it; compiled blocks keep some third less.
+
+@dataclasses.dataclass
+class Learner:
+    """All that a training step changes."""
+
+    student: nn.Module  # a Network; with several processes wrapped for DDP
+    teacher: nn.Module  # another Network, without gradients
+    centerings: nn.ModuleDict  # of losses.CENTERING, one for each objective
+    optimizer: torch.optim.Optimizer
+    scaler: LossScale | None = None  # keeps fp16 gradients in range; None in other precisions
+    move_teacher: Callable = ema_update  # (teacher, student, momentum, ok) -> None
+
+
+def to_device(batch: dict, pixels: Pixels, device: torch.device) -> tuple[list[Tensor], dict]:
+    """A batch of augment.collate -> (views, masks), on the device.
+
+    views: one tensor of coloured, normalised crops for each size, (G*B, C, H, W) and
+    (L*B, C, h, w). masks: the mask tensors of the batch by name, {} where nothing is masked.
     """
-    kept, G, B = {}, config.global_crops_number, config.batch_size_per_gpu
+    views = []
+    first = 0
 
-    def keep(x):  # storages are held here, so that no number is given twice
-        kept[x.untyped_storage()._cdata] = x.untyped_storage()
-        return x
+    # On a GPU this runs on a second stream, so that copying and colouring this batch overlaps
+    # with the step before, which the GPU is still computing.
+    with side_stream(device) as made_here:
+        for crops in (batch["global_crops"], batch["local_crops"]):
+            count = len(crops)  # G or L
+            if count == 0:
+                continue
+            # The colours of each crop were drawn in the worker; here they are only applied.
+            params = batch["photometry"][first:first + count].flatten(0, 1)
+            pixels_in = send(crops.flatten(0, 1), device)  # (V*B, C, s, s)
+            views.append(photometry(pixels_in, params, pixels))
+            first += count
 
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.compiler.set_stance("force_eager"):
-        state, arguments = imagined(student, config, place.device)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            with runtime.autocast(config.precision, place.device):
-                out = torch.func.functional_call(student, state, arguments)
-            targets = {name: torch.empty_like(out[name], dtype=torch.float32)
-                       for name in objectives(config)}
-            terms = []  # held too, as long as the count
-            for name, t in targets.items():
-                terms.append(patch_loss(t, out[name], t[:, 0], G * B) if name == "ibot" else
-                             view_pair_loss(t[:G * B].unflatten(0, (G, B)),
-                                            out[name].unflatten(0, (-1, B))))
-        own = {x.untyped_storage()._cdata for x in state.values()}
-        forward = sum(storage.nbytes() for at, storage in kept.items() if at not in own)
-        logits = sum(x.nbytes for name, x in out.items() if name in targets)
-    held = sum(p.nbytes for p in student.parameters())
-    held /= place.world_size if config.parallel == "fsdp" else 1
-    parts = {"two networks": 2 * held, "gradients": held,
-             "moments": held * (2 if config.optimizer == "adamw" else 1),
-             "kept for backward": forward, "teacher's logits": logits}
-    return {name: size / 2**30 for name, size in parts.items()}
+        masks = {
+            name: send(batch[name], device)
+            for name in ("masks", "mask_indices", "mask_weights") if name in batch}
+        made_here += [*views, *masks.values()]
+    return views, masks
 
 
-# ------------------------------------------------------------------------------------------------
-# Judging the teacher while it learns
+def train_step(learner: Learner, batch: dict, schedule: dict, config: Config,
+               process: Process) -> dict:
+    """One step of DINO, iBOT or DINOv2, whichever losses have a weight.
 
-
-class Judge:
-    """k-NN(20) of the teacher's class token: at most 10,000 images vote on at most 5,000 others.
-
-    Without labels: how often an image's other random view is its nearest neighbour.
+    batch is augment.collate's, schedule the values of `schedules` at this step. Returns figures
+    as tensors on the device: reading one here would make the CPU wait for the GPU at every
+    step. DINO Alg. 1, iBOT Alg. 1, DINOv2 sec. 4.
     """
+    # The crops were cut by the workers; here they get their colours and become floats.
+    student = unwrap(learner.student)
+    teacher = learner.teacher
+    G = len(batch["global_crops"])
+    B = len(batch["index"])
+    views, masks = to_device(batch, config.pixels, process.device)
 
-    def __init__(self, train: Images, val: Images, config: Config, place: Place):
-        def evenly(images, most):
-            count = min(len(images), most)
-            return images.subset(np.linspace(0, len(images) - 1, count).astype(int))
+    # The number of masked patches varies, the shape (M,) must not: a changing shape would
+    # compile the step again and again. So the list is padded, and padding has the weight 0.
+    weights = masks.pop("mask_weights", None)  # (M,)
+    real_rows = {"dino": None, "ibot": None if weights is None else weights > 0}
 
-        self.bank, self.queries = evenly(train, 10_000), evenly(val, 5_000)
-        self.config, self.place = config, place
-        self.labelled = bool(train.labels and val.labels)
-        if self.labelled:
-            same_labels(train, val)
-        self.protocol = "k-NN(20)" if self.labelled else "other-view retrieval"
-        if len(self.queries) < 2:
-            place.print(f"{len(val)} images to judge with: nothing will be judged; give --val_data")
+    # 1. The teacher sees only the large crops, without masks. It is never trained: no gradient.
+    with torch.no_grad(), autocast(config.precision, process.device):
+        teacher_out = teacher(views[:1], mask_indices=masks.get("mask_indices"))
 
-    def __call__(self, backbone: nn.Module) -> float | None:
-        if len(self.queries) < 2:
-            return None
-        # Images come in other numbers here: not worth a graph of their own.
-        with torch.compiler.set_stance("force_eager"):
-            return self.vote(backbone) if self.labelled else self.retrieve_other_view(backbone)
+    # 2. Its logits become targets: softmax(logits / teacher_temp + bias). The low temperature
+    # makes them sharp; the bias (a running mean, or Sinkhorn-Knopp) keeps all prototypes in
+    # use. With only one of the two the networks collapse: `python losses.py` shows how. DINO
+    # eq. 1 and 4.
+    targets = {}
+    for name, centering in learner.centerings.items():
+        logits = teacher_out[name]
+        bias = centering(logits, schedule["teacher_temp"], real_rows[name])  # (K,)
+        targets[name] = make_targets(logits, schedule["teacher_temp"], bias)
 
-    def vote(self, backbone: nn.Module) -> float:
-        config = self.config
-        bank, queries = (
-            extract(backbone, images, config.global_crops_size, self.place,
-                    num_workers=config.num_workers, precision=config.precision)
-            for images in (self.bank, self.queries))
-        k, labels = min(20, len(bank)), same_labels(self.bank, self.queries)
-        return knn_accuracy(bank, self.bank.labels, queries, labels, (k,))[k]
+    # 3. The student sees all crops. Patches of the large ones are masked, and stochastic depth
+    # leaves some samples out of some blocks: the plan is drawn here, so that no block draws.
+    plan = student.backbone.draw_plan(views, schedule["generator"])
+    with autocast(config.precision, process.device):
+        student_out = learner.student(views, plan, **masks)
 
-    @torch.no_grad()
-    def retrieve_other_view(self, backbone: nn.Module) -> float:
-        config, device = self.config, self.place.device
-        crops = MultiCrop(config.global_crops_size, config.local_crops_size, 2, 0,
-                          config.global_crops_scale, photometry=config.photometry)
-        views, out, training = Views(self.queries, crops, seed=0), [], backbone.training
-        backbone.eval()
-        for i in range(len(self.queries)):
-            sample = views[0, 0, i]
-            pair = photometry(sample["global_crops"].to(device), sample["photometry"],
-                              config.pixels)
-            with runtime.autocast(config.precision, device):
-                out.append(backbone(pair).float().cpu())  # (2, D)
-        backbone.train(training)
-        first, second = torch.stack(out).unbind(1)
-        nearest = top_neighbours(first, second, 1)[1][:, 0]
-        return (nearest == torch.arange(len(nearest))).float().mean().item()
+    # 4. The losses, each by name.
+    # TO ADD A LOSS: put it into `terms` here, and a field NAME_weight into training/config.py.
+    terms = {}
+    if "dino" in targets:  # every pair (teacher's view, another view of the student)
+        teacher_views = targets["dino"].unflatten(0, (G, B))  # (G, B, K)
+        student_views = student_out["dino"].unflatten(0, (-1, B))  # (V, B, K)
+        terms["dino"] = view_pair_loss(teacher_views, student_views, config.student_temp)
+    if "ibot" in targets:  # the same place: the teacher saw it, the student has to guess it
+        terms["ibot"] = patch_loss(targets["ibot"], student_out["ibot"], weights, G * B,
+                                   config.student_temp)
+    if config.koleo_weight:  # images of one view keep away from each other
+        global_views = student_out["features"][:G * B].chunk(G)
+        terms["koleo"] = sum(koleo_loss(features) for features in global_views)
+    terms |= student.extra_losses(teacher_out, student_out)
+    loss = sum(getattr(config, f"{name}_weight") * term for name, term in terms.items())
 
+    # 5. Only the student learns from the gradient. The teacher's answers were computed without
+    # one (stop-gradient): with it, both networks would meet at the easiest common answer.
+    learner.optimizer.zero_grad(set_to_none=True)
+    if learner.scaler:
+        learner.scaler.backward(loss, learner.optimizer)
+    else:
+        loss.backward()
+    norm = clip_gradients(list(student.children()), config.clip_grad, config.clip_mode)
 
-def pixels_as_features() -> nn.Module:
-    """What any network has to beat: the image itself, at 32 x 32."""
-    return nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten())
+    # NaN or infinity on any process gives ok = 0 on all of them: then the optimizer, the
+    # teacher and the centres keep their values. `if not ok:` would make the CPU wait for the
+    # GPU; so the host learns of it at the next log line (training/log.py), which stops and
+    # names the images.
+    #
+    # The mean over processes is for the log and for this decision; the gradients were averaged
+    # by DDP or FSDP during the backward pass.
+    means = all_sum(torch.stack([loss, *terms.values()]).detach()) / process.world_size
+    figures = dict(zip(["loss", *terms], means))
+    ok = (figures["loss"] + norm).isfinite()
+    set_schedule(learner.optimizer, schedule)
+    learner.optimizer.found_inf = 1 - ok.float()  # the name is that of torch's fused optimizers
+    learner.optimizer.step()
 
+    # 6. teacher <- m * teacher + (1 - m) * student, with m from .996 to 1 (DINO sec. 3.1), and
+    # the centres move towards the logits of this batch. Both happen after the student's step,
+    # as in Alg. 1: the next step is the first one that sees them.
+    learner.move_teacher(teacher, student, schedule["momentum"], ok.float())
+    for name, centering in learner.centerings.items():
+        centering.update(teacher_out[name], real_rows[name], ok)
 
-# ------------------------------------------------------------------------------------------------
-# The log: what the numbers mean
-
-
-def diagnose(row: dict, config: Config) -> tuple[str, str] | None:
-    """(name, sentence with a remedy) if the targets show one of the three known illnesses."""
-    for term, prototypes in objectives(config).items():
-        ln_k, entropy = math.log(prototypes), row[f"{term}_entropy"]
-        if entropy > 0.99 * ln_k and row[f"{term}_kl"] < 0.01 * ln_k:
-            return "uniform collapse", (
-                f"uniform collapse of {term}: every answer is 1/K (H is ln K); lower "
-                "--teacher_temp or raise --lr")
-        if row[f"{term}_mean_entropy"] < 0.05 * ln_k:
-            return "one prototype", (
-                f"one prototype of {term} answers for all images (entropy of the mean target near "
-                "0); use --centering ema or sinkhorn, or raise --teacher_temp")
-        if abs(row[term] - ln_k) < 0.01 * ln_k and entropy < 0.5 * ln_k:
-            return "ignored teacher", (
-                f"the student ignores a teacher of {term} that has something to say (loss is ln K, "
-                "H is not); raise --lr, or lower --freeze_last_layer_epochs")
-    return None
-
-
-def log_line(row: dict, total: int, config: Config, clock: runtime.Clock) -> str:
-    parts = [f"step {row['step']:6d}/{total} {row['step'] / total:4.0%}"]
-    for term, prototypes in objectives(config).items():
-        parts.append(f"{term} {row[term]:.3f} = H {row[term + '_entropy']:.3f} + "
-                     f"KL {row[term + '_kl']:.3f} (ln K {math.log(prototypes):.2f}, mean H "
-                     f"{row[term + '_mean_entropy']:.2f})")
-    parts += [f"{name} {row[name]:.2f}" for name in row  # terms without targets, such as KoLeo
-              if name not in objectives(config) and hasattr(config, f"{name}_weight")]
-    return "  ".join([
-        *parts, f"rank {row['rank']:.0f}", f"lr {row['lr']:.1e}", f"m {row['momentum']:.4f}",
-        f"{row['images_per_second']:.0f} img/s", f"wait {clock.waiting:.0%}",
-        f"{row['memory_gb']:.1f} GB", f"eta {clock.eta}"])
+    # What the log will tell of this step. In fp16 the gradients may overflow now and then; the
+    # scaler then lowers its factor, and such a step is left out but does not stop the run.
+    figures |= step_figures(figures, targets, weights, G * B)
+    if learner.scaler:
+        norm = torch.where(ok, norm, 0)
+        ok = figures["loss"].isfinite() & learner.scaler.update(ok)
+    return figures | dict(grad_norm=norm, ok=ok, features=teacher_out["features"])
 
 
-class Recent:
-    """Figures of the steps since the last look, kept on the device until read."""
-
-    def __init__(self, images: Images):
-        self.images, self.rows = images, []
-
-    def add(self, step: int, batch: dict, out: dict):
-        self.rows.append((step, batch["index"], batch["broken"], out))
-
-    def read(self, figures: dict, seen: int) -> dict:
-        """Means over the interval. Stops the run over a step that was not finite or bad images."""
-        names = [name for name in self.rows[0][-1] if name != "features"]
-        table = torch.stack([torch.stack([out[n].float() for n in names])
-                             for *_, out in self.rows]).tolist()
-        for (step, index, _, _), row in zip(self.rows, table):
-            row = dict(zip(names, row))
-            if not row["ok"]:
-                ill = [n for n in ("dino", "ibot", "koleo", "loss")
-                       if not math.isfinite(row.get(n, 0.0))]
-                term = f"the loss ({ill[0]})" if ill else "a gradient"
-                names = ", ".join(self.images.names[i] for i in index[:8].tolist())
-                raise UsageError(
-                    f"step {step}: {term} is not finite; weights are as before it, the last "
-                    f"checkpoint is good. Images of this process: {names}, ... Lower --lr, or use "
-                    "--precision fp32")
-        means = dict(zip(names, (sum(column) / len(table) for column in zip(*table))))
-        for term in ("dino", "ibot"):
-            if term in means:
-                means[f"{term}_kl"] = means[term] - means[f"{term}_entropy"]
-                means[f"{term}_in_use"] = math.exp(means[f"{term}_mean_entropy"])
-        means["rank"] = effective_rank(self.rows[-1][-1]["features"]).item()
-        del means["ok"]
-        self.count_broken(figures, seen)
-        self.rows.clear()
-        return means
-
-    def count_broken(self, figures: dict, seen: int):
-        broken = [name for _, _, names, _ in self.rows for name in names]
-        for name in broken:
-            print(f"replaced an image that does not decode: {name}", flush=True)
-        device = self.rows[-1][-1]["loss"].device
-        figures["broken"] += int(all_sum(torch.tensor(float(len(broken)), device=device)))
-        if figures["broken"] > max(3, 0.01 * seen):
-            raise UsageError(f"--data: {figures['broken']} of {seen} images did not decode, more "
-                             "than one in a hundred; the last are named above")
+def unwrap(network: nn.Module) -> nn.Module:
+    """The Network inside DDP's wrapper, or the network itself."""
+    return network.module if isinstance(network, DistributedDataParallel) else network
 
 
-def record(folder: Path, row: dict, place: Place):
-    if place.main:
-        with open(folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+def schedules(step: int, epoch_steps: int, total: int, config: Config,
+              process: Process) -> dict:
+    """Everything that depends on the step, as plain numbers, and the step's random generator.
 
-
-def forget_metrics_after(file: Path, step: int, place: Place):
-    """A run that was killed had logged steps which the checkpoint does not have."""
-    if place.main and file.exists():
-        lines = file.read_text().splitlines()
-        kept = []
-        for line in lines:
-            with contextlib.suppress(json.JSONDecodeError):  # the last line may be half written
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-        runtime.write_text(file, "".join(kept))
-
-
-# ------------------------------------------------------------------------------------------------
-# A run is its directory
-
-
-def adopt(config: Config, folder: Path, place: Place, images: int) -> Config:
-    """Make `config` continue the run in `folder`, or say which flags stand in the way.
-
-    Where nothing is to be continued, what was left open (precision, --auto_scale) is settled here.
+    Most of it changes at every step. The teacher's temperature changes with the epoch, and what
+    rests at the start (last layer, backbone of --init) rests for whole epochs, as in DINO's
+    code.
     """
-    stored_file = folder / "config.json"
-    global_batch = config.batch_size_per_gpu * place.world_size
-    config = dataclasses.replace(config)
-    if not (config.resume and stored_file.exists()):
-        if config.auto_scale:
-            config = auto_scale(config, images, global_batch)
-        config.precision = runtime.resolve_precision(config.precision, place.device)
-        return config
-    stored = read_config(stored_file)
-    for name in SCALED if config.auto_scale else ():  # as they were found when the run began
-        if name not in config.given and name not in stored["given"]:
-            setattr(config, name, stored[name])
-    if config.precision == "auto":
-        config.precision = stored["precision"]
-    if config.batch_size_per_gpu == stored["batch_size_per_gpu"]:
-        global_batch = stored["global_batch"]
-    if global_batch % place.world_size:
-        raise UsageError(f"the run's global batch of {global_batch} does not divide over "
-                         f"{place.world_size} processes")
-    config.batch_size_per_gpu = global_batch // place.world_size
-    now = dataclasses.asdict(config)
-    free = NEUTRAL | {"batch_size_per_gpu", "preset"}
-    differ = [f"--{k} {now[k]} (the run has {stored.get(k)})" for k in now
-              if k not in free and now[k] != stored.get(k)]
-    if global_batch != stored["global_batch"]:
-        differ.append(f"--batch_size_per_gpu {config.batch_size_per_gpu} on {place.world_size} "
-                      f"processes (the run has a global batch of {stored['global_batch']})")
-    if differ:
-        raise UsageError(f"{folder} holds a run of another configuration: {', '.join(differ)}; "
-                         "give the same flags, another --output_dir, or --no_resume to start anew")
-    return config
+    # The papers give the learning rate for a reference batch of all processes together.
+    # Example: DINO's 5e-4 is for 256 images; 8 GPUs of 64 images make it 5e-4 * 512 / 256 =
+    # 1e-3.
+    batch = config.batch_size_per_gpu * process.world_size
+    scale = {"linear_256": batch / 256, "sqrt_1024": math.sqrt(batch / 1024), "none": 1.0}
+    peak = config.lr * scale[config.lr_scaling]
+    lr = cosine(step, peak, config.min_lr, total, config.warmup_epochs * epoch_steps)
+
+    # A generator of its own for each (seed, step, rank): a run that is resumed draws the same.
+    seed = np.random.SeedSequence([config.seed, step, process.rank]).generate_state(1)[0]
+
+    # The prototypes are kept as they are for a while (DINO A), so that the first, noisy targets
+    # do not move them all to one side. With --init the backbone may rest while heads learn.
+    last_layer_rests = step < config.freeze_last_layer_epochs * epoch_steps
+    backbone_rests = step < config.freeze_backbone_epochs * epoch_steps
+    return dict(
+        lr=lr,
+        last_layer_lr=0.0 if last_layer_rests else lr,
+        backbone_lr=0.0 if backbone_rests else lr,
+        weight_decay=cosine(step, config.weight_decay, config.weight_decay_end, total),
+        momentum=cosine(step, config.momentum_teacher, config.final_momentum_teacher, total),
+        teacher_temp=linear(step // epoch_steps, config.warmup_teacher_temp,
+                            config.teacher_temp, config.warmup_teacher_temp_epochs),
+        generator=torch.Generator().manual_seed(int(seed)),  # of stochastic depth
+    )
+
+
+# ----------------------------------------------------------------------------------------------
+# The images
+#
+# file --> images/data.py reads it --> augment.MultiCrop cuts crops, in a worker process
+#      --> augment.collate stacks a batch and draws the masks --> to_device, above
 
 
 def open_data(config: Config) -> tuple[Images, Images]:
-    """(images to learn from, images to judge with). Without --val_data 5 % are held out by name."""
-    images = open_images(config.data, config.data_root, config.download, "--data", config.pixels)
+    """(images to learn from, images to judge with).
+
+    Without --val_data one image in twenty is held out, chosen by a hash of its name: the same
+    ones in every run, whatever other files lie beside them.
+    """
+    # Of --val_data nothing is cached: its images are read at every evaluation, but they are
+    # few.
+    images = open_images(config.data, config.data_root, config.download, "--data",
+                         config.pixels)
     images = cached(images, config.cache, config.cache_side, config.num_workers)
     if config.val_data:
-        return images, open_images(config.val_data, config.data_root, config.download, "--val_data",
-                                   config.pixels)
-    out = [held_out(name) for name in images.names]
-    parts = [images.subset([i for i, o in enumerate(out) if o == want]) for want in (False, True)]
-    return parts[0], parts[1]
+        return images, open_images(config.val_data, config.data_root, config.download,
+                                   "--val_data", config.pixels)
+
+    is_held_out = [held_out(name) for name in images.names]
+    train = images.subset([i for i, out in enumerate(is_held_out) if not out])
+    val = images.subset([i for i, out in enumerate(is_held_out) if out])
+    return train, val
 
 
-def masking_of(config: Config, rank: int = 0) -> Masking | None:
-    """What picks the patches to learn from; None where only whole images are."""
-    if not config.learns_patches:
-        return None
-    side = config.global_crops_size // config.patch_size
-    return Masking((side, side), config.mask_ratio, config.mask_probability, config.mask_shape,
-                   config.mask_min_patches, config.seed, rank)
+def batches_from(step: int, total: int, images: Images, config: Config, process: Process):
+    """The loader of this process's batches, from step `step` to step `total`.
 
-
-def batches_from(step: int, total: int, images: Images, config: Config, place: Place):
-    """The loader of this process's batches, of steps `step` to `total`."""
-    sampler = Sampler(len(images), config.batch_size_per_gpu, total, step, config.seed, place.rank,
-                      place.world_size, images.order)
+    Order and crops are functions of the seed, the epoch and the image. So a resumed run only
+    has to start counting at a later step.
+    """
+    sampler = Sampler(len(images), config.batch_size_per_gpu, total, step, config.seed,
+                      process.rank, process.world_size, images.order)
+    # Local crops serve the loss of the class tokens alone: without it none are cut.
     crops = MultiCrop(config.global_crops_size, config.local_crops_size,
                       config.global_crops_number,
                       config.local_crops_number if config.dino_weight else 0,
                       config.global_crops_scale, config.local_crops_scale, config.photometry)
     return training_loader(Views(images, crops, config.seed), sampler, config.num_workers,
-                           place.device.type == "cuda", masking_of(config, place.rank))
+                           pin_memory=process.device.type == "cuda",
+                           masking=config.masking(process.rank))
 
 
-def prepare(folder: Path, config: Config, place: Place):
-    """Write what a run directory holds from the start. A new run clears an old one of its name."""
-    if not config.resume:
-        for old in ("checkpoint", "code"):
-            shutil.rmtree(folder / old, ignore_errors=True)
-        for old in ("metrics.jsonl", "summary.json", "config.json", "teacher.pt", "heads.pt"):
-            (folder / old).unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "config.json").exists():
-        stored = dict(dataclasses.asdict(config),
-                      global_batch=config.batch_size_per_gpu * place.world_size)
-        runtime.write_json(folder / "config.json", stored)
-        (folder / "code").mkdir(exist_ok=True)
-        for file in Path(__file__).resolve().parent.glob("*.py"):
-            shutil.copy(file, folder / "code")
-
-
-# ------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # The run
+#
+# Everything around the steps: where to begin, when to log, judge and save, how to end. A run is
+# its directory (training/rundir.py): the same command continues it at the last checkpoint, and
+# because nothing random depends on the past, it ends as if it had never stopped.
 
 
-def run(config: Config, build=build, update=ema_update) -> dict:
-    """Train as `config` says; returns the summary. Continues what is in its directory.
+def run(config: Config, build=build, move_teacher=ema_update) -> dict:
+    """Train as `config` says and return the summary; continue what is in the run's directory.
 
-    The seam for other ways to learn from a teacher: `build` brings the two networks, `update` moves
-    the second after each step. Distillation brings its own.
+    The seam for other ways to learn from a teacher: `build` brings the two networks,
+    `move_teacher` changes the second one after each step. distill.py brings its own.
     """
-    config = inherit(config)
+    # With --init the weights decide what the network is; `config` has to follow them first.
+    if config.init:
+        from training.warmstart import config_from_init
+
+        config = config_from_init(config)
     check(config)
-    place = runtime.start(config.device)
-    runtime.keep_freed_memory(place)
+    process = start_process(config.device)
+    machine.keep_freed_memory(process)
     folder = Path(config.output_dir or f"runs/{config.preset}")
-    with runtime.usage():  # whatever can be refused is, before anything is written
+
+    # Whatever can be refused is refused here, before anything is written. user_errors: inside,
+    # a ValueError is about the user's input and becomes one line without a traceback.
+    with user_errors():
         images, val = open_data(config)
-        config = adopt(config, folder, place, len(images))
+        config = match_stored_run(config, folder, process, len(images))
         if config.auto_scale:
-            place.print("--auto_scale: " + "  ".join(f"{k} {getattr(config, k)}" for k in SCALED))
-        check(config)  # once more: the batch of each process may have become another
-        probe = Sampler(len(images), config.batch_size_per_gpu, 1, world_size=place.world_size)
-        epoch_steps = config.epoch_length or probe.steps_per_pass
-        found = runtime.find_checkpoint(folder / "checkpoint", place) if config.resume else None
-        if found and found[1]["step"] >= config.epochs * epoch_steps:
+            chosen = "  ".join(f"{name} {getattr(config, name)}" for name in SCALED)
+            process.print(f"--auto_scale: {chosen}")
+        check(config)  # once more: a stored run or --auto_scale may have changed some settings
+
+        # An epoch is one pass over the images, or a number of steps (DINOv2 counts 1,250 as
+        # one).
+        one_step = Sampler(len(images), config.batch_size_per_gpu, 1,
+                           world_size=process.world_size)
+        epoch_steps = config.epoch_length or one_step.steps_per_pass
+        checkpoint = None
+        if config.resume:
+            checkpoint = find_checkpoint(folder / "checkpoint", process)
+        if checkpoint and checkpoint[1]["step"] >= config.epochs * epoch_steps:
             if (folder / "summary.json").exists():
-                return finished(folder, place)
-        this = Run(config, place, folder, images, val, epoch_steps, build)
-    this.begin(found)
-    this.train(update)
-    return this.end()
+                return finished(folder, process)
+        training = Run(config, process, folder, images, val, epoch_steps, build, move_teacher)
 
-
-def finished(folder: Path, place: Place) -> dict:
-    summary = json.loads((folder / "summary.json").read_text())
-    knn = summary["knn"]
-    known = "" if knn is None else f", {summary['knn_protocol']} {knn:.1%}"
-    place.print(f"{folder} is finished{known}; --no_resume would start it anew")
-    return summary
+    training.begin(checkpoint)
+    training.train()
+    return training.end()
 
 
 class Run:
-    """Networks, data, and how far they are: `begin`, `train`, `end`.
+    """Networks, data, and how far they are: `begin`, then `train`, then `end`.
 
-    A checkpoint keeps the tensors of `parts` and the optimiser, `step`, `figures` (what the summary
-    will say) and `last` (the newest row of the log). `whole` is the teacher's backbone in one
-    piece, to be judged and saved.
+    A checkpoint keeps the tensors of `parts` and of the optimizer, and beside them `step`,
+    `figures` (what the summary will say) and `last_row` (the newest row of the log). `whole` is
+    the teacher's backbone in one piece, to be judged and saved; under FSDP it is a copy.
     """
 
-    def __init__(self, config: Config, place: Place, folder: Path, images: Images, val: Images,
-                 epoch_steps: int, build):
-        self.config, self.place, self.folder = config, place, folder
-        self.images, self.val = images, val
-        self.epoch_steps, self.total = epoch_steps, config.epochs * epoch_steps
-        self.student, self.teacher = build(config, place)
-        self.makers = target_makers(config).to(place.device)
-        self.expected = expected_memory(self.student, config, place)
-        self.whole = self.teacher.backbone
+    def __init__(self, config: Config, process: Process, folder: Path, images: Images,
+                 val: Images, epoch_steps: int, build, move_teacher):
+        # Imported here, because each is asked for once: what stands at the top of this file is
+        # what the algorithm needs. The judge brings the arithmetic of k-NN along.
+        from evaluation.judge import Judge
+        from training.memory import expected_memory
+
+        self.config = config
+        self.process = process
+        self.folder = folder
+        self.images = images
+        self.val = val
+        self.epoch_steps = epoch_steps
+        self.total = config.epochs * epoch_steps
+
+        # The networks. Their memory is estimated before they are split and before the first
+        # step, so that a run that will not fit says so at once.
+        student, teacher = build(config, process)
+        centerings = build_centerings(config).to(process.device)
+        self.expected = expected_memory(student, config, process)
+        self.whole = teacher.backbone
         if config.parallel == "fsdp":
-            self.whole = copy.deepcopy(self.whole)  # filled when needed
-            for network in (self.student, self.teacher):
-                shard(network, config, place)
-        self.optimizer = OPTIMIZERS[config.optimizer](
-            parameter_groups(self.student, config.layerwise_decay, config.patch_embed_lr_mult))
-        self.scaler = LossScale().to(place.device) if config.precision == "fp16" else None
-        self.parts = {"student": self.student, "teacher": self.teacher, "makers": self.makers}
-        if self.scaler:
-            self.parts["scaler"] = self.scaler
-        self.judge = Judge(images, val, config, place)
-        self.step, self.last = 0, {}
-        self.figures = {"seconds": 0.0, "broken": 0, "untrained": None, "pixels": None, "knn": None}
+            # Sharding replaces the parameters in place, so a whole copy is made before. It is
+            # filled from the shards when the teacher is judged or saved.
+            self.whole = copy.deepcopy(self.whole)
+            shard(student, config, process)
+            shard(teacher, config, process)
 
-    # -- where we are: the beginning, or a checkpoint
+        # The optimizer comes after sharding: its moments have the shapes of the local shards.
+        groups = parameter_groups(student, config.layerwise_decay, config.patch_embed_lr_mult)
+        optimizer = OPTIMIZERS[config.optimizer](groups)
+        scaler = LossScale().to(process.device) if config.precision == "fp16" else None
+        self.learner = Learner(student, teacher, centerings, optimizer, scaler, move_teacher)
 
-    def begin(self, found: tuple[Path, dict] | None):
-        config, place = self.config, self.place
-        if place.main:
-            prepare(self.folder, config, place)
+        # What a checkpoint holds, by name, beside the moments of the optimizer. "broken" counts
+        # images that did not decode; the other figures are for the summary.
+        self.parts = {"student": student, "teacher": teacher, "centerings": centerings}
+        if scaler:
+            self.parts["scaler"] = scaler
+        self.judge = Judge(images, val, config, process)
+        self.step = 0
+        self.last_row = {}
+        self.figures = {
+            "seconds": 0.0, "broken": 0, "untrained": None, "pixels": None, "knn": None}
+
+    # -- the beginning, or where a checkpoint left off
+
+    def begin(self, checkpoint: tuple[Path, dict] | None):
+        """Write the run directory, or load the checkpoint and its manifest."""
+        process = self.process
+        if process.main:
+            create_run_dir(self.folder, self.config, process)
         self.introduce()
-        if found:
-            state = runtime.live_state(self.parts, self.optimizer, of="student")
-            runtime.load_checkpoint(found[0], state, place)
-            self.step, self.figures, self.last = (found[1][k] for k in ("step", "figures", "last"))
-            place.print(f"continuing from step {self.step}")
-        forget_metrics_after(self.folder / "metrics.jsonl", self.step if found else -1, place)
-        figures, self.begun = self.figures, time.time() - self.figures["seconds"]
+
+        if checkpoint:
+            path, manifest = checkpoint
+            # Checkpoints of earlier versions called the centerings "makers".
+            state = live_state(self.parts, self.learner.optimizer, of="student")
+            load_checkpoint(path, state, process, former_names={"centerings": "makers"})
+            self.step = manifest["step"]
+            self.figures = manifest["figures"]
+            self.last_row = manifest["last"]
+            process.print(f"continuing from step {self.step}")
+
+        # A run that was killed may have logged steps after its last checkpoint: they come
+        # again.
+        last_known = self.step if checkpoint else -1
+        forget_metrics_after(self.folder / "metrics.jsonl", last_known, process)
+        self.begun = time.time() - self.figures["seconds"]
+
         if self.step == 0:
-            figures["pixels"], figures["untrained"] = (
-                self.judge(network) for network in (pixels_as_features(), self.whole_teacher()))
-            if figures["pixels"] is not None:
-                place.print(f"{self.judge.protocol}: raw pixels {figures['pixels']:.1%}, "
-                            f"{self.started} network {figures['untrained']:.1%}")
-                record(self.folder, dict(step=0, knn=figures["untrained"],
-                                         pixels=figures["pixels"]), place)
-        elif self.step == self.total:  # stopped between its last save and its end
+            self.judge_the_start()
+        elif self.step == self.total:  # it was stopped between its last checkpoint and its end
             self.write_teacher()
             self.whole_teacher()
 
+    def judge_the_start(self):
+        """What the training has to beat: bare pixels, and the network before its first step."""
+        from evaluation.judge import pixels_as_features
+
+        # Random networks are no bad features: a convolution and attention blur and compare. A
+        # result that does not beat them, or the pixels, has learned nothing.
+        figures = self.figures
+        figures["pixels"] = self.judge(pixels_as_features())
+        figures["untrained"] = self.judge(self.whole_teacher())
+        if figures["pixels"] is None:
+            return
+        self.process.print(f"{self.judge.protocol}: raw pixels {figures['pixels']:.1%}, "
+                           f"{self.started_from} network {figures['untrained']:.1%}")
+        row = dict(step=0, knn=figures["untrained"], pixels=figures["pixels"])
+        record(self.folder, row, self.process)
+
     @property
-    def started(self) -> str:
+    def started_from(self) -> str:
         return "--init" if self.config.init else "untrained"
 
     def introduce(self):
-        config, place = self.config, self.place
-        place.print(
+        """Say what will be trained, and whether it is expected to fit into memory."""
+        config = self.config
+        process = self.process
+        parameters = sum(p.numel() for p in self.learner.student.parameters())
+        process.print(
             f"{config.preset or 'run'} -> {self.folder}: {len(self.images):,d} images, "
-            f"{self.total:,d} steps of {config.batch_size_per_gpu} x {place.world_size}, "
-            f"{place.device}, {config.precision}, "
-            f"{sum(p.numel() for p in self.student.parameters()):,d} parameters")
-        there_is, in_all = runtime.memory_gb(place.device), sum(self.expected.values())
-        place.print(f"expects {in_all:.2f} of {there_is:.0f} GB: "
-                    + ", ".join(f"{name} {size:.2f}" for name, size in self.expected.items()))
-        if in_all > there_is:
-            place.print("warning: that is too much; give --activation_checkpointing, --precision "
-                        "bf16, --parallel fsdp or a smaller --batch_size_per_gpu")
+            f"{self.total:,d} steps of {config.batch_size_per_gpu} x {process.world_size}, "
+            f"{process.device}, {config.precision}, {parameters:,d} parameters")
+        available = machine.memory_gb(process.device)
+        needed = sum(self.expected.values())
+        parts = ", ".join(f"{name} {size:.2f}" for name, size in self.expected.items())
+        process.print(f"expects {needed:.2f} of {available:.0f} GB: {parts}")
+        if needed > available:
+            process.print(
+                "warning: that is too much; give --activation_checkpointing, --precision "
+                "bf16, --parallel fsdp or a smaller --batch_size_per_gpu")
 
     def whole_teacher(self) -> nn.Module:
-        """The teacher's backbone in one piece, as it is now."""
+        """The teacher's backbone in one piece, with the weights that it has now."""
         if self.config.parallel == "fsdp":
-            state = runtime.whole_state(self.teacher)
-            self.whole.load_state_dict({name.removeprefix("backbone."): value
-                                        for name, value in state.items() if "backbone." in name})
+            # All processes exchange their shards here, so all of them have to come by.
+            state = whole_state(self.learner.teacher)
+            backbone = {
+                name.removeprefix("backbone."): value
+                for name, value in state.items() if "backbone." in name}
+            self.whole.load_state_dict(backbone)
         return self.whole
 
     # -- the loop
 
-    def train(self, update):
-        config, place = self.config, self.place
-        batches = iter(batches_from(self.step, self.total, self.images, config, place))
-        network = self.student
-        if place.world_size > 1 and config.parallel == "ddp":
-            network = DistributedDataParallel(network, gradient_as_bucket_view=True)
-        self.clock, self.recent = runtime.Clock(self.step, self.total), Recent(self.images)
+    def train(self):
+        """From the present step to the last one; SystemExit if a signal asks to stop."""
+        config = self.config
+        process = self.process
+        batches = iter(batches_from(self.step, self.total, self.images, config, process))
+        learner = self.learner
+        # DDP averages the gradients of all processes while the backward pass still computes.
+        # The wrapper is for this loop only: checkpoints know the network by its own names.
+        if process.world_size > 1 and config.parallel == "ddp":
+            wrapped = DistributedDataParallel(learner.student, gradient_as_bucket_view=True)
+            learner = dataclasses.replace(learner, student=wrapped)
+        self.clock = Clock(self.step, self.total)
+        self.window = LogWindow(self.images, config)
         self.warned = set()
-        with runtime.Farewell(place) as farewell:
+
+        with StopSignal(process) as stop_signal:
             while self.step < self.total:
+                # One training step. On a GPU the calls return before the work is done.
                 batch = self.clock.wait(batches)
-                now = schedules(self.step, self.epoch_steps, self.total, config, place)
-                out = train_step(network, self.teacher, self.makers, self.optimizer, batch, now,
-                                 config, place, update, self.scaler)
-                self.recent.add(self.step, batch, out)
+                schedule = schedules(self.step, self.epoch_steps, self.total, config, process)
+                figures = train_step(learner, batch, schedule, config, process)
+                self.window.add(self.step, batch, figures)
                 self.step += 1
                 self.clock.tick()
 
-                asked_to_stop, done = farewell.agreed(), self.step == self.total
-                saving = self.step % config.save_every == 0 or done or asked_to_stop
+                # Is this a step after which something is written? All processes agree on it.
+                stopped_by = stop_signal.agreed()
+                done = self.step == self.total
+                saving = self.step % config.save_every == 0 or done or stopped_by
                 if self.step % config.log_every == 0 or saving:
-                    self.log(now)
+                    # Before a save, because it stops the run if a loss was not finite.
+                    self.log(schedule)
                 with self.clock.pause():
-                    due = config.knn_every * self.epoch_steps
-                    if done or (due and self.step % due == 0 and not asked_to_stop):
+                    judge_every = config.knn_every * self.epoch_steps
+                    due = judge_every and self.step % judge_every == 0 and not stopped_by
+                    if done or due:
                         self.evaluate()
                     if saving:
                         self.save()
-                if asked_to_stop and not done:
-                    name = signal.Signals(asked_to_stop).name
-                    place.print(f"{name}: stopped after step {self.step}, saved; the same command "
-                                "continues")
-                    del batches  # and with it the loader's processes, at once
-                    raise SystemExit(128 + asked_to_stop)
 
-    def log(self, now: dict):
-        """The one place where the host waits for the device."""
-        config, place, clock = self.config, self.place, self.clock
-        batch = config.batch_size_per_gpu * place.world_size
-        self.last = self.recent.read(self.figures, self.step * batch) | dict(
-            step=self.step, lr=now["lr"], momentum=now["momentum"],
-            weight_decay=now["weight_decay"], teacher_temp=now["teacher_temp"],
-            images_per_second=batch / max(clock.step_seconds, 1e-9), waiting=clock.waiting,
-            memory_gb=runtime.peak_memory_gb(place.device))
-        place.print(log_line(self.last, self.total, config, clock))
-        record(self.folder, self.last, place)
-        illness = diagnose(self.last, config)
+                # SIGTERM (a cluster that wants its machine back) or Ctrl-C. Deleting the
+                # iterator ends the loader's processes at once. 128 + n is the shell's code for
+                # signal n.
+                if stopped_by and not done:
+                    name = signal.Signals(stopped_by).name
+                    process.print(f"{name}: stopped after step {self.step}, saved; the same "
+                                  "command continues")
+                    del batches
+                    raise SystemExit(128 + stopped_by)
+
+    def log(self, schedule: dict):
+        """Read the figures of the last steps: the one place where the CPU waits for the GPU."""
+        config = self.config
+        process = self.process
+        batch = config.batch_size_per_gpu * process.world_size
+        self.last_row = self.window.read(self.figures, self.step * batch)
+        self.last_row |= dict(step=self.step, lr=schedule["lr"], momentum=schedule["momentum"],
+                              weight_decay=schedule["weight_decay"],
+                              teacher_temp=schedule["teacher_temp"],
+                              images_per_second=batch / max(self.clock.step_seconds, 1e-9),
+                              waiting=self.clock.waiting,
+                              memory_gb=machine.peak_memory_gb(process.device))
+        process.print(log_line(self.last_row, self.total, config, self.clock))
+        record(self.folder, self.last_row, process)
+
+        # During warm-up almost any network looks ill; after it each illness is named once.
+        illness = diagnose(self.last_row, config)
         warm = self.step > config.warmup_epochs * self.epoch_steps
-        if illness and illness[0] not in self.warned and warm:
+        if illness and warm and illness[0] not in self.warned:
             self.warned.add(illness[0])
-            place.print(f"warning: {illness[1]}")
+            process.print(f"warning: {illness[1]}")
 
     def evaluate(self):
-        figures, place = self.figures, self.place
+        """Ask the judge how good the teacher's features are by now."""
+        figures = self.figures
+        process = self.process
         figures["knn"] = self.judge(self.whole_teacher())
         if figures["knn"] is None:
             return
-        place.print(f"epoch {self.step // self.epoch_steps}: {self.judge.protocol} "
-                    f"{figures['knn']:.1%} ({self.started} {figures['untrained']:.1%}, "
-                    f"pixels {figures['pixels']:.1%})")
-        record(self.folder, dict(step=self.step, knn=figures["knn"]), place)
+        process.print(f"epoch {self.step // self.epoch_steps}: {self.judge.protocol} "
+                      f"{figures['knn']:.1%} ({self.started_from} {figures['untrained']:.1%}, "
+                      f"pixels {figures['pixels']:.1%})")
+        record(self.folder, dict(step=self.step, knn=figures["knn"]), process)
         if self.config.init and figures["knn"] < figures["untrained"]:
-            place.print("warning: below the weights that it began with; lower --lr, raise "
-                        "--freeze_backbone_epochs, or stop")
+            process.print("warning: below the weights that it began with; lower --lr, raise "
+                          "--freeze_backbone_epochs, or stop")
 
     def save(self):
+        """A checkpoint to continue from, and the weights for everybody else."""
+        # `seconds` counts the time of this run over all its parts; a continued run adds to it.
         self.figures["seconds"] = time.time() - self.begun
-        runtime.save_checkpoint(self.folder / "checkpoint", self.step,
-                                runtime.live_state(self.parts, self.optimizer, of="student"),
-                                {"figures": self.figures, "last": self.last}, self.place,
-                                self.config.keep)
+        state = live_state(self.parts, self.learner.optimizer, of="student")
+        facts = {"figures": self.figures, "last": self.last_row}
+        save_checkpoint(self.folder / "checkpoint", self.step, state, facts, self.process,
+                        self.config.keep)
         self.write_teacher()
 
     def write_teacher(self):
-        """The backbone with official keys; heads and centres beside it."""
-        state = runtime.whole_state(self.teacher)
-        if self.place.main:
-            backbone, heads = {}, {"makers": self.makers.state_dict()}
-            for key, value in state.items():
-                part, name = key.split(".", 1)
-                out = backbone if part == "backbone" else heads.setdefault(part, {})
-                out[name] = value.cpu()
-            runtime.save(self.folder / "teacher.pt", backbone)
-            runtime.save(self.folder / "heads.pt", heads)
+        """teacher.pt, the backbone alone under its official keys; heads.pt, all the rest."""
+        # On all processes, because under FSDP they exchange their shards for it.
+        state = whole_state(self.learner.teacher)
+        if not self.process.main:
+            return
+        backbone = {}
+        heads = {"centerings": self.learner.centerings.state_dict()}
+        for key, value in state.items():
+            part, name = key.split(".", 1)  # such as backbone, blocks.0.norm1.weight
+            # The official keys of a backbone begin without a prefix; heads are kept by their
+            # names.
+            target = backbone if part == "backbone" else heads.setdefault(part, {})
+            target[name] = value.cpu()
+        save_tensors(self.folder / "teacher.pt", backbone)
+        save_tensors(self.folder / "heads.pt", heads)
 
     # -- what came of it
 
     def end(self) -> dict:
-        config, figures, illness = self.config, self.figures, diagnose(self.last, self.config)
+        """Draw the figures, write summary.json, and say which command comes next."""
+        config = self.config
+        figures = self.figures
+        illness = diagnose(self.last_row, config)
+
+        # Numbers only, so that a table of many runs can be made from their summaries.
         summary = dict(
-            preset=config.preset, seed=config.seed, steps=self.total, loss=self.last["loss"],
-            knn=figures["knn"], knn_untrained=figures["untrained"], knn_pixels=figures["pixels"],
-            knn_protocol=self.judge.protocol, minutes=(time.time() - self.begun) / 60,
-            images_per_second=self.last["images_per_second"],
-            peak_memory_gb=runtime.peak_memory_gb(self.place.device),
+            preset=config.preset, seed=config.seed, steps=self.total,
+            loss=self.last_row["loss"], knn=figures["knn"], knn_untrained=figures["untrained"],
+            knn_pixels=figures["pixels"], knn_protocol=self.judge.protocol,
+            minutes=(time.time() - self.begun) / 60,
+            images_per_second=self.last_row["images_per_second"],
+            peak_memory_gb=machine.peak_memory_gb(self.process.device),
             collapsed=bool(illness and illness[0] in ("uniform collapse", "one prototype")),
-            device=str(self.place.device), precision=config.precision,
-            broken_images=figures["broken"],
-        )
-        if self.place.main:
+            device=str(self.process.device), precision=config.precision,
+            broken_images=figures["broken"])
+        if self.process.main:
             self.draw()
-            runtime.write_json(self.folder / "summary.json", summary)
-            what = "curves.png, attention.png"
-            then = f"visualize.py attention PHOTO --weights {self.folder}"
+            write_json(self.folder / "summary.json", summary)
+            written = "curves.png, attention.png"
+            following = f"visualize.py attention PHOTO --weights {self.folder}"
             if config.convnet:  # which has no attention to draw
-                what, then = "curves.png", f"evaluate.py knn --weights {self.folder}"
-            print(f"\nfinished in {summary['minutes']:.1f} minutes; wrote {self.folder}/{what} and "
-                  f"teacher.pt\nnext:  python {then}")
+                written = "curves.png"
+                following = f"evaluate.py knn --weights {self.folder}"
+            print(
+                f"\nfinished in {summary['minutes']:.1f} minutes; wrote {self.folder}/{written} "
+                f"and teacher.pt\nnext:  python {following}")
         return summary
 
     def draw(self):
         """The curves, and where the class token looks in eight images that are held out."""
-        config, val = self.config, self.val
+        import visualize  # only here, at the end of a run
+
+        config = self.config
         visualize.draw_curves(self.folder)
-        some = np.random.default_rng(config.seed).permutation(len(val))[:8]
-        if len(some) and not config.convnet:
+        order = np.random.default_rng(config.seed).permutation(len(self.val))
+        photos = [self.val.read(int(i)) for i in order[:8]]
+        if photos and not config.convnet:
+            # These images have a size of their own: compiling for eight of them does not pay.
             with torch.compiler.set_stance("force_eager"):
-                visualize.draw_attention_page(self.whole, [val.read(int(i)) for i in some],
-                                              config.global_crops_size,
+                visualize.draw_attention_page(self.whole, photos, config.global_crops_size,
                                               self.folder / "attention.png", config.pixels)
 
 
 def read_flags(argv: list[str], kind=Config, presets=PRESETS, program="train.py") -> Config:
-    config = runtime.parse(kind, argv, presets, f"python {program} [PRESET] [--flag value ...]")
+    """The command line as a configuration."""
+    config = parse(kind, argv, presets, f"python {program} [PRESET] [--flag value ...]")
+    # A preset's validation set belongs to its data. With other data, images are held out.
     if "data" in config.given and "val_data" not in config.given:
-        config.val_data = ""  # the preset's would judge by other images than the ones given
+        config.val_data = ""
     return config
 
 
-@runtime.command
+@command
 def main(argv):
     return run(read_flags(argv))
 

@@ -1,22 +1,26 @@
 """Figures: what a Vision Transformer looks at, and how its training went.
 
-    photo --> resized, cut to whole patches --> get_attention --> row of the class token (nh, h, w)
-                                                                    |
-                          every head | their mean | the patches that hold 60 % of the mass
+    photo --> resized, cut to patches --> get_attention --> row of the class token (nh, h, w)
+                                                              |
+                    every head | their mean | the patches that hold 60 % of the mass
 
-Idea     The class token gathers what it needs by attending to patches. Nobody told the network
-         where objects are; the map shows that it found out, which is what made DINO famous.
+    RUN/metrics.jsonl --> losses | balance | k-NN | schedules --> RUN/curves.png
+
+Idea     The class token collects what it needs by attending to patches. No label ever told the
+         network where objects are; the maps of a trained network show them nevertheless, and
+         that made DINO famous.
 Paper    DINO fig. 1 and 3, sec. 4.2.2 and H (mass threshold)
 Try      python visualize.py attention PHOTO --weights RUN_OR_FILE_OR_NAME
          python visualize.py curves RUN
-Change   a new figure is one draw_* function and one branch in main
+Change   a new figure is one draw_* function, a dataclass of its flags, and a line in FIGURES
 Tests    pytest tests/test_visualize.py
 
-Letters  B images, nh heads, h w patches down and across, R registers.
+Letters  B images, nh heads, h w patches down and across, N tokens, H W pixels.
 """
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,17 +28,18 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-import runtime
 from augment import RGB, Pixels, center_crop, normalise
-from data import read_file
-from recipes import read_config
-from runtime import UsageError, require
+from backbones.weights import load_backbone
+from images.data import read_file
+from machinery.flags import UsageError, command, parse, require, user_errors
+from training.config import read_config
 from vit import VisionTransformer
-from weights import load_backbone
 
 
 def pyplot():
-    """matplotlib, without needing a screen."""
+    """matplotlib.pyplot, set up to write files: "Agg" draws without a screen."""
+    # Imported here, because it takes about a second, and most programs that import this file
+    # draw nothing.
     import matplotlib
 
     matplotlib.use("Agg")
@@ -43,64 +48,91 @@ def pyplot():
     return plt
 
 
-# ------------------------------------------------------------------------------------------------
-# Attention
+# ----------------------------------------------------------------------------------------------
+# Attention maps: from images to numbers
 
 
 @torch.no_grad()
 def class_attention(model: VisionTransformer, images: Tensor, block: int = -1,
                     pixels: Pixels = RGB) -> Tensor:
-    """Images (B, C, H, W) -> how the class token attends to patches, (B, nh, h, w).
+    """Images (B, C, H, W) -> how much the class token attends to each patch, (B, nh, h, w).
 
-    Columns of the class token itself and of the registers are left out, so a map sums to less than
-    one: the rest of the attention went to them.
+    The columns of the class token itself and of the registers are left out. So a map adds up to
+    less than one: the rest of the attention went to those tokens.
     """
+    # Row 0 of the attention matrix belongs to the class token. The columns are in the order of
+    # the tokens: class token, registers, then the patches row by row.
     attention = model.get_attention(normalise(images, pixels), block)  # (B, nh, N, N)
     h, w = model.grid(images)
-    return attention[:, :, 0, 1 + model.num_register_tokens:].unflatten(2, (h, w))
+    first_patch = 1 + model.num_register_tokens
+    return attention[:, :, 0, first_patch:].unflatten(2, (h, w))
 
 
 def top_mass(attention: Tensor, share: float = 0.6) -> Tensor:
-    """The smallest set of patches that holds `share` of each map's mass: bool, as (..., h, w)."""
+    """The smallest set of patches that holds `share` of each map's mass: bool, (..., h, w).
+
+    Example with four patches and a share of .6:
+
+        attention, sorted upwards     .1   .2   .3   .4
+        running sum                   .1   .3   .6   1.
+        above 1 - .6 = .4             no   no   yes  yes     these two hold .7, one alone .4
+    """
     flat = attention.flatten(-2)
     values, order = flat.sort(-1)
-    mass = values.cumsum(-1) / values.sum(-1, keepdim=True)
-    # Sorted upwards: whatever comes after the first 1 - share of the mass belongs to the set.
-    keep = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, order, mass > 1 - share)
+    running_sum = values.cumsum(-1) / values.sum(-1, keepdim=True)
+
+    # The patches are sorted upwards, so that what comes after the first 1 - share of the mass
+    # is the set. `scatter` takes the answers back to where their patches were.
+    in_set = running_sum > 1 - share
+    keep = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, order, in_set)
     return keep.view_as(attention)
 
 
+# ----------------------------------------------------------------------------------------------
+# Attention maps: pictures
+
+
 def fit(image: Tensor, side: int, patch: int) -> Tensor:
-    """Shorter side to `side` pixels, then cut to whole patches: (3, H, W) uint8."""
+    """Shorter side to `side` pixels, then cut to whole patches: (C, H, W) uint8.
+
+    ValueError if not even one patch fits.
+    """
     if side < patch:
         raise ValueError(f"--image_size {side} is smaller than one patch of {patch} pixels")
     image = TF.resize(image, [side], interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
-    h, w = (s // patch * patch for s in image.shape[-2:])
-    return image[:, :h, :w]
+
+    # At most one patch less a pixel is cut off at the right and at the bottom.
+    height, width = image.shape[-2:]
+    return image[:, :height // patch * patch, :width // patch * patch]
 
 
 def enlarge(grid: Tensor, patch: int) -> Tensor:
-    """(..., h, w) -> (..., H, W), each patch a flat square: no detail that was not computed."""
+    """(..., h, w) -> (..., H, W), each patch a flat square.
+
+    Smoothing would show more detail than the network computed: one number for each patch.
+    """
     return grid.repeat_interleave(patch, -2).repeat_interleave(patch, -1)
 
 
 def picture(image: Tensor) -> Tensor:
     """(C, H, W) -> (H, W, 3), from 0 to 1; of other channels than colours, their mean."""
-    image = image / 255 if image.dtype == torch.uint8 else image
+    if image.dtype == torch.uint8:
+        image = image / 255
     if len(image) != 3:
         image = image.mean(0, keepdim=True).expand(3, -1, -1)
     return image.permute(1, 2, 0).clamp(0, 1)
 
 
-def show(axis, picture, title: str = "", **how):
-    axis.imshow(picture.numpy(), **how)
+def masked(image: Tensor, mask: Tensor) -> Tensor:
+    """The image, at a quarter of its brightness where the mask (H, W) is False: (H, W, 3)."""
+    return torch.where(mask[..., None], picture(image), 0.25 * picture(image))
+
+
+def show(axis, picture: Tensor, title: str = "", **options):
+    """Draw a picture (H, W, 3) or a map (H, W) without axes: pixels need no scale."""
+    axis.imshow(picture.numpy(), **options)
     axis.set_title(title, fontsize=9)
     axis.axis("off")
-
-
-def masked(image: Tensor, mask: Tensor) -> Tensor:
-    """The image where the mask is, darkened elsewhere: (H, W, 3)."""
-    return torch.where(mask[..., None], picture(image), 0.25 * picture(image))
 
 
 def draw_attention(model: VisionTransformer, image: Tensor, path: Path, block: int = -1,
@@ -108,178 +140,285 @@ def draw_attention(model: VisionTransformer, image: Tensor, path: Path, block: i
     """One image (C, H, W): every head, their mean, and the mask of the top mass of each."""
     plt = pyplot()
     heads = class_attention(model, image[None], block, pixels)[0]  # (nh, h, w)
-    maps = torch.cat([heads.mean(0, keepdim=True), heads])
+    maps = torch.cat([heads.mean(0, keepdim=True), heads])  # (1 + nh, h, w)
     masks = top_mass(maps, share)
     names = ["mean of heads"] + [f"head {i}" for i in range(len(heads))]
+
+    # The page has bands of two rows: maps above, their masks below. A band holds 7 maps beside
+    # the column of the image. Example: ViT-B has 12 heads, 13 maps with their mean, two bands.
     columns = min(len(maps), 7)
-    bands = math.ceil(len(maps) / columns)  # many heads need several bands of two rows
+    bands = math.ceil(len(maps) / columns)
+
+    # Sizes are in inches: 1.9 for the width of a picture, and .3 of height for its title.
     ratio = image.shape[1] / image.shape[2]
-    fig, axes = plt.subplots(2 * bands, columns + 1, squeeze=False,
-                             figsize=(1.9 * (columns + 1), 2 * bands * (1.9 * ratio + 0.3)))
+    size = (1.9 * (columns + 1), 2 * bands * (1.9 * ratio + 0.3))
+    fig, axes = plt.subplots(2 * bands, columns + 1, squeeze=False, figsize=size,
+                             layout="constrained")
     for axis in axes.flat:
-        axis.axis("off")
+        axis.axis("off")  # places that stay empty
+
     show(axes[0, 0], picture(image), "image")
     for i, (name, grid, mask) in enumerate(zip(names, maps, masks)):
-        row, column = 2 * (i // columns), 1 + i % columns
-        show(axes[row, column], enlarge(grid, model.patch_size), name, cmap="viridis")
-        show(axes[row + 1, column], masked(image, enlarge(mask, model.patch_size)),
-             f"top {share:.0%}")
+        row = 2 * (i // columns)
+        column = 1 + i % columns
+        map_axis = axes[row, column]
+        mask_axis = axes[row + 1, column]
+        show(map_axis, enlarge(grid, model.patch_size), name, cmap="viridis")
+        show(mask_axis, masked(image, enlarge(mask, model.patch_size)), f"top {share:.0%}")
     fig.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(fig)
 
 
 def draw_attention_page(model: VisionTransformer, images: list[Tensor], size: int, path: Path,
                         pixels: Pixels = RGB):
-    """Several images, one column each: image, mean attention, top 60 %. Closes a training run."""
+    """Several images, one column each: the image, the mean of the heads, its top 60 %.
+
+    A training run draws it at its end, of images that were held out.
+    """
     plt = pyplot()
-    device = next(model.parameters()).device
     images = torch.stack([center_crop(image, size) for image in images])
+
+    # The network may be anywhere, and in training mode: it is left as it was.
+    device = next(model.parameters()).device
     was_training = model.training
-    maps = class_attention(model.eval(), images.to(device), -1, pixels).mean(1).cpu()  # (B, h, w)
+    model.eval()
+    attention = class_attention(model, images.to(device), -1, pixels)  # (B, nh, h, w)
     model.train(was_training)
+    maps = attention.mean(1).cpu()  # (B, h, w)
     masks = top_mass(maps)
+
     fig, axes = plt.subplots(3, len(images), figsize=(1.6 * len(images), 4.9), squeeze=False)
     for i, image in enumerate(images):
         show(axes[0, i], picture(image))
         show(axes[1, i], enlarge(maps[i], model.patch_size), cmap="viridis")
         show(axes[2, i], masked(image, enlarge(masks[i], model.patch_size)))
+
+    # One title for each row, over its first picture.
     for axis, title in zip(axes[:, 0], ("image", "class token's attention", "top 60 % of it")):
         axis.set_title(title, fontsize=8, loc="left")
     fig.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(fig)
 
 
-# ------------------------------------------------------------------------------------------------
-# Curves
+# ----------------------------------------------------------------------------------------------
+# Curves of a run: one function for each panel
+#
+# metrics.jsonl has a line of JSON for each log line ("loss", "dino", "dino_entropy", ...,
+# means over the steps since the line before) and one for each evaluation ("knn"). The panels
+# get these rows as dictionaries; training/log.py says what the numbers mean.
+
+LINE_STYLES = {"dino": "-", "ibot": "--"}  # class tokens solid, patches dashed
 
 
-def draw_curves(run: Path) -> Path:
-    """metrics.jsonl -> curves.png: the loss and its parts, balance, k-NN, schedules."""
+def read_metrics(run: Path) -> tuple[list[dict], list[dict]]:
+    """(rows of steps, rows of evaluations) of a run directory; ValueError if there is none."""
     file = run / "metrics.jsonl"
     if not file.exists():
         raise ValueError(f"{run}: no metrics.jsonl in it; is it the directory of a run?")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    config = read_config(run / "config.json")
-    steps = [r for r in rows if "loss" in r]
-    knn = [r for r in rows if "knn" in r]
+    steps = [row for row in rows if "loss" in row]
     if not steps:
         raise ValueError(f"{run}: its metrics.jsonl has no step yet")
-    plt, x = pyplot(), [r["step"] for r in steps]
-    own = config["separate_head"]
-    prototypes = {"dino": config["n_prototypes"],
-                  "ibot": config["ibot_n_prototypes"] if own else config["n_prototypes"]}
-    fig, axes = plt.subplots(1, 4, figsize=(16, 3.2), layout="constrained")
-    terms = [term for term in ("dino", "ibot") if term in steps[0]]
-    for term, style, also in zip(terms, ("-", "--"), ("", "_")):  # "_..." stays out of the legend
-        for color, (key, name) in enumerate(((term, "loss = H + KL"),
-                                             (f"{term}_entropy", "H, entropy of a target"),
-                                             (f"{term}_kl", "KL, still to learn"))):
-            axes[0].plot(x, [r[key] for r in steps], style, color=f"C{color}", label=also + name)
-        axes[1].plot(x, [r[f"{term}_mean_entropy"] for r in steps], style, color="C0",
-                     label=f"entropy of the mean target, {term}")
-        for axis in axes[:2]:
-            axis.axhline(math.log(prototypes[term]), color="gray", ls=":", label=also + "ln K")
-    if not terms:  # others, which know no ln K
-        axes[0].plot(x, [r["loss"] for r in steps], label="loss")
-    dashed = "; dashed: patches" if len(terms) > 1 else ""
-    axes[0].set_title(f"losses, nats: at ln K nothing is known{dashed}", fontsize=10)
-    axes[1].set_ylim(bottom=0)
-    right = axes[1].twinx()
-    right.plot(x, [r["rank"] for r in steps], color="tab:green", label="effective rank (right)")
+    return steps, [row for row in rows if "knn" in row]
+
+
+def draw_losses(axis, steps: list[dict], prototypes: dict[str, int]):
+    """The loss of each objective and its two parts, in nats, below the line of ln K.
+
+    prototypes: K of each objective, by name.
+    """
+    x = [row["step"] for row in steps]
+    for term, K in prototypes.items():
+        # Both objectives have the same three colours. Only the first is named in the legend:
+        # matplotlib leaves out labels that begin with an underscore.
+        hidden = "" if term == next(iter(prototypes)) else "_"
+        style = LINE_STYLES[term]
+        curves = {
+            term: "loss = H + KL", f"{term}_entropy": "H, entropy of a target",
+            f"{term}_kl": "KL, still to be learned"}
+        for i, (key, label) in enumerate(curves.items()):
+            axis.plot(x, [row[key] for row in steps], style, color=f"C{i}",
+                      label=hidden + label)
+        # A uniform answer costs ln K, whatever the target: there the network knows nothing.
+        axis.axhline(math.log(K), color="gray", ls=":", label=f"{hidden}ln K, uniform answers")
+
+    if not prototypes:  # distillation of features alone: a loss without prototypes
+        axis.plot(x, [row["loss"] for row in steps], label="loss")
+    title = "losses; dashed: of patches" if len(prototypes) > 1 else "losses"
+    axis.set_title(title, fontsize=10)
+    axis.set_ylabel("nats" if prototypes else "loss")
+
+
+def draw_balance(axis, steps: list[dict], prototypes: dict[str, int]):
+    """Whether prototypes and directions of the features are in use: both fall in a collapse."""
+    x = [row["step"] for row in steps]
+    for term, K in prototypes.items():
+        style = LINE_STYLES[term]
+        entropies = [row[f"{term}_mean_entropy"] for row in steps]
+        axis.plot(x, entropies, style, color="C0", label=f"mean target, {term}")
+        hidden = "" if term == next(iter(prototypes)) else "_"
+        axis.axhline(math.log(K), color="gray", ls=":", label=f"{hidden}ln K, all in use")
+    axis.set_ylim(bottom=0)
+    axis.set_ylabel("entropy of the mean target, nats")
+
+    # The rank is a number of directions and no entropy, so it gets an axis of its own at the
+    # right, in the colour of its curve.
+    right = axis.twinx()
+    right.plot(x, [row["rank"] for row in steps], color="tab:green", label="effective rank")
     right.set_ylim(bottom=0)
-    right.legend(loc="lower right", fontsize=7)
-    axes[1].set_title("balance: at ln K all prototypes are in use", fontsize=10)
-    axes[2].plot([r["step"] for r in knn], [100 * r["knn"] for r in knn], "o-", label="teacher")
-    if knn and "pixels" in knn[0]:
-        axes[2].axhline(100 * knn[0]["pixels"], color="gray", ls=":", label="raw pixels")
-    axes[2].set_title("k-NN of the teacher, %; at step 0 untrained", fontsize=10)
+    right.set_ylabel("effective rank (green)", color="tab:green")
+    right.tick_params(axis="y", labelcolor="tab:green")
+    axis.set_title("balance: what is in use", fontsize=10)
+
+
+def draw_knn(axis, evaluations: list[dict]):
+    """How often the teacher's neighbours are right, and what raw pixels reach."""
+    x = [row["step"] for row in evaluations]
+    axis.plot(x, [100 * row["knn"] for row in evaluations], "o-", label="teacher")
+    if evaluations and "pixels" in evaluations[0]:
+        pixels = 100 * evaluations[0]["pixels"]
+        axis.axhline(pixels, color="gray", ls=":", label="raw pixels")
+    axis.set_title("k-NN of the teacher; step 0: before training", fontsize=10)
+    axis.set_ylabel("k-NN, %")
+
+
+def draw_schedules(axis, steps: list[dict]):
+    """Learning rate, weight decay and the teacher's temperature, each divided by its peak."""
+    x = [row["step"] for row in steps]
     for key in ("lr", "weight_decay", "teacher_temp"):
-        top = max(r[key] for r in steps) or 1
-        axes[3].plot(x, [r[key] / top for r in steps], label=f"{key} / {top:.2g}")
-    axes[3].set_title("schedules, as a share of their peak", fontsize=10)
+        values = [row[key] for row in steps]
+        peak = max(values)
+        axis.plot(x, [value / (peak or 1) for value in values], label=f"{key}, peak {peak:.2g}")
+    axis.set_ylim(bottom=0)
+    axis.set_title("schedules", fontsize=10)
+    axis.set_ylabel("share of the peak")
+
+
+def draw_curves(run: Path, path: Path | None = None) -> Path:
+    """metrics.jsonl of a run -> a page of four panels; returns its path, RUN/curves.png.
+
+    ValueError where there is no run, or no step in it yet.
+    """
+    steps, evaluations = read_metrics(run)
+
+    # How many prototypes each objective of this run has. Patches have a number of their own
+    # where they have a head of their own.
+    config = read_config(run / "config.json")
+    of_patches = "ibot_n_prototypes" if config["separate_head"] else "n_prototypes"
+    field_of = {"dino": "n_prototypes", "ibot": of_patches}
+    prototypes = {term: config[field] for term, field in field_of.items() if term in steps[0]}
+
+    plt = pyplot()
+    fig, axes = plt.subplots(1, 4, figsize=(17, 4), layout="constrained")
+    fig.get_layout_engine().set(w_pad=0.12)  # inches between the panels
+    draw_losses(axes[0], steps, prototypes)
+    draw_balance(axes[1], steps, prototypes)
+    draw_knn(axes[2], evaluations)
+    draw_schedules(axes[3], steps)
+
+    # The legends stand below the panels, where they cannot hide a curve.
     for axis in axes:
         axis.set_xlabel("step")
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7, framealpha=0.5)
-    fig.savefig(run / "curves.png", dpi=110)
-    plt.close(fig)
-    return run / "curves.png"
-
-
-def draw_growth(found: dict[str, list[dict]], path: Path) -> Path:
-    """What `bench.py growth` found, a panel for each thing that grows; the last one is a legend."""
-    plt = pyplot()
-    fig, axes = plt.subplots(2, 4, figsize=(14, 5.6), layout="constrained")
-    for axis, (name, rows) in zip(axes.flat, found.items()):
-        x = [row["value"] for row in rows]
-        axis.set_xscale("symlog" if 0 in x else "log", base=2)
-        axis.set_xticks(x, [f"{n // 1024}k" if n > 9999 else f"{n}" for n in x])
-        axis.minorticks_off()
-        axis.set_xlabel(name)
-        if name == "processes":
-            rate = [row["images_per_second"] for row in rows]
-            lines = [(axis, rate, "^-", "tab:green"),
-                     (axis, [rate[0] * n for n in x], ":", "gray")]
-        else:
-            lines = [(axis, [1e3 * row["seconds_per_image"] for row in rows], "o-", "tab:blue"),
-                     (axis.twinx(), [row["peak_memory_gb"] for row in rows], "s--", "tab:orange")]
-        for side, y, style, color in lines:
-            side.plot(x, y, style, color=color)
-            side.set_ylim(0, 1.1 * max(y))
-    for style, color, label in (("o-", "tab:blue", "milliseconds an image (left)"),
-                                ("s--", "tab:orange", "peak memory, GB (right)"),
-                                ("^-", "tab:green", "images a second, all processes"),
-                                (":", "gray", "the same if nothing were lost")):
-        axes.flat[-1].plot([], [], style, color=color, label=label)
-    axes.flat[-1].axis("off")
-    axes.flat[-1].legend(loc="center", frameon=False)
+            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=8,
+                        frameon=False)
+    path = path or run / "curves.png"
     fig.savefig(path, dpi=110)
     plt.close(fig)
     return path
 
 
-# ------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
+# The program: a table of figures, each with its own flags
 
 
 @dataclass
-class Config:
+class AttentionConfig:
     # -- attention
-    weights: str = ""  # a run, a released name such as dino_vits8, a URL, or a file
-    image_size: int = 480  # shorter side of the photo in pixels, before cutting to whole patches
-    block: int = -1  # which block's attention; -1 is the last
-    share: float = 0.6  # share of the mass that the mask holds
-    output: str = ""  # the picture to write; empty: attention.png here
+    weights: str = ""  # the network: a run, a released name such as dino_vits8, a URL, a file
+    image_size: int = 480  # shorter side of the photo in pixels, before it is cut to patches
+    block: int = -1  # the block whose attention is drawn; -1: the last
+    share: float = 0.6  # share of the attention that the patches of a mask hold together
+    output: str = ""  # the picture to write; empty: attention.png in this folder
 
 
-USAGE = "python visualize.py attention PHOTO --weights RUN_OR_FILE_OR_NAME | curves RUN"
+@dataclass
+class CurvesConfig:
+    # -- curves
+    output: str = ""  # the picture to write; empty: curves.png in the run's directory
 
 
-@runtime.command
+def draw_photo(photo: str, config: AttentionConfig) -> Path:
+    """Where the class token looks in one photo: every head, their mean, masks."""
+    if not config.weights:
+        raise UsageError("--weights: give a run, a file, or a released name such as dino_vits8")
+    require(config, lambda x: 0 < x < 1, "between 0 and 1", "share")
+    model = load_backbone(config.weights)
+    if not isinstance(model, VisionTransformer):
+        raise UsageError(f"--weights {config.weights}: a convnet, which has no attention")
+
+    # The photo is read in the channels that the network was trained on: grey, colours, or more.
+    try:
+        image = read_file(Path(photo), model.pixels.channels)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{photo}: not a readable image ({error})") from None
+    image = fit(image, config.image_size, model.patch_size)
+    path = Path(config.output or "attention.png")
+    draw_attention(model, image, path, config.block, config.share, model.pixels)
+    return path
+
+
+def draw_run(run: str, config: CurvesConfig) -> Path:
+    """Losses, balance, k-NN and schedules of one training run over its steps."""
+    return draw_curves(Path(run), Path(config.output) if config.output else None)
+
+
+@dataclass
+class Figure:
+    """One command of this program."""
+
+    arguments: str  # what has to be typed after its name
+    flags: type  # a dataclass
+    draw: Callable  # (photo or run, the dataclass with its values) -> path of the picture
+
+
+FIGURES = {
+    "attention": Figure("PHOTO --weights RUN_OR_FILE_OR_NAME", AttentionConfig, draw_photo),
+    "curves": Figure("RUN", CurvesConfig, draw_run)}
+
+USAGE = "python visualize.py " + " | ".join(f"{name} {figure.arguments}"
+                                            for name, figure in FIGURES.items())
+
+
+def overview() -> str:
+    """The answer to `python visualize.py --help`: the figures, and where their flags are."""
+    lines = [f"usage: {USAGE}", "", "The figures:"]
+    for name, figure in FIGURES.items():
+        lines.append(f"  {name:10s} {figure.draw.__doc__.splitlines()[0]}")
+    lines += ["", "python visualize.py FIGURE --help lists the flags of that figure"]
+    return "\n".join(lines)
+
+
+@command
 def main(argv):
-    what, target, rest = argv[:1], argv[1:2], argv[2:]
-    if argv[:1] in (["-h"], ["--help"]):
-        return runtime.parse(Config, argv, usage=USAGE)
-    if what not in (["attention"], ["curves"]) or not target or target[0].startswith("--"):
+    help_flags = ("-h", "--help")
+    if argv and argv[0] in help_flags:
+        print(overview())
+        return None
+    if not argv or argv[0] not in FIGURES:
         raise UsageError(f"usage: {USAGE}")
-    with runtime.usage():
-        if what == ["curves"]:
-            runtime.parse(Config, rest, usage=USAGE)
-            path = draw_curves(Path(target[0]))
-        else:
-            config = runtime.parse(Config, rest, usage=USAGE)
-            if not config.weights:
-                raise UsageError("--weights: give a run, a file, or a released name such as "
-                                 "dino_vits8")
-            require(config, lambda x: 0 < x < 1, "between 0 and 1", "share")
-            model, path = load_backbone(config.weights), Path(config.output or "attention.png")
-            if not isinstance(model, VisionTransformer):
-                raise UsageError(f"--weights {config.weights}: a convnet, which has no attention")
-            try:
-                image = read_file(Path(target[0]), model.pixels.channels)
-            except (OSError, ValueError) as error:
-                raise UsageError(f"{target[0]}: not a readable image ({error})") from None
-            image = fit(image, config.image_size, model.patch_size)
-            draw_attention(model, image, path, config.block, config.share, model.pixels)
+    figure = FIGURES[argv[0]]
+    usage = f"python visualize.py {argv[0]} {figure.arguments} [--flag ...]"
+
+    # The second word is the photo or the run; only --help may stand in its place.
+    if argv[1:] and argv[1] in help_flags:
+        return parse(figure.flags, argv[1:], usage=usage)
+    if not argv[1:] or argv[1].startswith("--"):
+        raise UsageError(f"usage: {USAGE}")
+    target = argv[1]
+    with user_errors():
+        config = parse(figure.flags, argv[2:], usage=usage)
+        path = figure.draw(target, config)
     print(f"wrote {path}")
     return path
 

@@ -9,15 +9,18 @@
                                                                 |
                                  norm --> class token (B, D), patch tokens (B, P, D)
 
-Idea     Everything except attention treats each token alone, so crops of all sizes share one long
-         sequence (packing) and only attention splits it. Nothing is padded, no mask is built.
-Paper    ViT (Dosovitskiy 2021) sec. 3; DINO sec. 3.2; DINOv2 sec. 5; registers (Darcet 2024) sec. 2
+Idea     Everything except attention treats each token alone. So crops of all sizes share one
+         long sequence (packing), and only attention splits it again. Nothing is padded, and no
+         mask is needed to keep images apart.
+Paper    ViT (Dosovitskiy 2021) sec. 3; DINO sec. 3.2; DINOv2 sec. 5; registers (Darcet 2024)
+         sec. 2
 Try      python vit.py          parameters and tokens of every architecture, and packing checked
 Change   a new feed-forward layer is one class below and one line in FFNS
 Tests    pytest tests/test_vit.py
 
 Letters  B images, H W pixels, h w patches, P = h*w, R registers, N = 1 + R + P tokens, D width,
-         nh heads, hd = D/nh, T tokens of all crops together; b n one group: b images of n tokens.
+         nh heads, hd = D/nh, T tokens of all crops together; b n one group: b images of n
+         tokens.
 """
 
 from typing import NamedTuple
@@ -27,25 +30,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# ------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # From pixels to tokens
 
 
 class PatchEmbed(nn.Module):
-    """Cut (B, C, H, W) into p x p patches and project each to D numbers: (B, P, D).
+    """Cut (B, C, H, W) into p x p patches and project each to D numbers: (B, P, D). ViT eq. 1.
 
-    A stride-p convolution is that projection. When a side is no multiple of p the last rows or
-    columns are left out, which is what the model cards of DINOv2 promise.
+    When a side is not a multiple of p, the last rows or columns of pixels are left out, which
+    is what the model cards of DINOv2 promise.
     """
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
         super().__init__()
         self.patch_size = patch_size
-        # keeps PyTorch's own initialisation, as the official code does
+        # A convolution whose stride is its kernel size multiplies each patch by the same
+        # matrix. It keeps PyTorch's own initialisation, as in the official code.
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.proj(images)  # (B, D, h, w)
+        # Patches in reading order: row by row, from the top left. Everything that puts tokens
+        # back into an image (attention maps, depth, segmentation) relies on this order.
         x = x.flatten(2).transpose(1, 2)  # (B, h*w, D)
         return x
 
@@ -53,10 +59,12 @@ class PatchEmbed(nn.Module):
 def inflate(weight: Tensor, channels: int) -> Tensor:
     """A patch embedding (D, C, p, p) for images of other channels: (D, channels, p, p).
 
-    More channels repeat the old ones in turn, fewer get their mean. The sum over channels stays:
-    an image that is the same in all of them has about the tokens that it had.
+    More channels repeat the old ones in turn, fewer get their mean. The sum over channels stays
+    the same, so that an image that is equal in all channels has about the tokens that it had
+    before.
     """
     C = weight.shape[1]
+    # From red, green, blue to five channels: red, green, blue, red, green, each times 3/5.
     if channels > C:
         weight = weight[:, torch.arange(channels) % C]  # (D, channels, p, p)
     elif channels < C:
@@ -64,82 +72,95 @@ def inflate(weight: Tensor, channels: int) -> Tensor:
     return weight * (C / channels)
 
 
-def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], rule: str) -> Tensor:
-    """Positions (1, 1 + M*M, D) learned on an M x M grid, resampled to `grid` = (h, w) patches.
+# How a table of M x M positions is brought to h x w patches: (h, w), M -> arguments of
+# F.interpolate. Two rules exist because two generations of released weights were trained with
+# them, and they differ visibly.
+#   offset     DINO, and DINOv2 without registers: bicubic by the *scale* (h + 0.1) / M. The 0.1
+#              kept a rounded product from being one too small, and PyTorch maps coordinates with
+#              that same scale, so the released weights depend on it.
+#   antialias  DINOv2 with registers: bicubic to the *size* (h, w), with antialiasing.
+POS_EMBED_RESIZE = {
+    "offset": lambda grid, side: dict(scale_factor=tuple((n + 0.1) / side for n in grid)),
+    "antialias": lambda grid, side: dict(size=grid, antialias=True)}
 
-    Two rules exist because two generations of released weights were trained with them, and they
-    differ visibly. "offset" (DINO, DINOv2 without registers): bicubic with the *scale*
-    (h + 0.1) / M; the 0.1 kept a float from rounding down to h - 1, and PyTorch maps coordinates
-    with that same scale. "antialias" (DINOv2 with registers): bicubic to the *size* (h, w), with
-    antialiasing.
+
+def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], rule: str) -> Tensor:
+    """Positions (1, 1 + M*M, D) learned on an M x M grid -> (1, 1 + h*w, D) for grid = (h,
+    w).
     """
-    cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
-    side = round(patches.shape[1] ** 0.5)
-    # The shape decides, not the token count: 448 x 112 has as many patches as 224 x 224.
+    cls = pos_embed[:, :1]  # (1, 1, D)
+    patches = pos_embed[:, 1:]
+    side = round(patches.shape[1]**0.5)
+    # Height and width have to be compared, not the number of patches: an image of 448 x 112
+    # pixels has as many patches as one of 224 x 224, but other positions.
     if grid == (side, side):
         return pos_embed
-    how = (
-        dict(scale_factor=((grid[0] + 0.1) / side, (grid[1] + 0.1) / side))
-        if rule == "offset"
-        else dict(size=grid, antialias=True)
-    )
+
+    # The table is treated as a small image with D channels.
     table = patches.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, D, side, side)
-    table = F.interpolate(table, mode="bicubic", **how)  # (1, D, h, w)
+    table = F.interpolate(table, mode="bicubic", **POS_EMBED_RESIZE[rule](grid, side))
     table = table.flatten(2).transpose(1, 2)  # (1, h*w, D)
     return torch.cat([cls, table.to(cls.dtype)], 1)  # (1, 1 + h*w, D)
 
 
-# ------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # The two branches of a block, on packed tokens
+#
+# Example: 2 crops of 5 tokens and 3 crops of 2 tokens are packed into T = 16 rows,
+#
+#     rows    0-4 | 5-9 | 10-11 | 12-13 | 14-15        groups = ((2, 5), (3, 2))
+#     crops    0     1      2       3       4
+#
+# Linear layers and norms see 16 rows. Attention takes rows 0-9 as (2, 5, D), rows 10-15 as (3,
+# 2, D).
 
-Groups = tuple[tuple[int, int], ...]  # one (b, n) per crop size; sum of b*n is T
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k' / sqrt(hd)) v: three times (b, nh, n, hd) -> one. ViT sec. 3.1.
-
-    By torch's kernel, which never stores a pair of tokens. Only in bfloat16 on a CPU the formula
-    itself is taken, to learn and for few tokens: the kernel's backward pass is two to five times
-    as slow there, and its forward pass up to twice.
-    """
-    low_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    if low_cpu and (torch.is_grad_enabled() or q.shape[-2] < 512):
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (b, nh, n, n)
-        return scores.softmax(-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+Groups = tuple[tuple[int, int], ...]  # one (b, n) per crop size; the sum of b*n is T
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, each image of each group for itself. ViT sec. 3.1."""
+    """Multi-head self-attention: a token mixes in what it finds in others. ViT sec. 3.1, eq. 2.
+
+    Each image of each group attends to itself only.
+    """
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim)  # queries, keys and values in one product
         self.proj = nn.Linear(dim, dim)
 
     def split_heads(self, qkv: Tensor, b: int, n: int) -> Tensor:
         """(b*n, 3*D) -> queries, keys, values (3, b, nh, n, hd)."""
+        # The columns of a row are ordered (query | key | value), each of them by heads. The
+        # head has to come before the tokens, because every head multiplies matrices of its own.
         return qkv.view(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
 
     def forward(self, x: Tensor, groups: Groups) -> Tensor:
+        # One product for all tokens of all crops: a linear layer does not mind which crop a row
+        # is from. Attention does, so the rows are split by group, and each group is a batch of
+        # its own.
         qkv = self.qkv(x)  # (T, 3*D)
+        sizes = [b * n for b, n in groups]
         outs = []
-        for (b, n), rows in zip(groups, qkv.split([b * n for b, n in groups])):
+        for (b, n), rows in zip(groups, qkv.split(sizes)):
             q, k, v = self.split_heads(rows, b, n).unbind(0)
             o = attention(q, k, v)  # (b, nh, n, hd)
+            # Heads beside each other again, rows end to end again: (b*n, D).
             outs.append(o.transpose(1, 2).reshape(b * n, -1))
-        return self.proj(torch.cat(outs) if len(outs) > 1 else outs[0])  # (T, D)
+        # With one group there is nothing to join, and torch.cat would copy it.
+        joined = torch.cat(outs) if len(outs) > 1 else outs[0]
+        return self.proj(joined)  # (T, D)
 
     def weights(self, x: Tensor, b: int, n: int) -> Tensor:
-        """What forward never forms: softmax(q k' / sqrt(hd)), (b, nh, n, n). DINO fig. 1."""
+        """softmax(q k' / sqrt(hd)), (b, nh, n, n): what `forward` never forms. DINO fig. 1."""
         q, k, _ = self.split_heads(self.qkv(x), b, n).unbind(0)
-        scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-2, -1)  # (b, nh, n, n)
+        # In float32, whatever the precision of the network: these numbers are looked at.
+        scores = (q.float() * q.shape[-1]**-0.5) @ k.float().transpose(-2, -1)  # (b, nh, n, n)
         return scores.softmax(-1)
 
 
 class Mlp(nn.Module):
-    """Linear, GELU, Linear."""
+    """Linear, GELU, Linear. ViT eq. 3."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -151,15 +172,22 @@ class Mlp(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """silu(gate) * value, Linear. Two thirds of the width keep the MLP's cost. DINOv2 sec. 5."""
+    """silu(gate) * value, then Linear. DINOv2 sec. 5; Shazeer 2020.
+
+    It has three matrices where the MLP has two: two thirds of the width keep the cost the same.
+    """
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        hidden = (int(hidden * 2 / 3) + 7) // 8 * 8  # whole multiples of 8 suit the kernels
-        self.w12 = nn.Linear(dim, 2 * hidden)  # gate first, value second, as in the released keys
+        # Rounded up to a multiple of 8, which the kernels for matrix products prefer.
+        hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
+        self.w12 = nn.Linear(dim,
+                             2 * hidden)  # gate first, value second, as in the released keys
         self.w3 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        # One product for both halves. Each hidden unit has a gate, which decides for this token
+        # how much of the unit's value goes on.
         gate, value = self.w12(x).chunk(2, -1)
         return self.w3(F.silu(gate) * value)
 
@@ -168,7 +196,10 @@ FFNS = {"mlp": Mlp, "swiglu": SwiGLU}
 
 
 class LayerScale(nn.Module):
-    """A learned factor per channel, started near zero so that a deep network starts shallow."""
+    """A learned factor per channel. It starts near zero, so that a deep network starts shallow.
+
+    CaiT (Touvron 2021) sec. 2; DINOv2 starts it at 1e-5.
+    """
 
     def __init__(self, dim: int, init: float):
         super().__init__()
@@ -178,63 +209,92 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-# ------------------------------------------------------------------------------------------------
-# Stochastic depth that skips the work: the plan is drawn outside, the block only follows it
+# ----------------------------------------------------------------------------------------------
+# Stochastic depth that skips the work
+#
+# In training, each residual branch leaves out some of the images. Usually the branch is
+# computed for all of them and multiplied by zero for some. Here it is computed for the kept
+# ones only. Which these are is drawn before the forward pass (the plan), so that the blocks
+# contain no randomness and can be compiled.
 
 
 class Keep(NamedTuple):
-    """Which samples take part in one residual branch of one block."""
+    """Which images take part in one residual branch of one block."""
 
-    rows: Tensor  # (T',) int64, their tokens' places in the packed sequence
-    scale: Tensor  # (T', 1), b / kept, so that the branch keeps its expectation
+    rows: Tensor  # (T',) int64, where their tokens are in the packed sequence
+    scale: Tensor  # (T', 1), b / kept: the factor that keeps the branch's expected value
     groups: Groups  # (kept, n) per crop size
 
 
 def drop_path_plan(
     rates: list[float], groups: Groups, generator: torch.Generator,
-    device: torch.device = torch.device("cpu"),
+    device: torch.device = torch.device("cpu")
 ) -> list[tuple[Keep, Keep] | None]:
-    """Draw, for each block, the samples that its attention and its FFN will see.
+    """Draw for each block the images that its attention and its FFN will see. DINOv2 sec. 5.
 
-    In each group exactly max(int(b * (1 - rate)), 1) of b samples are kept, without replacement and
-    independently for the two branches. None stands for "all of them". DINOv2 sec. 5.
+    In each group exactly max(int(b * (1 - rate)), 1) of b images are kept, without replacement
+    and independently for the two branches. None stands for "all of them".
+
+    Example: one group of b = 4 images of n = 3 tokens, at the rate 0.5. Two images are kept. If
+    the random order of the images is 2, 0, 3, 1, these are images 2 and 0, with the rows
+
+        rows = [6, 7, 8, 0, 1, 2]     scale = 4 / 2 = 2     groups = ((2, 3),)
     """
-    starts = [sum(b * n for b, n in groups[:i]) for i in range(len(groups))]
-    # One permutation per branch and group, drawn on the CPU: the same on every kind of device.
-    tokens = []
-    for (b, n), start in zip(groups, starts):
-        order = torch.rand(2 * len(rates), b, generator=generator).argsort(1)
-        order = order.to(device, non_blocking=device.type != "mps")  # which would read it too late
-        tokens.append(order[:, :, None] * n + torch.arange(n, device=device) + start)
+    # One random order of the images for each branch (two per block) and group. It is drawn on
+    # the CPU, so that it is the same on every kind of device, and sent to the device without
+    # waiting (MPS would read the memory too late).
+    tokens = []  # per group: the rows of all images in that order, (branches, b, n)
+    start = 0
+    for b, n in groups:
+        order = torch.rand(2 * len(rates), b, generator=generator).argsort(1)  # (branches, b)
+        order = order.to(device, non_blocking=device.type != "mps")
+        first_rows = order * n + start  # (branches, b)
+        tokens.append(first_rows[:, :, None] + torch.arange(n, device=device))
+        start += b * n
+
+    # A branch takes the first k images of its random order, of every group. Their number
+    # depends on the rate alone and not on chance, so that the shapes are the same at every
+    # step.
     plan = []
     for i, rate in enumerate(rates):
         kept = tuple((max(int(b * (1 - rate)), 1), n) for b, n in groups)
         if kept == tuple(groups):
             plan.append(None)
             continue
-        scale = torch.cat([torch.full((k * n, 1), b / k, device=device)
-                           for (b, n), (k, _) in zip(groups, kept)])
-        rows = [torch.cat([t[j, :k].flatten() for t, (k, _) in zip(tokens, kept)])
-                for j in (2 * i, 2 * i + 1)]
-        plan.append(tuple(Keep(r, scale, kept) for r in rows))
+        scales = []
+        for (b, n), (k, _) in zip(groups, kept):
+            scales.append(torch.full((k * n, 1), b / k, device=device))
+        scale = torch.cat(scales)  # (T', 1)
+        branches = []
+        for j in (2 * i, 2 * i + 1):  # attention, FFN
+            rows = [t[j, :k].flatten() for t, (k, _) in zip(tokens, kept)]
+            branches.append(Keep(torch.cat(rows), scale, kept))
+        plan.append(tuple(branches))
     return plan
 
 
 def residual(x: Tensor, branch, groups: Groups, keep: Keep | None) -> Tensor:
-    """x + branch(x), the branch run only on the rows of `keep`. x is (T, D)."""
-    if keep is None:
+    """x + branch(x), where the branch runs only on the rows of `keep`. x is (T, D)."""
+    if keep is None:  # nothing is dropped: the teacher, or a rate of 0
         return x + branch(x, groups)
-    some = x.index_select(0, keep.rows)  # (T', D)
-    # Rows are unique, so a copy does what an addition would, without atomics on a GPU.
-    return x.index_copy(0, keep.rows, some + keep.scale * branch(some, keep.groups))  # (T, D)
+
+    # The dropped images pass by unchanged: their rows are neither read nor written here.
+    kept = x.index_select(0, keep.rows)  # (T', D)
+    changed = kept + keep.scale * branch(kept, keep.groups)  # (T', D)
+    # No row occurs twice, so copying rows does what adding to them would do. A copy needs no
+    # atomic additions on a GPU, which are slow and round differently in every run.
+    return x.index_copy(0, keep.rows, changed)  # (T, D)
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each behind a norm and added back (pre-norm)."""
+    """Attention and feed-forward, each behind a norm and added back (pre-norm). ViT eq. 2 and
+    3.
+    """
 
     def __init__(self, dim: int, num_heads: int, hidden: int, ffn_layer: str,
                  layerscale: float | None):
         super().__init__()
+        # Without LayerScale, nn.Identity has no parameters: the keys are those of DINO.
         scale = (lambda: LayerScale(dim, layerscale)) if layerscale else nn.Identity
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
@@ -249,75 +309,95 @@ class Block(nn.Module):
     def feed(self, x: Tensor, groups: Groups) -> Tensor:
         return self.ls2(self.mlp(self.norm2(x)))
 
-    def forward(self, x: Tensor, groups: Groups, keep: tuple[Keep, Keep] | None = None) -> Tensor:
+    def forward(self, x: Tensor, groups: Groups,
+                keep: tuple[Keep, Keep] | None = None) -> Tensor:
+        # First tokens exchange what they know, then each works on it for itself.
         keep_attn, keep_ffn = keep or (None, None)
         x = residual(x, self.attend, groups, keep_attn)
         return residual(x, self.feed, groups, keep_ffn)
 
 
-# ------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # The network
 
 
 class VisionTransformer(nn.Module):
     """ViT of DINO, iBOT and DINOv2. State-dict keys equal the official ones.
 
-    img_size is the side, in pixels, for which the table of positions is built; any other image size
-    (at least one patch) is served by resampling it. Without `mask_token` the keys are DINO's, with
-    it (and LayerScale) DINOv2's. Raises ValueError for sizes or names that do not fit.
+    img_size is the side, in pixels, for which the table of positions is built. Any other image
+    size (at least one patch) is served by resampling the table. Without `mask_token` the keys
+    are those of DINO, with it (and LayerScale) those of DINOv2. ValueError for sizes or names
+    that do not fit.
     """
 
     def __init__(
-        self,
-        img_size: int = 224,
-        patch_size: int = 16,
-        in_chans: int = 3,
-        embed_dim: int = 384,
-        depth: int = 12,
-        num_heads: int = 6,
-        mlp_ratio: float = 4.0,
-        ffn_layer: str = "mlp",  # mlp | swiglu
-        num_register_tokens: int = 0,
-        layerscale: float | None = None,  # DINOv2: 1e-5
-        mask_token: bool = False,
-        drop_path_rate: float = 0.0,
-        drop_path_uniform: bool = False,  # False: rises linearly from 0 to the rate (DINO)
-        pos_embed_resize: str = "offset",  # offset | antialias
+            self,
+            img_size: int = 224,
+            patch_size: int = 16,
+            in_chans: int = 3,
+            embed_dim: int = 384,
+            depth: int = 12,
+            num_heads: int = 6,
+            mlp_ratio: float = 4.0,
+            ffn_layer: str = "mlp",  # a name of FFNS
+            num_register_tokens: int = 0,
+            layerscale: float | None = None,  # DINOv2: 1e-5
+            mask_token: bool = False,
+            drop_path_rate: float = 0.0,
+            drop_path_uniform: bool = False,  # False: rises linearly from 0 to the rate (DINO)
+            pos_embed_resize: str = "offset",  # a name of POS_EMBED_RESIZE
     ):
         super().__init__()
         if ffn_layer not in FFNS:
             raise ValueError(f"ffn_layer {ffn_layer!r}: choose from {', '.join(FFNS)}")
-        if pos_embed_resize not in ("offset", "antialias"):
-            raise ValueError(f"pos_embed_resize {pos_embed_resize!r}: choose offset or antialias")
+        if pos_embed_resize not in POS_EMBED_RESIZE:
+            choices = ", ".join(POS_EMBED_RESIZE)
+            raise ValueError(f"pos_embed_resize {pos_embed_resize!r}: choose from {choices}")
         if img_size < patch_size:
             raise ValueError(f"img_size {img_size} is smaller than one patch of {patch_size}")
+
         self.img_size = img_size // patch_size * patch_size
-        self.patch_size, self.embed_dim, self.depth = patch_size, embed_dim, depth
-        self.num_heads, self.num_register_tokens = num_heads, num_register_tokens
-        self.pos_embed_resize, self.in_chans = pos_embed_resize, in_chans
-        self.activation_checkpointing = False  # True: compute the blocks again in backward
-        self.drop_path_rates = [
-            drop_path_rate if drop_path_uniform else drop_path_rate * i / max(depth - 1, 1)
-            for i in range(depth)
-        ]
+        self.patch_size = patch_size
+        self.in_chans = in_chans
+        self.embed_dim = embed_dim
+        self.depth = depth
+        self.num_heads = num_heads
+        self.num_register_tokens = num_register_tokens
+        self.pos_embed_resize = pos_embed_resize
+        # True: activations inside blocks are not kept, but computed again in the backward pass.
+        self.activation_checkpointing = False
 
-        def token(count):
-            return nn.Parameter(torch.zeros(1, count, embed_dim))
+        # Deeper blocks are dropped more often (DINO), or all at the same rate (DINOv2).
+        if drop_path_uniform:
+            self.drop_path_rates = [drop_path_rate] * depth
+        else:
+            last = max(depth - 1, 1)
+            self.drop_path_rates = [drop_path_rate * i / last for i in range(depth)]
 
+        # What is learned. The names are the official keys, so released weights load as they
+        # are. PyTorch draws the first values of the layers in the order in which they are made:
+        # another order of these lines would give another network for the same seed.
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
-        self.cls_token = token(1)
-        self.pos_embed = token(1 + (img_size // patch_size) ** 2)
-        self.register_tokens = token(num_register_tokens) if num_register_tokens else None
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        positions = 1 + (img_size // patch_size)**2
+        self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim))
+        # A token that a configuration does not use is None and not zeros: then it has no key.
+        self.register_tokens = None
+        if num_register_tokens:
+            self.register_tokens = nn.Parameter(torch.zeros(1, num_register_tokens, embed_dim))
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim)) if mask_token else None
         hidden = int(embed_dim * mlp_ratio)
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, hidden, ffn_layer, layerscale) for _ in range(depth)
-        )
+            Block(embed_dim, num_heads, hidden, ffn_layer, layerscale) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.init_weights(cls_std=1e-6 if layerscale else 0.02)
 
     def init_weights(self, cls_std: float):
-        """Normal(0, .02) for linear layers and positions; DINOv2 starts extra tokens near zero."""
+        """Normal(0, .02) for linear layers and positions; DINOv2 starts extra tokens near
+        zero.
+        """
+        # Values beyond two standard deviations are drawn again (truncated), as in the papers'
+        # code. The mask token stays at zero, where the official code starts it.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -330,10 +410,11 @@ class VisionTransformer(nn.Module):
     # -- tokens in
 
     def grid(self, images: Tensor) -> tuple[int, int]:
-        """Patches down and across: (h, w)."""
-        h, w = (side // self.patch_size for side in images.shape[-2:])
+        """Patches down and across: (h, w). ValueError for images smaller than one patch."""
+        height, width = images.shape[-2:]
+        h = height // self.patch_size
+        w = width // self.patch_size
         if not h or not w:
-            height, width = images.shape[-2:]
             raise ValueError(
                 f"images of {height} x {width} pixels are smaller than a patch of {self.patch_size}"
             )
@@ -343,120 +424,187 @@ class VisionTransformer(nn.Module):
         """Images (B, C, H, W), masks (B, P) bool or None -> tokens (B, N, D)."""
         grid = self.grid(images)
         x = self.patch_embed(images)  # (B, P, D)
-        if masks is not None:  # iBOT sec. 3.1: content hidden, position kept
+
+        # iBOT sec. 3.1: the content of a masked patch is replaced by one learned token. Its
+        # position is added below, as for any other: the network knows where it has to guess.
+        if masks is not None:
             if self.mask_token is None:
                 raise ValueError("masks were given to a ViT built without mask_token=True")
             x = torch.where(masks[:, :, None], self.mask_token.to(x.dtype), x)  # (B, P, D)
+
+        # The class token stands at place 0. It belongs to no patch; what it gathers from them
+        # by attention, block after block, becomes the feature of the whole image.
         cls = self.cls_token.expand(len(x), -1, -1)  # (B, 1, D)
         x = torch.cat([cls, x], 1)  # (B, 1 + P, D)
         x = x + resize_pos_embed(self.pos_embed, grid, self.pos_embed_resize)
-        if self.register_tokens is not None:  # after the positions: registers are nowhere
+
+        # Registers come after the positions are added, because they have no position: they are
+        # spare tokens for what attention wants to keep and no patch should hold. Darcet 2024.
+        if self.register_tokens is not None:
             registers = self.register_tokens.expand(len(x), -1, -1)  # (B, R, D)
             x = torch.cat([x[:, :1], registers, x[:, 1:]], 1)  # (B, N, D)
         return x
 
     def draw_plan(self, images: Tensor | list[Tensor], generator: torch.Generator):
-        """A stochastic-depth plan for these images; None when the rate is 0. See drop_path_plan."""
-        images = images if isinstance(images, (list, tuple)) else [images]
+        """A stochastic-depth plan for these images; None when the rate is 0. See
+        drop_path_plan.
+        """
         if not any(self.drop_path_rates):
             return None
-        extra = 1 + self.num_register_tokens
-        grids = [self.grid(x) for x in images]
-        groups = tuple((len(x), extra + h * w) for x, (h, w) in zip(images, grids))
-        return drop_path_plan(self.drop_path_rates, groups, generator, images[0].device)
+        views = images if isinstance(images, (list, tuple)) else [images]
+        # The number of tokens of each crop size follows from its pixels: the plan can be drawn
+        # before any of them has been computed.
+        groups = []
+        for x in views:
+            h, w = self.grid(x)
+            groups.append((len(x), 1 + self.num_register_tokens + h * w))
+        return drop_path_plan(self.drop_path_rates, tuple(groups), generator, views[0].device)
 
     # -- tokens out
 
     def forward_features(self, images, masks=None, plan=None):
-        """Images (B, C, H, W) -> dictionary of DINOv2; a list of sizes -> a list of dictionaries.
+        """Images (B, C, H, W) -> dictionary of DINOv2; a list of sizes -> a list of
+        dictionaries.
 
-        x_norm_clstoken (B, D), x_norm_regtokens (B, R, D), x_norm_patchtokens (B, P, D), all after
-        the final norm; x_prenorm (B, N, D) before it; masks as given. For a list, `masks` is a list
-        too. `plan` (draw_plan) is stochastic depth, for the student in training only.
+        x_norm_clstoken (B, D), x_norm_regtokens (B, R, D), x_norm_patchtokens (B, P, D), all
+        after the final norm; x_prenorm (B, N, D) before it; masks as given. For a list, `masks`
+        is a list too. `plan` (draw_plan) is stochastic depth, for the student in training only.
         """
-        many = isinstance(images, (list, tuple))
-        images = list(images) if many else [images]
-        masks = list(masks) if many and masks is not None else [masks] * len(images)
-        tokens = [self.prepare_tokens(x, m) for x, m in zip(images, masks, strict=True)]
+        is_list = isinstance(images, (list, tuple))
+        views = list(images) if is_list else [images]
+        if is_list and masks is not None:
+            masks = list(masks)
+        else:
+            masks = [masks] * len(views)
+
+        # Pack: the tokens of all images, one after the other.
+        tokens = [self.prepare_tokens(x, m) for x, m in zip(views, masks, strict=True)]
         groups = tuple((len(t), t.shape[1]) for t in tokens)
         x = torch.cat([t.flatten(0, 1) for t in tokens])  # (T, D)
+
+        x = self.run_blocks(x, groups, plan)
+        normed = self.norm(x)  # (T, D)
+
+        # Unpack: split the rows by crop size, and each crop's tokens by what they are.
+        sizes = [b * n for b, n in groups]
+        first_patch = 1 + self.num_register_tokens
+        outs = []
+        for (b, n), pre, post, mask in zip(groups, x.split(sizes), normed.split(sizes), masks):
+            post = post.view(b, n, -1)  # (b, n, D)
+            out = {
+                "x_norm_clstoken": post[:, 0], "x_norm_regtokens": post[:, 1:first_patch],
+                "x_norm_patchtokens": post[:, first_patch:], "x_prenorm": pre.view(b, n, -1),
+                "masks": mask}
+            outs.append(out)
+        return outs if is_list else outs[0]
+
+    def run_blocks(self, x: Tensor, groups: Groups, plan) -> Tensor:
+        """Packed tokens (T, D) through all blocks: (T, D)."""
         for block, keep in zip(self.blocks, plan or [None] * self.depth, strict=True):
+            # Checkpointing keeps only the input of each block and computes the block once more
+            # in the backward pass: far less memory, about a quarter more time.
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, groups, keep, use_reentrant=False)
             else:
                 x = block(x, groups, keep)
-        normed = self.norm(x)
-        sizes, first = [b * n for b, n in groups], 1 + self.num_register_tokens
-        outs = []
-        for (b, n), pre, post, m in zip(groups, x.split(sizes), normed.split(sizes), masks):
-            post = post.view(b, n, -1)  # (b, n, D)
-            outs.append({
-                "x_norm_clstoken": post[:, 0],
-                "x_norm_regtokens": post[:, 1:first],
-                "x_norm_patchtokens": post[:, first:],
-                "x_prenorm": pre.view(b, n, -1),
-                "masks": m,
-            })
-        return outs if many else outs[0]
+        return x
 
     def forward(self, images, masks=None, plan=None):
         """Normalised class tokens: (B, D), or a list of them for a list of crop sizes."""
+        # The feature that the papers judge is the class token behind the final norm.
         out = self.forward_features(images, masks, plan)
         if isinstance(out, dict):
             return out["x_norm_clstoken"]
         return [o["x_norm_clstoken"] for o in out]
 
-    def get_intermediate_layers(self, images: Tensor, n: int | list[int] = 1, reshape: bool = False,
-                                return_class_token: bool = False, norm: bool = True) -> tuple:
+    def get_intermediate_layers(self, images: Tensor, n: int | list[int] = 1,
+                                reshape: bool = False, return_class_token: bool = False,
+                                norm: bool = True) -> tuple:
         """Patch tokens of the last n blocks, or of the blocks listed in n (0-based).
 
         Each is (B, P, D), or (B, D, h, w) with `reshape`; pairs (patches, class token) with
-        `return_class_token`. The final norm is applied to each unless norm=False (depth heads).
+        `return_class_token`. The final norm is applied to each, unless norm=False (depth
+        heads). ValueError for blocks that do not exist.
         """
         wanted = range(self.depth - n, self.depth) if isinstance(n, int) else list(n)
         if not all(0 <= i < self.depth for i in wanted) or not wanted:
             raise ValueError(f"n={n} asks for blocks that a ViT of depth {self.depth} has not")
+
         x = self.prepare_tokens(images)
-        (b, count), (h, w), first = x.shape[:2], self.grid(images), 1 + self.num_register_tokens
-        x, found = x.flatten(0, 1), {}
+        b, count = x.shape[:2]
+        h, w = self.grid(images)
+        first_patch = 1 + self.num_register_tokens
+
+        # All blocks are run: a later block of the list may be the last one.
+        x = x.flatten(0, 1)  # (b*count, D)
+        outputs = {}
         for i, block in enumerate(self.blocks):
             x = block(x, ((b, count),))
-            if i in wanted:
-                y = (self.norm(x) if norm else x).view(b, count, -1)  # (b, N, D)
-                patches = y[:, first:]
-                if reshape:
-                    patches = patches.transpose(1, 2).reshape(b, -1, h, w)  # (b, D, h, w)
-                found[i] = (patches, y[:, 0]) if return_class_token else patches
-        return tuple(found[i] for i in wanted)
+            if i not in wanted:
+                continue
+            # The final norm was trained on the output of the last block. DINOv2's code applies
+            # it to earlier blocks as well, and so do the linear heads that were released.
+            y = self.norm(x) if norm else x
+            y = y.view(b, count, -1)  # (b, N, D)
+            patches = y[:, first_patch:]
+            if reshape:
+                patches = patches.transpose(1, 2).reshape(b, -1, h, w)  # (b, D, h, w)
+            outputs[i] = (patches, y[:, 0]) if return_class_token else patches
+        return tuple(outputs[i] for i in wanted)
 
     def get_attention(self, images: Tensor, block: int = -1) -> Tensor:
-        """Exact attention of one block: (B, nh, N, N), rows sum to one. Row 0 is the class token's.
+        """Exact attention of one block: (B, nh, N, N); every row sums to one.
 
-        Tokens are ordered class, registers, patches: skip 1 + num_register_tokens columns before
-        reshaping to the (h, w) grid. The fast path stays in use everywhere else.
+        Row 0 is the class token's. Tokens are ordered class, registers, patches: skip the first
+        1 + num_register_tokens columns before reshaping to the (h, w) grid. ValueError for a
+        block that does not exist.
         """
         if not -self.depth <= block < self.depth:
             raise ValueError(f"block {block}: this ViT has blocks 0 to {self.depth - 1}")
         x = self.prepare_tokens(images)
         b, n = x.shape[:2]
-        x, index = x.flatten(0, 1), block % self.depth
+        x = x.flatten(0, 1)  # (b*n, D)
+
+        # Up to the block that is asked for everything runs on the fast path. Only there the
+        # matrix of all pairs is formed, from the same queries and keys.
+        index = block % self.depth
         for layer in self.blocks[:index]:
             x = layer(x, ((b, n),))
         layer = self.blocks[index]
         return layer.attn.weights(layer.norm1(x), b, n)
 
 
-# Heads are 64 wide everywhere, which is also what the kernels like best (DINOv2 sec. 5). Giant is
-# used with ffn_layer="swiglu", the released DINOv2 ones with LayerScale and mask token: arguments.
+# Heads are 64 wide everywhere, which is also what the kernels like best (DINOv2 sec. 5). Giant
+# is used with ffn_layer="swiglu", the released DINOv2 ones with LayerScale and mask token:
+# arguments.
 ARCHS = {
     "vit_pico": dict(embed_dim=64, depth=4, num_heads=1),  # ours: to be distilled from nano
-    "vit_nano": dict(embed_dim=128, depth=4, num_heads=2),  # ours: a laptop trains it in minutes
+    "vit_nano": dict(embed_dim=128, depth=4,
+                     num_heads=2),  # ours: a laptop trains it in minutes
     "vit_tiny": dict(embed_dim=192, depth=12, num_heads=3),
     "vit_small": dict(embed_dim=384, depth=12, num_heads=6),
     "vit_base": dict(embed_dim=768, depth=12, num_heads=12),
     "vit_large": dict(embed_dim=1024, depth=24, num_heads=16),
-    "vit_giant2": dict(embed_dim=1536, depth=40, num_heads=24),
-}
+    "vit_giant2": dict(embed_dim=1536, depth=40, num_heads=24)}
+
+# ----------------------------------------------------------------------------------------------
+# Kernels
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k' / sqrt(hd)) v: three times (b, nh, n, hd) -> one. ViT sec. 3.1.
+
+    PyTorch's scaled_dot_product_attention works tile by tile and never stores the n x n
+    weights.
+    """
+    # In bfloat16 on a CPU the formula itself is faster when gradients are needed or tokens are
+    # few: there the kernel's backward pass is two to five times as slow, its forward pass up to
+    # twice.
+    low_precision_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if low_precision_on_cpu and (torch.is_grad_enabled() or q.shape[-2] < 512):
+        scores = (q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)  # (b, nh, n, n)
+        return scores.softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 if __name__ == "__main__":
@@ -464,14 +612,16 @@ if __name__ == "__main__":
     for name, arch in ARCHS.items():
         with torch.device("meta"):  # shapes without memory: even the giant takes no time
             model = VisionTransformer(**arch)
-        print(f"{name:12s} {sum(p.numel() for p in model.parameters()):12,d}   1 + 14 x 14 = 197")
+        print(
+            f"{name:12s} {sum(p.numel() for p in model.parameters()):12,d}   1 + 14 x 14 = 197")
 
     model = VisionTransformer(img_size=48, patch_size=8, **ARCHS["vit_nano"]).eval()
     crops = [torch.randn(2, 3, 48, 48), torch.randn(6, 3, 24, 24)]
     with torch.no_grad():
-        packed, apart = model(crops), [model(x) for x in crops]
-        attention = model.get_attention(crops[0])
+        packed = model(crops)
+        apart = [model(x) for x in crops]
+        weights = model.get_attention(crops[0])
     worst = max((a - b).abs().max().item() for a, b in zip(packed, apart))
     print(f"\n2 crops of 48 px and 6 of 24 px in one packed forward: differs by {worst:.1e}")
-    print(f"attention of the last block {tuple(attention.shape)}, rows sum to "
-          f"{attention.sum(-1).mean():.6f}")
+    print(f"attention of the last block {tuple(weights.shape)}, rows sum to "
+          f"{weights.sum(-1).mean():.6f}")

@@ -1,6 +1,16 @@
-"""What several test modules share: small runs, kills, groups of processes, a folder of images."""
+"""What several test modules share: small runs, kills, groups of processes, a folder of images.
+
+Nothing is replaced when this module is imported. A module that trains many tiny runs and is not
+about their figures asks for `quick_runs`:
+
+    pytestmark = pytest.mark.usefixtures("quick_runs")
+
+and a fixture of a longer scope, or a process of its own, uses `with without_figures():`.
+"""
 
 import contextlib
+import io
+import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -11,68 +21,131 @@ import pytest
 import torch
 from torchvision.transforms.v2.functional import to_pil_image
 
-import runtime
+import evaluate
 import train
-import visualize
+from augment import photometry
+from machinery.checkpoints import Reader, find_checkpoint, load_checkpoint
+from machinery.flags import parse
+from machinery.process import Process
+from training.config import Config
+from training.recipes import PRESETS
+from vit import VisionTransformer
 
-# A run of seconds: every part of a real one, nothing large.
+# ----------------------------------------------------------------------------------------------
+# Tiny runs
+
+# A run of seconds: every part of a real one, nothing large. 16 steps of 8 images.
 TINY_RUN = (
     "shapes_dino --data shapes:64 --val_data shapes:32:val --epochs 2 --warmup_epochs 0 "
     "--no_auto_scale --lr 1e-3 --lr_scaling none --momentum_teacher 0.98 "
-    "--batch_size_per_gpu 8 --local_crops_number 2 --log_every 2 --save_every 8 --num_workers 0 "
-    "--device cpu --precision fp32 --drop_path_rate 0.2 --global_crops_size 24 "
-    "--local_crops_size 16"
-).split()
+    "--batch_size_per_gpu 8 --local_crops_number 2 --log_every 2 --save_every 8 "
+    "--num_workers 0 --device cpu --precision fp32 --drop_path_rate 0.2 "
+    "--global_crops_size 24 --local_crops_size 16").split()
 TINY_NETWORK = (
     "--patch_size 8 --n_prototypes 32 --head_hidden_dim 32 --head_bottleneck_dim 16 "
-    "--no_use_bn_in_head"
-).split()
+    "--no_use_bn_in_head").split()
 TINY = TINY_RUN + TINY_NETWORK
 
+# After TINY: every ingredient of DINO, iBOT and DINOv2 at once, in one epoch of 8 steps.
+EVERYTHING = (
+    "--ibot_weight 1 --koleo_weight 0.1 --centering sinkhorn --separate_head "
+    "--ibot_n_prototypes 24 --num_register_tokens 1 --ffn_layer swiglu --layerscale 0.1 "
+    "--layerwise_decay 0.9 --clip_mode network --drop_path_uniform --epochs 1 --lr 0.004"
+).split()
 
-def saved(folder):
-    """The newest checkpoint there: (step, tensors by name such as student.backbone.cls_token)."""
-    place = runtime.Place(torch.device("cpu"))
-    path, manifest = runtime.find_checkpoint(folder, place)
-    index = runtime.Reader(path).read_metadata().state_dict_metadata
-    state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in index.items()}
-    runtime.load_checkpoint(path, state, place)
-    return manifest["step"], state
+
+@pytest.fixture
+def tiny():
+    return list(TINY)
+
+
+def tiny_config(output_dir, *flags):
+    """The configuration of a tiny run in this folder; later flags win over those of TINY."""
+    return parse(Config, [*TINY, "--output_dir", str(output_dir), *flags], PRESETS)
+
+
+@contextlib.contextmanager
+def without_figures():
+    """Inside, runs leave out what would take most of a tiny run's time.
+
+    That is the two figures at their end, and the count of the memory that a step will need.
+    """
+    slow = ("training.memory.expected_memory", "visualize.draw_curves",
+            "visualize.draw_attention_page")
+    with contextlib.ExitStack() as stack:
+        for name in slow:
+            stack.enter_context(patch(name, lambda *args: {}))
+        yield
+
+
+@pytest.fixture
+def quick_runs():
+    with without_figures():
+        yield
 
 
 class Killed(Exception):
-    pass
+    """Stands for a kill: nothing in a run catches it."""
 
 
 @contextlib.contextmanager
 def killed_in_step(n):
     """Inside, a run dies when its nth step begins; and it has to."""
-    step, calls = train.train_step, []
+    train_step = train.train_step
+    calls = []
 
     def dies(*args):
         calls.append(1)
         if len(calls) == n:
             raise Killed
-        return step(*args)
+        return train_step(*args)
 
     with patch.object(train, "train_step", dies), pytest.raises(Killed):
         yield
 
 
-# What most of a tiny run's time would go into, and few tests are about: the figures at its end and
-# the memory that it expects.
-WHOLE = [(visualize, "draw_curves"), (visualize, "draw_attention_page"), (train, "expected_memory")]
-WHOLE = [(module, name, getattr(module, name)) for module, name in WHOLE]
-for module, name, _ in WHOLE:
-    setattr(module, name, lambda *args: {})
+# ----------------------------------------------------------------------------------------------
+# What a run left behind
 
 
-@pytest.fixture(autouse=True)
-def whole_runs(request, monkeypatch):
-    if request.node.get_closest_marker("whole_run"):
-        for module, name, function in WHOLE:
-            monkeypatch.setattr(module, name, function)
+def saved(folder):
+    """The newest checkpoint: (step, tensors by name, such as student.backbone.cls_token)."""
+    process = Process(torch.device("cpu"))
+    path, manifest = find_checkpoint(folder, process)
+    index = Reader(path).read_metadata().state_dict_metadata
+    state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in index.items()}
+    load_checkpoint(path, state, process)
+    return manifest["step"], state
 
+
+def teacher_of(run):
+    """The tensors of a run's teacher.pt."""
+    return torch.load(run / "teacher.pt", weights_only=True)
+
+
+def heads_of(run):
+    """The parts of a run's heads.pt, each a dictionary of tensors."""
+    return torch.load(run / "heads.pt", weights_only=True)
+
+
+def metrics_of(run):
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in open(run / "metrics.jsonl")]
+
+
+def same_tensors(a, b):
+    """Whether two dictionaries hold the same tensors, bit for bit."""
+    return set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def views_of(batch):
+    """The global, then the local crops of a batch, coloured: one tensor (B, 3, s, s) each."""
+    crops = [*batch["global_crops"], *batch["local_crops"]]
+    return [photometry(pixels, draws) for pixels, draws in zip(crops, batch["photometry"])]
+
+
+# ----------------------------------------------------------------------------------------------
+# Groups of processes
 
 PROCESSES = multiprocessing.get_context("forkserver")  # imports torch once, for all of them
 PROCESSES.set_forkserver_preload(["distill", "evaluate"])
@@ -83,11 +156,17 @@ def pytest_sessionstart():
 
 
 def as_rank(rank, world, port, function, args):
+    """What a started process does: take its place in the group, then call the function.
+
+    What it prints is not shown; an exception is, on stderr.
+    """
     if world > 1:
-        os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
-                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    function(rank, *args)
+    with contextlib.redirect_stdout(io.StringIO()):
+        function(rank, *args)
 
 
 def start(function, *args, world=2):
@@ -95,23 +174,23 @@ def start(function, *args, world=2):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    processes = [PROCESSES.Process(target=as_rank, args=(rank, world, port, function, args))
-                 for rank in range(world)]
+    processes = [
+        PROCESSES.Process(target=as_rank, args=(rank, world, port, function, args))
+        for rank in range(world)]
     for p in processes:
         p.start()
     return processes
 
 
 def finish(processes):
-    """They end, and well."""
+    """Wait until they end, and check that they end well."""
     for p in processes:
         p.join()
     assert [p.exitcode for p in processes] == [0] * len(processes)
 
 
-@pytest.fixture
-def tiny():
-    return list(TINY)
+# ----------------------------------------------------------------------------------------------
+# Images
 
 
 @pytest.fixture
@@ -124,3 +203,25 @@ def photos(tmp_path):
         image = torch.randint(0, 256, (3, 40 + i, 50), generator=generator, dtype=torch.uint8)
         to_pil_image(image).save(folder / f"{i:02d}.{'png' if i % 3 else 'jpg'}")
     return tmp_path / "photos"
+
+
+# ----------------------------------------------------------------------------------------------
+# Evaluations
+
+
+@pytest.fixture(scope="session")
+def small_backbone(tmp_path_factory):
+    """The file of a ViT for 16 pixels with random weights: patches of 8, width 64, 4 blocks."""
+    torch.manual_seed(0)
+    model = VisionTransformer(16, 8, embed_dim=64, depth=4, num_heads=1)
+    file = tmp_path_factory.mktemp("weights") / "backbone.pth"
+    torch.save(model.state_dict(), file)
+    return str(file)
+
+
+def run_evaluate(line, **flags):
+    """evaluate.main on a line of words and some flags more, on the CPU -> the results."""
+    argv = line.split()
+    for name, value in flags.items():
+        argv += [f"--{name}", str(value)]
+    return evaluate.main([*argv, "--num_workers", "0", "--device", "cpu"])

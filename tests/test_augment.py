@@ -15,7 +15,6 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as TF
 
-import runtime
 from augment import (
     MASK_SHAPES,
     ORDERS,
@@ -32,6 +31,7 @@ from augment import (
     photometry,
     pixels_of,
 )
+from machinery.process import keep_freed_memory, start_process
 
 
 def one_by_one(crops, params):
@@ -65,10 +65,10 @@ def test_photometry_equals_torchvision(view):
     )
     params = draw(view, 48)
     params[:24, 0] = torch.arange(24)  # every order of the four jitters
-    ours, theirs = photometry(crops, params), one_by_one(crops, params)
+    batched, looped = photometry(crops, params), one_by_one(crops, params)
     # A pixel within rounding of the threshold may be solarized by one and not by the other.
-    apart = ((ours - theirs).abs() > 1e-4).sum().item()  # in units of the normalised image
-    assert apart <= (0.0005 * ours.numel() if view == 1 else 0)
+    apart = ((batched - looped).abs() > 1e-4).sum().item()  # in units of the normalised image
+    assert apart <= (0.0005 * batched.numel() if view == 1 else 0)
 
 
 def test_one_channel_has_no_colours():
@@ -78,15 +78,18 @@ def test_one_channel_has_no_colours():
     for i, (order, brightness, contrast, _, _, _, sigma, solarize) in enumerate(params.tolist()):
         x = crops[i]
         for op in ORDERS[int(order)]:
-            x = {0: lambda y: TF.adjust_brightness(y, brightness),
-                 1: lambda y: TF.adjust_contrast(y, contrast)}.get(op, lambda y: y)(x)
+            x = {
+                0: lambda y: TF.adjust_brightness(y, brightness),
+                1: lambda y: TF.adjust_contrast(y, contrast),
+            }.get(op, lambda y: y)(x)
         if sigma:
             x = TF.gaussian_blur(x, [9, 9], [sigma, sigma])
         if solarize:
             x = TF.solarize(x, SOLARIZE_THRESHOLD)
         expected = TF.normalize(x, *pixels)
-        torch.testing.assert_close(photometry(crops[i : i + 1], params[i : i + 1], pixels)[0],
-                                   expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            photometry(crops[i : i + 1], params[i : i + 1], pixels)[0], expected, rtol=0, atol=1e-4
+        )
     five = photometry(torch.rand(24, 5, 24, 20), params, pixels_of(5, (0.5,) * 5, (1.0,) * 5))
     assert five.shape == (24, 5, 24, 20) and five.abs().max() <= 0.5
 
@@ -143,14 +146,14 @@ def test_views_follow_from_the_generator():
 def test_chances(view):
     params = draw(view, 4000)
     chance = {k: v[view] for k, v in PHOTOMETRY["dino"].items() if k != "strength"}
-    seen = dict(
+    happened = dict(
         jitter=params[:, 0] >= 0,
         gray=params[:, 5] > 0,
         blur=params[:, 6] > 0,
         solarize=params[:, 7] > 0,
     )
     for name, p in chance.items():
-        assert abs(seen[name].float().mean().item() - p) < 0.03, name
+        assert abs(happened[name].float().mean().item() - p) < 0.03, name
     assert params[:, 1].min() >= 0.6 and params[:, 1].max() <= 1.4
     assert params[:, 4].abs().max() <= 0.1
 
@@ -173,6 +176,7 @@ def test_masks_hide_what_was_asked(shape):
 
 def test_block_masks_are_blocks():
     """Hidden patches lie together: most have a hidden neighbour, unlike random ones."""
+
     def together(shape):
         rng, share = np.random.default_rng(0), []
         for _ in range(50):
@@ -209,23 +213,26 @@ def test_masking_of_a_batch():
     assert not torch.equal(again["masks"], other["masks"])
 
 
-def race(batch=64, rounds=7):
-    """PYTHONPATH=. python tests/test_augment.py: all ten crops of DINO against the loop."""
-    runtime.keep_freed_memory(runtime.start("cpu"))  # as train.py does
-    sizes = ((224, 0, 1), (224, 1, 1), (96, 2, 8))
-    views = [(torch.randint(256, (batch * count, 3, size, size), dtype=torch.uint8),
-              draw(view, batch * count)) for size, view, count in sizes]
-    seconds = []
+def measure_photometry(batch=64, rounds=7):
+    """Time photometry beside the loop, by turns, on all ten crops of DINO. This is no test:
+    PYTHONPATH=. python tests/test_augment.py prints it, for docs/results.md.
+    """
+    keep_freed_memory(start_process("cpu"))  # as train.py does
+    views = []
+    for size, view, count in ((224, 0, 1), (224, 1, 1), (96, 2, 8)):
+        crops = torch.randint(256, (batch * count, 3, size, size), dtype=torch.uint8)
+        views.append((crops, draw(view, batch * count)))
+    seconds = {photometry: [], one_by_one: []}
     for _ in range(rounds):
-        for paint in (photometry, one_by_one):
+        for function in seconds:
             begun = time.perf_counter()
             for crops, params in views:
-                paint(crops, params)
-            seconds.append(time.perf_counter() - begun)
-    ours, loop = seconds[::2], seconds[1::2]
-    print(f"{np.median(ours):.3f} s, the loop {np.median(loop):.3f} s: "
-          f"{np.median(np.divide(loop, ours)):.2f} times")
+                function(crops, params)
+            seconds[function].append(time.perf_counter() - begun)
+    batched, looped = seconds[photometry], seconds[one_by_one]
+    ratio = np.median(np.divide(looped, batched))
+    print(f"{np.median(batched):.3f} s, the loop {np.median(looped):.3f} s: {ratio:.2f} times")
 
 
 if __name__ == "__main__":
-    race()
+    measure_photometry()

@@ -1,19 +1,19 @@
 """Claims
 1. Two processes move as one would on the joined batch: centre, Sinkhorn-Knopp (unequal counts,
-   padding); ten whole steps of DINO and of DINOv2 (masks, stochastic depth, KoLeo), with DDP and
-   with FSDP, in both ways to clip; in bfloat16 near to that.
-2. When one of two processes is asked to stop, both save and go; what they saved with FSDP goes on
-   with one process and whole tensors.
-3. One process goes on as two (DDP), and they as three (FSDP): the same images, crops and colours
-   follow, and the same losses.
-4. Features and k-NN of two processes are exactly those of one, for odd sizes too.
+   padding); ten whole steps of DINO and of DINOv2 (masks, stochastic depth, KoLeo), with DDP
+   and with FSDP, in both ways to clip; in bfloat16 near to that.
+2. When one of two processes is asked to stop, both save and go; what they saved with FSDP goes
+   on with one process and whole tensors.
+3. One process goes on as two (DDP), and they as three (FSDP): the same images, crops and
+   colours follow, and the same losses.
+4. Features of two processes are those of one, for an odd number of images too.
 
-What two processes can tell is asked in one go: starting them is what costs time.
+Whatever two processes can tell is asked in one go, by `two_processes`: starting them is what
+costs time. The tests then compare what they wrote down with what one process finds.
 """
 
 import contextlib
 import functools
-import json
 import os
 import signal
 from dataclasses import replace
@@ -21,28 +21,40 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import TINY, finish, metrics_of, saved, start, without_figures
 
-import runtime
 import train
-from augment import Masking, collate, hidden_places
-from conftest import TINY, finish, saved, start
-from data import open_images
-from features import extract
+from augment import Masking, MultiCrop, collate, hidden_places
+from evaluation.extract import extract
+from images.data import Views, open_images
 from losses import (EMACenter, SinkhornKnopp, all_sum, entropies, koleo_loss, make_targets,
                     patch_loss, view_pair_loss)
-from recipes import PRESETS, Config
-from runtime import Place, UsageError, parse, whole_state
+from machinery.checkpoints import whole_state
+from machinery.flags import UsageError, parse
+from machinery.process import Process, start_process
+from training.config import Config
+from training.optim import (OPTIMIZERS, clip_gradients, ema_update, parameter_groups,
+                            set_schedule)
+from training.recipes import PRESETS
 from vit import VisionTransformer
 
-
-METHODS = {  # what differs, how a process runs it, and what it is compared with
-    "dino": ["--centering", "ema", "--clip_mode", "parameter"],
+ALONE = Process(torch.device("cpu"))
+FLAGS = [*TINY, "--drop_path_rate", "0"]
+METHODS = {
+    "dino": "--centering ema --clip_mode parameter",
     "dinov2": "--centering sinkhorn --ibot_weight 1 --koleo_weight 0.1 --drop_path_rate 0.3 "
-    "--separate_head --ibot_n_prototypes 24 --clip_mode network".split(),
+    "--separate_head --ibot_n_prototypes 24 --clip_mode network",
     "dinov2, each tensor clipped": "--centering sinkhorn --ibot_weight 1 --koleo_weight 0.1 "
-    "--drop_path_rate 0.3 --clip_mode parameter".split(),
-}
+    "--drop_path_rate 0.3 --clip_mode parameter"}
 STEPS = 10
+
+
+def config_of(method, *more):
+    return parse(Config, [*FLAGS, *METHODS[method].split(), *more], PRESETS)
+
+
+# ----------------------------------------------------------------------------------------------
+# Ten steps of two processes, and the same ten steps of one
 
 
 @functools.cache
@@ -50,240 +62,283 @@ def images():
     return open_images("shapes:64")
 
 
-def share(config, step, rank):
-    """The batch of a process, and its schedules: images, masks and dropped samples of its own."""
-    views = train.Views(images(), train.MultiCrop(24, 16, 2, 2), seed=0)
+def batch_of(config, step, rank):
+    """(batch, schedule) of a process: it has images, masks and dropped samples of its own."""
+    views = Views(images(), MultiCrop(24, 16, 2, 2), seed=0)
     first = 8 * (step % 8) + 4 * rank
     batch = collate([views[0, 0, i] for i in range(first, first + 4)])
     if config.hides_patches:
         masks = Masking((3, 3), (0.2, 0.7))(8, 10 * step + rank)["masks"]
         batch |= hidden_places(masks, 15)
-    now = dict(lr=0.5, last_layer_lr=0.5, weight_decay=0.1, momentum=0.9, teacher_temp=0.05,
-               generator=torch.Generator().manual_seed(100 * step + rank))
-    return batch, now
-
-
-def begin(config, place):
-    student, teacher = train.build(config, place)
-    return student, teacher, train.target_makers(config)
+    schedule = dict(lr=0.5, last_layer_lr=0.5, weight_decay=0.1, momentum=0.9,
+                    teacher_temp=0.05,
+                    generator=torch.Generator().manual_seed(100 * step + rank))
+    return batch, schedule
 
 
 def optimizer_of(student):
-    optimizer = train.OPTIMIZERS["adamw"](train.parameter_groups(student))
+    optimizer = OPTIMIZERS["adamw"](parameter_groups(student))
     for group in optimizer.param_groups:
         group["eps"] = 1.0  # a step as long as its gradient: rounding stays rounding
     return optimizer
 
 
-def ten_steps(config, place, fsdp):
+def ten_steps(config, process, fsdp):
     """(losses, student's and teacher's weights, centres) as the program makes them."""
-    student, teacher, makers = begin(config, place)
+    student, teacher = train.build(config, process)
+    centerings = train.build_centerings(config)
     if fsdp:
-        for each in (student, teacher):
-            backbone, *heads = each.children()
-            runtime.shard(each, list(backbone.blocks), heads, place, config.precision)
+        train.shard(student, config, process)
+        train.shard(teacher, config, process)
         network = student
     else:
         network = train.DistributedDataParallel(student)
-    optimizer, losses = optimizer_of(student), []
+    learner = train.Learner(network, teacher, centerings, optimizer_of(student))
+    losses = []
     for step in range(STEPS):
-        batch, now = share(config, step, place.rank)
-        losses.append(train.train_step(network, teacher, makers, optimizer, batch, now, config,
-                                       place, train.ema_update)["loss"])
+        batch, schedule = batch_of(config, step, process.rank)
+        losses.append(train.train_step(learner, batch, schedule, config, process)["loss"])
     states = [whole_state(x) if fsdp else x.state_dict() for x in (student, teacher)]
-    return torch.stack(losses), *map(dict, states), dict(makers.state_dict())
+    return torch.stack(losses), *map(dict, states), dict(centerings.state_dict())
 
 
 def ten_joined_steps(config):
-    """The same, by one process that has both batches: written out here."""
-    student, teacher, makers = begin(config, Place(torch.device("cpu")))
+    """The same ten steps, written out, by one process that has both batches.
+
+    Where two processes have to exchange something, this one has all of it.
+    """
+    student, teacher = train.build(config, ALONE)
+    centerings = train.build_centerings(config)
     optimizer, losses = optimizer_of(student), []
     for step in range(STEPS):
-        halves = [share(config, step, rank) for rank in (0, 1)]
-        now, loss = halves[0][1], 0.0
-        inputs = [train.to_device(batch, config.pixels, torch.device("cpu")) for batch, _ in halves]
-        weights = [hidden.pop("mask_weights", None) for _, hidden in inputs]
-        with torch.no_grad():
-            seen = [teacher(views[:1], mask_indices=hidden.get("mask_indices"))
-                    for views, hidden in inputs]
-        rows = {name: torch.cat([s[name] for s in seen]) for name in makers}
-        real = {"dino": None, "ibot": None if weights[0] is None else torch.cat(weights) > 0}
-        bias = {name: makers[name](rows[name], 0.05, real[name]) for name in makers}
-        for (views, hidden), w, s, (_, mine) in zip(inputs, weights, seen, halves):
-            plan = student.backbone.draw_plan(views, mine["generator"])
-            said = student(views, plan, **hidden)
-            targets = {name: make_targets(s[name], 0.05, bias[name]) for name in makers}
-            loss = loss + view_pair_loss(targets["dino"].unflatten(0, (2, 4)),
-                                         said["dino"].unflatten(0, (4, 4))) / 2
+        # What each of the two processes has: its views, its masks, and what the teacher says.
+        halves = []
+        for rank in (0, 1):
+            batch, schedule = batch_of(config, step, rank)
+            views, masks = train.to_device(batch, config.pixels, ALONE.device)
+            weights = masks.pop("mask_weights", None)
+            with torch.no_grad():
+                teacher_out = teacher(views[:1], mask_indices=masks.get("mask_indices"))
+            halves.append((views, masks, weights, teacher_out, schedule["generator"]))
+
+        # The biases are those of the joined rows; rows of padding do not count.
+        rows, real, bias = {}, {}, {}
+        for name, centering in centerings.items():
+            rows[name] = torch.cat([teacher_out[name] for *_, teacher_out, _ in halves])
+            real[name] = None
+            if name == "ibot":
+                real[name] = torch.cat([weights for _, _, weights, _, _ in halves]) > 0
+            bias[name] = centering(rows[name], 0.05, real[name])
+
+        # The loss is the mean of the losses of both processes.
+        loss = 0.0
+        for views, masks, weights, teacher_out, generator in halves:
+            student_out = student(views, student.backbone.draw_plan(views, generator), **masks)
+            targets = {}
+            for name in centerings:
+                targets[name] = make_targets(teacher_out[name], 0.05, bias[name])
+            dino = view_pair_loss(targets["dino"].unflatten(0, (2, 4)),
+                                  student_out["dino"].unflatten(0, (4, 4)))
+            loss = loss + dino / 2
             if "ibot" in targets:
-                loss = loss + patch_loss(targets["ibot"], said["ibot"], w, 8) / 2
+                loss = loss + patch_loss(targets["ibot"], student_out["ibot"], weights, 8) / 2
             if config.koleo_weight:  # neighbours among the images of one process
-                first, second = said["features"][:8].chunk(2)
+                first, second = student_out["features"][:8].chunk(2)
                 loss = loss + 0.1 * (koleo_loss(first) + koleo_loss(second)) / 2
+
+        # One step of everything that a step moves.
         optimizer.zero_grad()
         loss.backward()
-        train.clip_gradients(list(student.children()), config.clip_grad, config.clip_mode)
-        train.set_schedule(optimizer, dict(lr=0.5, weight_decay=0.1))
+        clip_gradients(list(student.children()), config.clip_grad, config.clip_mode)
+        set_schedule(optimizer, dict(lr=0.5, weight_decay=0.1))
         optimizer.step()
-        train.ema_update(teacher, student, now["momentum"])
-        for name, maker in makers.items():
-            maker.update(rows[name], real[name])
+        ema_update(teacher, student, 0.9)
+        for name, centering in centerings.items():
+            centering.update(rows[name], real[name])
         losses.append(loss.detach())
-    return (torch.stack(losses), dict(student.state_dict()), dict(teacher.state_dict()),
-            dict(makers.state_dict()))
+    states = [dict(x.state_dict()) for x in (student, teacher, centerings)]
+    return torch.stack(losses), *states
 
 
-def process(rank, flags, folder):
+# ----------------------------------------------------------------------------------------------
+# What two processes do
+
+
+def rows_to_share():
+    """Seven rows of eight logits: a process has three or four of them, or five and two."""
+    return torch.randn(7, 8, generator=torch.Generator().manual_seed(0))
+
+
+def two_processes(rank, folder):
+    """Everything that the tests below want to know of two processes, to FOLDER/RANK.pt."""
     torch.manual_seed(100 + rank)  # nothing may depend on it
-    config = parse(Config, flags, PRESETS)
-    place = train.runtime.start("cpu")
+    process = start_process("cpu")
     out = {"sum": all_sum(torch.tensor(float(rank + 1)))}
-    maker = EMACenter(8)
-    rows = torch.randn(7, 8, generator=torch.Generator().manual_seed(0))
-    maker.update(rows[:3] if rank == 0 else rows[3:])  # unequal counts
-    out["center"] = maker.center
-    out["mean_entropy"] = entropies((rows[:3] if rank == 0 else rows[3:]).softmax(-1))[1]
-    some = 2 * rows[:5] if rank == 0 else 2 * rows[5:]
-    out["bias"] = SinkhornKnopp(8)(some, 0.1)
-    padded = torch.cat([some, torch.randn(3, 8)])
-    out["bias of padded"] = SinkhornKnopp(8)(padded, 0.1, torch.arange(len(padded)) < len(some))
-    for name, more in METHODS.items():
-        method = parse(Config, [*flags, *more], PRESETS)
-        for fsdp in (False, True):
-            out[name, fsdp] = ten_steps(method, place, fsdp)
-    config = parse(Config, [*flags, *METHODS["dinov2"]], PRESETS)
+
+    # Centerings and figures, of unequal numbers of rows and of padded ones.
+    rows = rows_to_share()
+    share = rows[:3] if rank == 0 else rows[3:]
+    centering = EMACenter(8)
+    centering.update(share)
+    out["center"] = centering.center
+    out["mean_entropy"] = entropies(share.softmax(-1))[1]
+    share = 2 * rows[:5] if rank == 0 else 2 * rows[5:]
+    out["bias"] = SinkhornKnopp(8)(share, 0.1)
+    padded = torch.cat([share, torch.randn(3, 8)])
+    real = torch.arange(len(padded)) < len(share)
+    out["bias of padded"] = SinkhornKnopp(8)(padded, 0.1, real)
+
+    # Whole steps of each method.
     for fsdp in (False, True):
-        out["bf16", fsdp] = ten_steps(replace(config, precision="bf16"), place, fsdp)[0]
+        for name in METHODS:
+            out[name, fsdp] = ten_steps(config_of(name), process, fsdp)
+        low = replace(config_of("dinov2"), precision="bf16")
+        out["bf16", fsdp] = ten_steps(low, process, fsdp)[0]
+
+    # Features of an odd number of images.
     model = VisionTransformer(16, 8, embed_dim=64, depth=1, num_heads=1)
     model.load_state_dict(torch.load(f"{folder}/backbone.pt"))
-    out["features"] = extract(model, open_images("shapes:11"), 16, place)
-    config.batch_size_per_gpu, config.output_dir, config.epochs = 4, f"{folder}/run", 1
-    config.parallel, config.clip_mode = "fsdp", "parameter"
-    # one of the two is asked to stop in step 5: both save and go
-    calls, step = [], train.train_step
+    out["features"] = extract(model, open_images("shapes:11"), 16, process)
+
+    # A run, of which one of the two is asked to stop in step 5: both save and go.
+    train_step, calls = train.train_step, []
 
     def stops(*args):
         calls.append(1)
         if len(calls) == 5 and rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(*args)
+        return train_step(*args)
 
     train.train_step = stops
     dist.destroy_process_group()
     os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-    try:
-        train.run(config)
-    except SystemExit as stop:
-        out["exit"] = stop.code
+    with without_figures():
+        try:
+            train.run(replace(run_of_two(folder), parallel="fsdp"))
+        except SystemExit as stop:
+            out["exit"] = stop.code
     torch.save(out, f"{folder}/{rank}.pt")
+
+
+def run_of_two(folder):
+    flags = f"--clip_mode parameter --batch_size_per_gpu 4 --epochs 1 --output_dir {folder}/run"
+    return config_of("dinov2", *flags.split())
 
 
 @pytest.fixture(scope="module")
 def spawned(tmp_path_factory):
+    """(folder, what each of the two processes wrote down, the backbone that they had)."""
     folder = tmp_path_factory.mktemp("two")
-    flags = [*TINY, "--drop_path_rate", "0"]
     torch.manual_seed(0)
     backbone = VisionTransformer(16, 8, embed_dim=64, depth=1, num_heads=1)
     torch.save(backbone.state_dict(), folder / "backbone.pt")
-    finish(start(process, flags, str(folder)))
-    outs = [torch.load(folder / f"{r}.pt", weights_only=False) for r in (0, 1)]
-    return folder, flags, outs, backbone
+    finish(start(two_processes, str(folder)))
+    outs = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    return folder, outs, backbone
+
+
+# ----------------------------------------------------------------------------------------------
+# What they have to agree with
 
 
 def test_sums_and_centre(spawned):
-    _, _, outs, _ = spawned
-    rows = torch.randn(7, 8, generator=torch.Generator().manual_seed(0))
+    _, outs, _ = spawned
+    rows = rows_to_share()
     for out in outs:
         assert out["sum"] == 3
         torch.testing.assert_close(out["center"], 0.1 * rows.mean(0))
         mean = rows.softmax(-1).mean(0)
         torch.testing.assert_close(out["mean_entropy"], torch.special.entr(mean).sum())
-        bias = SinkhornKnopp(8)(2 * rows, 0.1)  # of 7 rows: 5 and 2
+        bias = SinkhornKnopp(8)(2 * rows, 0.1)
         for name in ("bias", "bias of padded"):  # one constant for all prototypes has no effect
             torch.testing.assert_close(out[name] - out[name].mean(), bias - bias.mean())
 
 
+@pytest.fixture(scope="module")
+def joined():
+    """Name of a method -> ten_joined_steps of it, made when it is asked for."""
+    return functools.cache(lambda name: ten_joined_steps(config_of(name)))
+
+
 @pytest.mark.parametrize("fsdp", [False, True])
 @pytest.mark.parametrize("name", METHODS)
-def test_ten_steps_of_two_are_those_of_one(name, fsdp, spawned, joined={}):
-    _, flags, outs, _ = spawned
-    if name not in joined:
-        joined[name] = ten_joined_steps(parse(Config, [*flags, *METHODS[name]], PRESETS))
-    losses, *states = joined[name]
+def test_ten_steps_of_two_are_those_of_one(name, fsdp, spawned, joined):
+    _, outs, _ = spawned
+    losses, *states = joined(name)
     assert losses[-1] < losses[0]
     for out in outs:
         torch.testing.assert_close(out[name, fsdp][0], losses, rtol=1e-5, atol=1e-5)
-        for ours, theirs in zip(states, out[name, fsdp][1:], strict=True):
-            for k in ours:
-                torch.testing.assert_close(ours[k], theirs[k], rtol=1e-4, atol=1e-5, msg=k)
+        for of_one, of_two in zip(states, out[name, fsdp][1:], strict=True):
+            for key in of_one:
+                torch.testing.assert_close(of_one[key], of_two[key], rtol=1e-4, atol=1e-5,
+                                           msg=key)
 
 
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_ten_steps_in_bfloat16_are_near(fsdp, spawned):
-    _, _, outs, _ = spawned
+    _, outs, _ = spawned
     for out in outs:
         near, exact = out["bf16", fsdp], out["dinov2", fsdp][0]
         assert not torch.equal(near, exact)
-        torch.testing.assert_close(near, exact, rtol=2e-2, atol=0)  # products of 8 bits, ten steps
+        # Ten steps whose products have 8 bits of precision.
+        torch.testing.assert_close(near, exact, rtol=2e-2, atol=0)
 
 
 def test_features_of_two_are_those_of_one(spawned):
-    _, _, outs, backbone = spawned
-    alone = extract(backbone, open_images("shapes:11"), 16, Place(torch.device("cpu")))
+    _, outs, backbone = spawned
+    expected = extract(backbone, open_images("shapes:11"), 16, ALONE)
     for out in outs:
-        torch.testing.assert_close(out["features"], alone, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(out["features"], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_saved_by_two_continued_by_one(spawned, capsys):
-    folder, flags, outs, _ = spawned
+def test_saved_by_two_continued_by_one(spawned, capsys, quick_runs):
+    folder, outs, _ = spawned
     assert [out["exit"] for out in outs] == [143, 143]
     assert saved(folder / "run/checkpoint")[0] == 5
-    config = parse(
-        Config,
-        [*flags, *METHODS["dinov2"], "--clip_mode", "parameter", "--batch_size_per_gpu", "4",
-         "--epochs", "1", "--output_dir", str(folder / "run")],
-        PRESETS,
-    )
+    config = run_of_two(folder)
     summary = train.run(config)
     assert "continuing from step 5" in capsys.readouterr().out
     assert summary["steps"] == 8  # 64 images in global batches of 8
-    config.batch_size_per_gpu = 5
     with pytest.raises(UsageError, match="--batch_size_per_gpu"):
-        train.run(config)
+        train.run(replace(config, batch_size_per_gpu=5))
 
 
-def part(rank, folder, steps, world):
-    """So many steps of a run, each written down; then it is asked to stop."""
-    seen, step = [], train.train_step
+# ----------------------------------------------------------------------------------------------
+# A run whose number of processes changes
 
-    def watched(*args):
-        batch = args[4]
-        crops = [batch[f"{kind}_crops"].double() for kind in ("global", "local")]  # (V, B, 3, s, s)
-        looks = [batch["index"], batch["photometry"].sum((0, 2)),
-                 *(x.var((0, 2, 3, 4)) for x in crops)]
-        seen.extend(zip(*(x.tolist() for x in looks)))
-        if len(seen) == steps * len(batch["index"]) and rank == 0:
+
+def part_of_a_run(rank, folder, steps, world):
+    """So many steps of a run, each image of them written down; then it is asked to stop."""
+    looks, train_step = [], train.train_step
+
+    def watched(learner, batch, *args):
+        # Of each image: its number, its colours, and the variance of its crops, which tells
+        # crops of one image from others.
+        columns = [batch["index"], batch["photometry"].sum((0, 2))]
+        for crops in (batch["global_crops"], batch["local_crops"]):  # (V, B, 3, s, s)
+            columns.append(crops.double().var((0, 2, 3, 4)))
+        looks.extend(zip(*(x.tolist() for x in columns)))
+        if len(looks) == steps * len(batch["index"]) and rank == 0:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(*args)
+        return train_step(learner, batch, *args)
 
     train.train_step = watched
-    flags = f"--drop_path_rate 0 --data shapes:24 --batch_size_per_gpu {6 // world} --log_every 1"
-    fsdp = ["--parallel", "fsdp"] if world == 3 else []
-    with contextlib.suppress(SystemExit):
-        train.run(train.read_flags([*TINY, *flags.split(), *fsdp, "--output_dir", folder]))
-    torch.save(seen, f"{folder}/seen-{world}-{rank}.pt")
+    flags = f"--data shapes:24 --batch_size_per_gpu {6 // world} --log_every 1".split()
+    flags += ["--parallel", "fsdp"] if world == 3 else []
+    with contextlib.suppress(SystemExit), without_figures():
+        train.run(train.read_flags([*FLAGS, *flags, "--output_dir", folder]))
+    torch.save(looks, f"{folder}/looks-{world}-{rank}.pt")
 
 
 def test_one_goes_on_as_two_and_they_as_three(tmp_path):
     """DDP, then FSDP: the same images, crops and colours follow, and the same losses."""
-    alone = start(part, str(tmp_path / "whole"), 8, 1, world=1)
+    alone = start(part_of_a_run, str(tmp_path / "whole"), 8, 1, world=1)
     for steps, world in ((3, 1), (2, 2), (3, 3)):
-        finish(start(part, str(tmp_path / "split"), steps, world, world=world))
+        finish(start(part_of_a_run, str(tmp_path / "split"), steps, world, world=world))
     finish(alone)
     runs = [tmp_path / name for name in ("whole", "split")]
-    whole, split = (sorted(look for file in run.glob("seen-*") for look in torch.load(file))
+    whole, split = (sorted(look for file in run.glob("looks-*") for look in torch.load(file))
                     for run in runs)
     assert len(whole) == 8 * 6 and whole == split
-    a, b = ([row["loss"] for row in map(json.loads, open(run / "metrics.jsonl")) if "loss" in row]
-            for run in runs)
+    a, b = ([row["loss"] for row in metrics_of(run) if "loss" in row] for run in runs)
     assert len(a) == 8 and a == pytest.approx(b, rel=1e-5), (a, b)

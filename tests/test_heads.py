@@ -53,17 +53,21 @@ def test_logits_are_cosines():
 
 def test_weight_norm_equals_torch():
     torch.manual_seed(0)
-    ours = Prototypes(6, 10, learn_gain=True).double()
-    ours.weight_g.data.uniform_(0.5, 2)
-    theirs = weight_norm(torch.nn.Linear(6, 10, bias=False)).double()
-    theirs.parametrizations.weight.original0.data.copy_(ours.weight_g.data)
-    theirs.parametrizations.weight.original1.data.copy_(ours.weight_v.data)
+    prototypes = Prototypes(6, 10, learn_gain=True).double()
+    prototypes.weight_g.data.uniform_(0.5, 2)
+    linear = weight_norm(torch.nn.Linear(6, 10, bias=False)).double()
+    linear.parametrizations.weight.original0.data.copy_(prototypes.weight_g.data)
+    linear.parametrizations.weight.original1.data.copy_(prototypes.weight_v.data)
     x = torch.randn(3, 6).double()
-    torch.testing.assert_close(ours(x), theirs(x))
-    ours(x).pow(2).sum().backward()
-    theirs(x).pow(2).sum().backward()
-    torch.testing.assert_close(ours.weight_v.grad, theirs.parametrizations.weight.original1.grad)
-    torch.testing.assert_close(ours.weight_g.grad, theirs.parametrizations.weight.original0.grad)
+    torch.testing.assert_close(prototypes(x), linear(x))
+    prototypes(x).pow(2).sum().backward()
+    linear(x).pow(2).sum().backward()
+    torch.testing.assert_close(
+        prototypes.weight_v.grad, linear.parametrizations.weight.original1.grad
+    )
+    torch.testing.assert_close(
+        prototypes.weight_g.grad, linear.parametrizations.weight.original0.grad
+    )
 
 
 def test_frozen_gain():

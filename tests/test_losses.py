@@ -51,16 +51,16 @@ def naive_dino(student, teacher, center, student_temp, teacher_temp):
 def test_loss_and_gradient_against_the_double_loop(G, L):
     torch.manual_seed(0)
     teacher, center = torch.randn(G, 3, 7).double(), 0.3 * torch.randn(7).double()
-    ours = torch.randn(G + L, 3, 7).double().requires_grad_()
-    theirs = ours.detach().clone().requires_grad_()
-    expected = naive_dino(theirs, teacher, center, 0.1, 0.07)
+    student = torch.randn(G + L, 3, 7).double().requires_grad_()
+    copied = student.detach().clone().requires_grad_()
+    expected = naive_dino(copied, teacher, center, 0.1, 0.07)
     targets = ((teacher - center) / 0.07).softmax(-1)
     # the loss works in float32 whatever it is given: compare at that precision
-    got = view_pair_loss(targets.float(), ours)
-    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
-    got.backward()
+    loss = view_pair_loss(targets.float(), student)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    loss.backward()
     expected.backward()
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(student.grad, copied.grad, rtol=1e-4, atol=1e-5)
 
 
 # Of 20 rows 1, 3 or all at once; the last chunk is shorter than the others.
@@ -69,19 +69,19 @@ def test_chunks_change_nothing_and_keep_nothing(chunk, monkeypatch):
     monkeypatch.setitem(losses.CHUNK, "cpu", chunk)
     torch.manual_seed(0)
     q, weights = torch.randn(20, 7).softmax(-1), torch.rand(20)
-    ours = torch.randn(20, 7).double().requires_grad_()
-    theirs = ours.detach().clone().requires_grad_()
-    expected = -(weights * (q * (theirs / 0.1).log_softmax(-1)).sum(-1)).sum() / 4
+    student = torch.randn(20, 7).double().requires_grad_()
+    copied = student.detach().clone().requires_grad_()
+    expected = -(weights * (q * (copied / 0.1).log_softmax(-1)).sum(-1)).sum() / 4
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        got = patch_loss(q, ours, weights, crops=4)
-    given = {x.untyped_storage().data_ptr() for x in (q, ours)}
+        loss = patch_loss(q, student, weights, crops=4)
+    given = {x.untyped_storage().data_ptr() for x in (q, student)}
     more = [x.numel() for x in kept if x.untyped_storage().data_ptr() not in given]
     assert len(more) < len(kept) and max(more) <= 20  # a number for each row, but no row of K
-    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
-    got.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    loss.backward()
     expected.backward()
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(student.grad, copied.grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("K", [16, 65536])
@@ -97,35 +97,35 @@ def test_no_pair_is_refused():
 
 def test_bias_form_is_the_papers():
     torch.manual_seed(0)
-    logits, maker = torch.randn(2, 5, 9), EMACenter(9)
-    maker.center.copy_(torch.randn(9))
-    targets = make_targets(logits, 0.04, maker(logits, 0.04))
-    torch.testing.assert_close(targets, ((logits - maker.center) / 0.04).softmax(-1))
+    logits, centering = torch.randn(2, 5, 9), EMACenter(9)
+    centering.center.copy_(torch.randn(9))
+    targets = make_targets(logits, 0.04, centering(logits, 0.04))
+    torch.testing.assert_close(targets, ((logits - centering.center) / 0.04).softmax(-1))
 
 
 def test_centre_is_a_running_mean_of_earlier_batches():
     torch.manual_seed(0)
-    maker, expected = EMACenter(4, momentum=0.9), torch.zeros(4)
+    centering, expected = EMACenter(4, momentum=0.9), torch.zeros(4)
     for _ in range(5):
         logits = torch.randn(2, 3, 4)
-        bias = maker(logits, 0.5)
+        bias = centering(logits, 0.5)
         torch.testing.assert_close(bias, -expected / 0.5)  # knows nothing of this batch yet
-        maker.update(logits)
+        centering.update(logits)
         expected = 0.9 * expected + 0.1 * logits.reshape(6, 4).mean(0)
-        torch.testing.assert_close(maker.center, expected)
+        torch.testing.assert_close(centering.center, expected)
 
 
 def test_a_bad_step_leaves_the_centre():
-    maker = EMACenter(4)
-    maker.update(torch.randn(2, 3, 4))
-    before = maker.center.clone()
-    maker.update(torch.full((2, 3, 4), float("nan")), ok=torch.tensor(False))
-    assert torch.equal(maker.center, before)
+    centering = EMACenter(4)
+    centering.update(torch.randn(2, 3, 4))
+    before = centering.center.clone()
+    centering.update(torch.full((2, 3, 4), float("nan")), ok=torch.tensor(False))
+    assert torch.equal(centering.center, before)
 
 
 def test_every_centering_is_a_module_that_returns_a_bias():
-    for maker in CENTERING.values():
-        assert maker(6)(torch.randn(2, 3, 6), 0.1).shape == (6,)
+    for centering in CENTERING.values():
+        assert centering(6)(torch.randn(2, 3, 6), 0.1).shape == (6,)
 
 
 def test_log_figures():
@@ -155,22 +155,22 @@ def naive_sinkhorn(logits, temp, sweeps=3):
 def test_sinkhorn(n, K, temp):
     torch.manual_seed(0)
     logits = 0.3 * torch.randn(n, K).double() + 0.2 * torch.randn(n, 1) + 0.2 * torch.randn(K)
-    maker = SinkhornKnopp(K)
-    targets = make_targets(logits, temp, maker(logits, temp))
+    centering = SinkhornKnopp(K)
+    targets = make_targets(logits, temp, centering(logits, temp))
     # float32 against float64; the exponents reach 25
     torch.testing.assert_close(targets.double(), naive_sinkhorn(logits, temp), rtol=2e-4, atol=1e-7)
     padded = torch.cat([logits, 5 * torch.randn(4, K)])
-    bias = maker(padded, temp, torch.arange(n + 4) < n)
+    bias = centering(padded, temp, torch.arange(n + 4) < n)
     torch.testing.assert_close(make_targets(logits, temp, bias), targets, rtol=1e-4, atol=1e-7)
-    assert maker.state_dict() == {} and not bias.requires_grad
+    assert centering.state_dict() == {} and not bias.requires_grad
 
 
 def test_sinkhorn_of_equal_and_of_extreme_logits():
-    maker = SinkhornKnopp(16)
-    uniform = make_targets(torch.zeros(4, 16), 0.04, maker(torch.zeros(4, 16), 0.04))
+    centering = SinkhornKnopp(16)
+    uniform = make_targets(torch.zeros(4, 16), 0.04, centering(torch.zeros(4, 16), 0.04))
     torch.testing.assert_close(uniform, torch.full((4, 16), 1 / 16))
     far = 100 * torch.randn(8, 16)  # exponents far out of range
-    assert make_targets(far, 0.04, maker(far, 0.04)).isfinite().all()
+    assert make_targets(far, 0.04, centering(far, 0.04)).isfinite().all()
 
 
 def test_patch_loss_against_the_loop():
@@ -179,36 +179,35 @@ def test_patch_loss_against_the_loop():
     M, K = 8, 5
     weights = torch.tensor([1 / c for c in counts for _ in range(c)] + [0, 0]).double()
     targets = torch.randn(M, K).double().softmax(-1)
-    ours = torch.randn(M, K).double().requires_grad_()
-    theirs = ours.detach().clone().requires_grad_()
+    student = torch.randn(M, K).double().requires_grad_()
+    copied = student.detach().clone().requires_grad_()
     expected, row = 0.0, 0
     for c in counts:
         for _ in range(c):
-            log_p = (theirs[row] / 0.1).log_softmax(-1)
+            log_p = (copied[row] / 0.1).log_softmax(-1)
             expected = expected - (targets[row] * log_p).sum() / c / len(counts)
             row += 1
-    got = patch_loss(targets.float(), ours, weights.float(), len(counts))
-    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
-    got.backward()
+    loss = patch_loss(targets.float(), student, weights.float(), len(counts))
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    loss.backward()
     expected.backward()
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
-    assert not ours.grad[-2:].any()
+    torch.testing.assert_close(student.grad, copied.grad, rtol=1e-4, atol=1e-5)
+    assert not student.grad[-2:].any()
 
 
 def test_koleo_against_the_loop():
     torch.manual_seed(0)
-    ours = torch.randn(9, 6).double().requires_grad_()
-    theirs = ours.detach().clone().requires_grad_()
-    unit = [x / x.norm() for x in theirs]
+    features = torch.randn(9, 6).double().requires_grad_()
+    copied = features.detach().clone().requires_grad_()
+    unit = [x / x.norm() for x in copied]
     expected = sum(
-        -min((x - y).norm() for j, y in enumerate(unit) if j != i).log()
-        for i, x in enumerate(unit)
+        -min((x - y).norm() for j, y in enumerate(unit) if j != i).log() for i, x in enumerate(unit)
     ) / len(unit)
-    got = koleo_loss(ours)
-    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
-    got.backward()
+    loss = koleo_loss(features)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    loss.backward()
     expected.backward()
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(features.grad, copied.grad, rtol=1e-4, atol=1e-6)
     # isotropic features of 64 images in 384 dimensions, averaged over draws
     far = sum(koleo_loss(torch.randn(64, 384)) for _ in range(8)) / 8
     assert far.item() == pytest.approx(-0.29, abs=0.02)
@@ -254,8 +253,8 @@ def test_dinov2s_figures_at_the_start():
     teacher = cosines(2 * B)
     targets = make_targets(teacher, 0.04, SinkhornKnopp(K)(teacher, 0.04)).view(2, B, K)
     student = torch.cat([cosines(2 * B) for _ in range(5)]).view(2 + L, B, K)
-    ours = view_pair_loss(targets, student).item()
-    assert ours == pytest.approx(10.03 + 1.254, rel=0.02)
+    loss = view_pair_loss(targets, student).item()
+    assert loss == pytest.approx(10.03 + 1.254, rel=0.02)
     # Teacher = student, centre still 0: lnK + s^2 / (2 * .1^2) - s^2 / (.1 * .04), s^2 = 1/256.
     same = teacher.view(2, B, K)[:1].expand(2, -1, -1)
     logits = same[:1].expand(2 + L, -1, -1)

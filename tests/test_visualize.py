@@ -8,10 +8,8 @@ import pytest
 import torch
 
 import visualize
-from data import read_file
+from images.data import read_file
 from vit import VisionTransformer
-
-pytestmark = pytest.mark.whole_run
 
 
 def test_top_mass_is_the_smallest_set():
@@ -37,18 +35,8 @@ def test_photo(tmp_path, photos):
     model = VisionTransformer(16, 8, embed_dim=64, depth=1, num_heads=1)
     torch.save(model.state_dict(), tmp_path / "b.pth")
     out = tmp_path / "a.png"
-    visualize.main(
-        [
-            "attention",
-            str(photos / "cats/01.png"),
-            "--weights",
-            str(tmp_path / "b.pth"),
-            "--image_size",
-            "37",
-            "--output",
-            str(out),
-        ]
-    )
+    line = f"attention {photos}/cats/01.png --weights {tmp_path}/b.pth --image_size 37"
+    visualize.main([*line.split(), "--output", str(out)])
     assert read_file(out).float().std() > 10  # not an empty page
 
 
@@ -69,4 +57,6 @@ def test_misuse(line, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         visualize.main(line.replace("W", str(tmp_path / "b.pth")).split())
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and words in error and error.count("\n") == 1
+    assert stop.value.code == 2
+    assert words in error
+    assert error.count("\n") == 1

@@ -151,14 +151,14 @@ def test_positions_follow_the_two_rules():
             rows[i, min(max(j, 0), 13)] += w
     grid = table[0, 1:].view(14, 14, 4)
     by_hand = torch.einsum("ia,jb,abd->ijd", rows, rows, grid).reshape(1, 36, 4)
-    ours = resize_pos_embed(table, (6, 6), "offset")
-    torch.testing.assert_close(ours[:, 1:], by_hand, rtol=1e-4, atol=1e-5)
+    offset = resize_pos_embed(table, (6, 6), "offset")
+    torch.testing.assert_close(offset[:, 1:], by_hand, rtol=1e-4, atol=1e-5)
     antialias = resize_pos_embed(table, (6, 6), "antialias")[:, 1:]
     expected = F.interpolate(
         grid.permute(2, 0, 1)[None], size=(6, 6), mode="bicubic", antialias=True
     )
     torch.testing.assert_close(antialias, expected.flatten(2).transpose(1, 2))
-    assert (antialias - ours[:, 1:]).abs().mean() > 0.1  # the rules are not interchangeable
+    assert (antialias - offset[:, 1:]).abs().mean() > 0.1  # the rules are not interchangeable
     # as many patches as stored, but another shape: resampled all the same
     assert not torch.equal(resize_pos_embed(table, (28, 7), "offset"), table)
 
@@ -254,7 +254,8 @@ def test_intermediate_layers():
 def test_activation_checkpointing_keeps_less_and_changes_nothing():
     model = VisionTransformer(32, 8, embed_dim=64, depth=4, num_heads=1, drop_path_rate=0.5)
     images = torch.randn(4, 3, 32, 32)
-    plan, found = model.draw_plan(images, torch.Generator().manual_seed(0)), []
+    plan = model.draw_plan(images, torch.Generator().manual_seed(0))
+    results = []
     for again in (False, True):
         model.activation_checkpointing = again
         kept = {}
@@ -267,9 +268,14 @@ def test_activation_checkpointing_keeps_less_and_changes_nothing():
             out = model.forward_features(images, plan=plan)["x_norm_patchtokens"]
         model.zero_grad()
         out.square().sum().backward()
-        found.append((out, sum(x.untyped_storage().nbytes() for x in kept.values()),
-                      [p.grad.clone() for p in model.parameters()]))
-    (a, much, grads), (b, little, same) = found
+        results.append(
+            (
+                out,
+                sum(x.untyped_storage().nbytes() for x in kept.values()),
+                [p.grad.clone() for p in model.parameters()],
+            )
+        )
+    (a, much, grads), (b, little, same) = results
     assert torch.equal(a, b) and all(map(torch.equal, grads, same))
     assert little < much / 3
 

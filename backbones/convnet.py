@@ -1,0 +1,89 @@
+"""Convnet: torchvision's convolutional networks, with the face that training and evaluation
+know.
+
+    image (B, 3, H, W) --> torchvision's layers, classifier left out --> map (B, D, h, w)
+                                                                          |
+                              mean over places --> the image's feature (B, D), as a class token
+                              the places themselves --> patch tokens (B, h*w, D)
+
+Idea     DINO needs nothing that only a ViT has: a feature of the image, and a copy that
+         follows. A convnet has no tokens, so the mean of its last map speaks for the image.
+Paper    DINO sec. 3.1 and table 2 (ResNet-50); He 2016
+Try      python -m backbones.convnet  widths and parameters
+Change   another of torchvision's convnets is one name in CONVNETS
+Tests    pytest tests/backbones/test_convnet.py
+
+Letters  B images, D channels of the last map, h w its height and width: 1/32 of the image's.
+"""
+
+import torchvision
+from torch import Tensor, nn
+
+CONVNETS = ("resnet18", "resnet50", "resnet101", "wide_resnet50_2", "mobilenet_v3_small",
+            "convnext_tiny")
+CLASSIFIERS = ("avgpool", "fc", "classifier"
+               )  # what torchvision calls the part that we leave out
+
+
+class ConvNet(nn.Module):
+    """A torchvision convnet without its classifier; state-dict keys are torchvision's own.
+
+    Those are also the keys of the released dino_resnet50. Called like vit.VisionTransformer:
+    lists of sizes are run one size after the other (BatchNorm sees each size alone, as in the
+    official code), masks are refused, and there is no stochastic depth to plan.
+    """
+
+    patch_size = 1  # pixels: images need not be multiples of anything
+
+    def __init__(self, name: str = "resnet50", img_size: int = 224):
+        super().__init__()
+        self.img_size = img_size  # it was trained on; any other will do
+        if name not in CONVNETS:
+            raise ValueError(f"convnet {name!r}: choose from {', '.join(CONVNETS)}")
+        whole = torchvision.models.get_model(name, weights=None)
+        for child, module in whole.named_children():
+            if child not in CLASSIFIERS:
+                self.add_module(child, module)
+        head = (m for n in CLASSIFIERS for m in getattr(whole, n, nn.Identity()).modules())
+        self.embed_dim = next(m.in_features for m in head if isinstance(m, nn.Linear))
+
+    def last_map(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> the last map (B, D, h, w). Children stand in the order they are
+        run.
+        """
+        for layer in self.children():
+            images = layer(images)
+        return images
+
+    def forward_features(self, images, masks=None, plan=None):
+        """As vit.VisionTransformer.forward_features; a list of sizes gives a list.
+
+        x_norm_patchtokens (B, h*w, D) are the places, x_norm_clstoken (B, D) is their mean.
+        """
+        if isinstance(images, (list, tuple)):
+            masks = masks if masks is not None else [None] * len(images)
+            return [self.forward_features(x, m) for x, m in zip(images, masks, strict=True)]
+        if masks is not None:
+            raise ValueError("masks were given to a convnet, which has no patches to hide")
+        x = self.last_map(images).flatten(2).transpose(1, 2)  # (B, h*w, D)
+        return {
+            "x_norm_clstoken": x.mean(1), "x_norm_regtokens": x[:, :0], "x_norm_patchtokens": x,
+            "x_prenorm": x, "masks": None}
+
+    def forward(self, images):
+        """Features (B, D), or a list of them for a list of sizes."""
+        out = self.forward_features(images)
+        if isinstance(out, dict):
+            return out["x_norm_clstoken"]
+        return [o["x_norm_clstoken"] for o in out]
+
+    def draw_plan(self, images, generator) -> None:
+        """No stochastic depth here."""
+
+
+if __name__ == "__main__":
+    for name in CONVNETS:
+        net = ConvNet(name)
+        count = sum(p.numel() for p in net.parameters())
+        print(f"{name:20s} width {net.embed_dim:5d}  {count:11,d} parameters, "
+              f"{len(net.state_dict())} tensors")

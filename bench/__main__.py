@@ -1,0 +1,101 @@
+"""Bench: python -m bench TASK [PRESET] [--flag value ...]
+
+    TASK: step | data | eval | attention | probes | growth | plan  --> a table, and --json FILE
+
+Idea     One command for every question about cost; the task's file tells how it is measured.
+Paper    none
+Try      python -m bench step shapes --steps 3 --plain
+         python -m bench plan dinov2_vitl14 --gpus 32 --kind h100
+Change   another benchmark is one function in a file of this folder and one line in TASKS
+Tests    pytest tests/bench
+"""
+
+from pathlib import Path
+
+import torch
+
+from bench.forecast import PlanConfig, growth, images_of, plan
+from bench.stages import (EvaluationConfig, InputConfig, ProbesConfig, time_attention,
+                          time_evaluation, time_input, time_probes)
+from bench.step import Config, StepConfig, time_step
+from machinery.checkpoints import write_json
+from machinery.flags import UsageError, command, parse, require, user_errors
+from machinery.process import Process, resolve_precision, start_process
+from training.config import check
+from training.recipes import PRESETS, auto_scale
+
+# The name of a benchmark -> the function that runs it, and the dataclass of its flags.
+TASKS = {
+    "step": (time_step, StepConfig), "data": (time_input, InputConfig),
+    "eval": (time_evaluation, EvaluationConfig), "attention": (time_attention, Config),
+    "probes": (time_probes, ProbesConfig), "growth": (growth, Config),
+    "plan": (plan, PlanConfig)}
+USAGE = "python -m bench TASK [PRESET] [--flag value ...]"
+
+
+def overview() -> str:
+    """What `python -m bench --help` prints: the tasks, and how to see the flags of one."""
+    lines = [f"usage: {USAGE}", "", "TASK is one of"]
+    for name, (function, _) in TASKS.items():
+        lines.append(f"  {name:10s} {function.__doc__.splitlines()[0]}")
+    lines += ["", "python -m bench TASK --help lists the flags of that task"]
+    return "\n".join(lines)
+
+
+def read_flags(name: str, argv: list[str]) -> Config:
+    """The configuration of a task; UsageError for numbers that mean nothing."""
+    presets = {"dino_vits16": PRESETS["dino_vits16"], **PRESETS}  # the first one is the default
+    config = parse(TASKS[name][1], argv, presets, USAGE.replace("TASK", name))
+    counts = [
+        field for field in ("steps", "gpus", "bank", "queries", "classes")
+        if hasattr(config, field)]
+    require(config, lambda x: x >= 1, "at least 1", *counts)
+    if hasattr(config, "utilisation"):
+        require(config, lambda x: 0 < x <= 1, "above 0, at most 1", "utilisation")
+    if config.json and not Path(config.json).parent.is_dir():
+        raise UsageError(f"--json {config.json}: there is no folder {Path(config.json).parent}")
+    check(config)
+    return config
+
+
+@command
+def main(argv):
+    if argv[:1] in (["-h"], ["--help"]):
+        print(overview())
+        return None
+    if not argv or argv[0] not in TASKS:
+        given = argv[0] if argv else ""
+        raise UsageError(f"task {given!r}: choose from {', '.join(TASKS)}; usage: {USAGE}")
+    name = argv[0]
+    config = read_flags(name, argv[1:])
+
+    # A plan runs nothing: it needs no device, and keeps the precision of the machine it is
+    # about.
+    is_plan = name == "plan"
+    process = start_process("cpu" if is_plan else config.device)
+    if not is_plan:
+        config.precision = resolve_precision(config.precision, process.device)
+    if config.auto_scale:
+        batch = config.batch_size_per_gpu * (config.gpus if is_plan else 1)
+        with user_errors():
+            config = auto_scale(config, images_of(config), batch)
+    about = {
+        "task": name, "preset": config.preset, "device": device_name(process),
+        "precision": config.precision, "batch_size_per_gpu": config.batch_size_per_gpu,
+        "threads": torch.get_num_threads(), "torch": torch.__version__}
+    if not is_plan:
+        print("  ".join(f"{key} {value}" for key, value in about.items()))
+    with user_errors():
+        result = about | TASKS[name][0](config, process)
+    if config.json:
+        write_json(Path(config.json), result)
+    return result
+
+
+def device_name(process: Process) -> str:
+    return torch.cuda.get_device_name(
+    ) if process.device.type == "cuda" else process.device.type
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Export: class tokens of a folder, as a table of numbers for any other program.
+
+    --data folder:PHOTOS --> features.npy (n, D) float32, features.txt: a name per row
+
+Idea     Search, clustering and curation begin with a table of features.
+Paper    none
+Try      python evaluate.py features --weights RUN --data folder:PHOTOS --output features.npy
+Change   another file format: the two lines of `run` that write
+Tests    pytest tests/evaluation/test_export.py
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from evaluation import protocol
+from evaluation.protocol import Extractor
+from machinery.checkpoints import write_text
+from machinery.flags import UsageError
+
+
+@dataclass
+class Config(protocol.Config):
+    # -- features
+    output: str = "features.npy"  # the file; the names of the images go beside it as .txt
+
+
+def run(extractor: Extractor) -> dict:
+    """Class tokens of --data as a float32 .npy (n, D), and the list of its files beside it."""
+    config, process = extractor.config, extractor.process
+    images = extractor.open("data")
+    output = Path(config.output)
+    if output.suffix != ".npy":
+        raise UsageError(f"--output {output}: expected a name that ends in .npy")
+
+    rows = extractor(images, "features")
+    names = output.with_suffix(".txt")
+    if process.main:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        np.save(output, rows.numpy())
+        write_text(names, "".join(f"{name}\n" for name in images.names))
+    process.print(f"wrote {output} {tuple(rows.shape)}, and {names} with a name per row")
+    return {"features": {"file": str(output), "shape": list(rows.shape)}}

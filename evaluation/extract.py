@@ -1,0 +1,140 @@
+"""Extract: features of all images from a frozen network, the same on every process.
+
+    images --> centre crop --> backbone --> class tokens (n, D) --> every process has all of them
+
+Idea     Each process takes every W-th image, and the rows are put together again in order: a
+         table of features does not depend on how many processes made it.
+Paper    DINO sec. 4.1 and F: the features that every protocol starts from
+Try      python evaluate.py features --weights dino_vits16 --data folder:PHOTOS
+Change   another reading of the network: any module that maps images to (B, D), as Blocks does in
+         backbones/classifier.py
+Tests    pytest tests/evaluation/test_extract.py
+
+Letters  n images, B images of a batch, D width.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from augment import center_crop, normalise
+from images.data import Images
+from machinery.process import Process, autocast
+
+# ----------------------------------------------------------------------------------------------
+# Features
+
+
+class Prepared(torch.utils.data.Dataset):
+    """Image i as an evaluation sees it: prepare(image), uint8."""
+
+    def __init__(self, images: Images, prepare: Callable[[Tensor], Tensor]):
+        self.images = images
+        self.prepare = prepare
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.prepare(self.images.read(i))
+
+
+@torch.no_grad()
+def extract(model: nn.Module, images: Images, size: int, process: Process,
+            batch_size: int = 128, num_workers: int = 0, precision: str = "fp32", report=None,
+            prepare=None) -> Tensor:
+    """Features (n, D) float32 of all images, on the CPU, the same on every process.
+
+    model maps normalised images to (B, D). `report` is called with the number of images done.
+    `prepare` takes the place of the centre crop to `size` pixels; where it keeps the shapes of
+    the images, batch_size has to be 1. An image that does not decode raises: judging needs them
+    all.
+    """
+    # Each process takes a share. More workers than batches would only cost time to start.
+    mine = spread(range(len(images)), process)
+    prepared = Prepared(images, prepare or partial(center_crop, size=size))
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.Subset(prepared, mine), batch_size,
+        num_workers=min(num_workers, (len(mine) - 1) // batch_size))
+
+    was_training = model.training
+    model.eval()
+    done = 0
+    for batch in loader:
+        with autocast(precision, process.device):
+            rows = model(normalise(batch.to(process.device), images.pixels)).float()  # (B, D)
+        rows = gather(rows, len(images) - done, process)
+        # The table can be gigabytes: it is allocated once, when the width is known, and filled
+        # in place. Collecting batches in a list and joining them would need twice the memory.
+        if done == 0:
+            out = torch.empty(len(images), rows.shape[1])
+        out[done:done + len(rows)] = rows
+        done += len(rows)
+        if report:
+            report(done)
+    model.train(was_training)
+    return out
+
+
+def spread(rows, process: Process) -> list:
+    """This process's share of rows: r, r + W, r + 2W, ... for rank r of W processes.
+
+    All shares are equally long, so that every process takes as many steps and none waits for
+    another that has finished. Example: 5 rows on 2 processes are [0, 2, 4] and [1, 3, 0]: the
+    first rows fill up the last share, and `gather` drops them again.
+    """
+    world = process.world_size
+    padded = -(-len(rows) // world) * world  # rounded up to a multiple of W
+    return [rows[i % len(rows)] for i in range(process.rank, padded, world)]
+
+
+def gather(rows: Tensor, total: int, process: Process) -> Tensor:
+    """What all processes made of their shares -> the first `total` rows in order, on every
+    one.
+    """
+    if process.world_size == 1:
+        return rows[:total]
+    parts = [torch.empty_like(rows) for _ in range(process.world_size)]
+    dist.all_gather(parts, rows.contiguous())
+    # Row i of process r is row i*W + r of the whole: stacking beside each other interleaves
+    # them.
+    return torch.stack(parts, 1).flatten(0, 1)[:total]
+
+
+# ----------------------------------------------------------------------------------------------
+# Labels
+
+
+def same_labels(bank: Images, queries: Images) -> Tensor:
+    """Labels of the queries in the numbers of the bank, (n,).
+
+    Numbers follow the sorted names of the classes, and a split may lack a class: so classes are
+    matched by name. ValueError if the queries have a class that the bank has not.
+    """
+    labels = torch.as_tensor(queries.labels)
+    if not (bank.classes and queries.classes):
+        return labels
+    unknown = sorted(set(queries.classes) - set(bank.classes))
+    if unknown:
+        raise ValueError(
+            f"--val_data has classes that --data has not: {', '.join(unknown[:5])}")
+    return torch.tensor([bank.classes.index(name) for name in queries.classes])[labels]
+
+
+def accuracy(predicted: Tensor, labels) -> dict[str, float]:
+    """top1, the share of images that are right; mean_per_class, the mean of the classes'
+    shares.
+
+    The second counts a rare class as much as a frequent one. Classes without an image do not
+    count.
+    """
+    predicted = predicted.cpu()
+    labels = torch.as_tensor(labels).cpu()
+    right = (predicted == labels).double()  # (n,)
+    count = labels.bincount()  # (C,)
+    hits = labels.bincount(right)  # (C,)
+    return {
+        "top1": right.mean().item(), "mean_per_class": (hits / count)[count > 0].mean().item()}

@@ -1,0 +1,181 @@
+"""k-NN: the nearest images vote, and nothing is trained that could hide a bad feature.
+
+    bank (n_train, D) with labels --> k nearest by cosine --> vote, weight exp(cosine / T) --> class
+
+Idea     If neighbours in feature space share a label that training never saw, the network has
+         found the classes by itself.
+Paper    DINO sec. 4.1 and F ("k-NN"); Wu 2018 sec. 3.4 for the weighted vote
+Try      python -m evaluation.knn               the vote on four clouds of points
+         python evaluate.py knn --weights RUN
+Change   another vote is another function of (similarities, labels); see knn_vote
+Tests    pytest tests/evaluation/test_knn.py
+
+Letters  n images, D width, k neighbours, C classes.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evaluation import protocol
+from evaluation.extract import accuracy, gather, spread
+from evaluation.protocol import Extractor, open_judged, open_labelled
+from machinery.flags import UsageError, require
+
+SIMILARITIES_AT_ONCE = 2**27  # numbers in memory: half a GB
+
+
+def top_neighbours(queries: Tensor, bank: Tensor, k: int, chunk: int = 0):
+    """Cosine similarities and bank rows of the k nearest: (n, k) each, nearest first.
+
+    Neither need be of unit length. The queries are worked through in chunks, so that memory
+    beyond the bank is chunk * n_bank numbers; chunk 0: as many queries as fill
+    SIMILARITIES_AT_ONCE.
+    """
+    if not 0 < k <= len(bank):
+        raise ValueError(f"k={k} neighbours out of a bank of {len(bank)} images")
+    chunk = chunk or max(1, SIMILARITIES_AT_ONCE // len(bank))
+
+    # A bank of a million features is gigabytes. So it is not normalised, which would copy it:
+    # its lengths divide the similarities, in place, in a table that is used over and over.
+    lengths = torch.linalg.vector_norm(bank, dim=1).clamp(min=1e-12)  # (n_bank,)
+    table = queries.new_empty(min(chunk, len(queries)), len(bank))
+    nearest = []
+    for part in queries.split(chunk):
+        unit = F.normalize(part, dim=1)  # (n, D)
+        cosines = torch.mm(unit, bank.T, out=table[:len(part)]).div_(lengths)
+        nearest.append(cosines.topk(k))
+    similarities = torch.cat([found.values for found in nearest])
+    return similarities, torch.cat([found.indices for found in nearest])
+
+
+def knn_vote(similarities: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
+    """(n, k) similarities and labels of the neighbours -> predicted class (n,). Wu 2018 sec.
+    3.4.
+
+    Each neighbour votes for its label with weight exp(similarity / temperature). At 0.07 a
+    cosine of 0.9 counts about four times as much as one of 0.8.
+    """
+    weights = (similarities / temperature).exp()  # (n, k)
+    votes = weights.new_zeros(len(labels), int(labels.max()) + 1)  # (n, C)
+    votes = votes.scatter_add_(1, labels, weights)  # (n, C)
+    return votes.argmax(1)
+
+
+def knn_predict(bank: Tensor, bank_labels, queries: Tensor, ks: tuple[int, ...] = (20,),
+                temperature: float = 0.07) -> dict[int, Tensor]:
+    """The class that the neighbours of each query vote for, (n,) for each k in ks."""
+    bank_labels = torch.as_tensor(bank_labels, device=bank.device)
+    # The neighbours are searched once, for the largest k: the nearest k of them serve each
+    # other k.
+    similarities, rows = top_neighbours(queries, bank, max(ks))
+    labels = bank_labels[rows]  # (n, k)
+    return {k: knn_vote(similarities[:, :k], labels[:, :k], temperature) for k in ks}
+
+
+def knn_accuracy(bank: Tensor, bank_labels, queries: Tensor, query_labels,
+                 ks: tuple[int, ...] = (20,), temperature: float = 0.07) -> dict[int, float]:
+    """Share of queries whose neighbours vote for their label, for each k."""
+    predicted = knn_predict(bank, bank_labels, queries, ks, temperature)
+    return {k: accuracy(p, query_labels)["top1"] for k, p in predicted.items()}
+
+
+def few_of_each(labels: list[int], n: int, seed: int) -> Tensor:
+    """The rows of n images of each class, drawn from the seed."""
+    labels = torch.tensor(labels)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    return torch.cat([order[labels[order] == c][:n] for c in labels.unique()])
+
+
+# ----------------------------------------------------------------------------------------------
+# The protocol
+
+
+@dataclass
+class Config(protocol.Labelled, protocol.Config):
+    # -- knn
+    nb_knn: tuple[int, ...] = (10, 20, 100, 200)  # the numbers of neighbours that vote
+    temperature: float = 0.07  # the temperature of the vote: lower counts near ones more
+    n_per_class: tuple[int, ...] = ()  # few-shot: vote with so many of each class, too
+    n_tries: int = 1  # few-shot: how many random choices of these images to average over
+
+    def check(self):
+        require(self, lambda x: x >= 1, "at least 1", "n_tries")
+        require(self, lambda x: x > 0, "a positive number", "temperature")
+
+
+def run(extractor: Extractor) -> dict:
+    """Weighted k-NN vote on the class token. DINO F; few-shot as in DINOv2's code."""
+    config, process = extractor.config, extractor.process
+    train = open_labelled(extractor)
+    val, labels = open_judged(extractor, train)
+    ks = tuple(k for k in config.nb_knn if 0 < k <= len(train))
+    if not ks:
+        raise UsageError(
+            f"--nb_knn {config.nb_knn}: none fits the {len(train)} images of --data")
+    check_few_shot(config, train.labels)
+
+    # The bank is on every process, each judges a share of the queries.
+    bank = extractor(train, "knn-data").to(process.device)
+    bank_labels = torch.tensor(train.labels, device=process.device)
+    share = torch.tensor(spread(range(len(val)), process))
+    queries = extractor(val, "knn-val_data")[share].to(process.device)
+
+    def vote(bank, bank_labels, ks):
+        """k -> the two accuracies, on all queries."""
+        predicted = knn_predict(bank, bank_labels, queries, ks, config.temperature)
+        return {k: accuracy(gather(p, len(val), process), labels) for k, p in predicted.items()}
+
+    full = vote(bank, bank_labels, ks)
+    process.print(
+        f"k-NN: class token, {extractor.size} px centre crop, T = {config.temperature}, "
+        f"{len(train):,d} images vote on {len(val):,d}")
+    for k, value in full.items():
+        process.print(
+            f"  k-NN({k:3d})  {value['top1']:.2%}   mean per class {value['mean_per_class']:.2%}"
+        )
+
+    # Few-shot: the same vote with a bank of n images of each class, for several random choices.
+    few_shot = {}
+    for n in config.n_per_class:
+        smaller_ks = sorted({k for k in ks if k < n} | {n})
+        tries = []
+        for seed in range(config.n_tries):
+            rows = few_of_each(train.labels, n, seed).to(process.device)
+            tries.append(vote(bank[rows], bank_labels[rows], smaller_ks))
+        few_shot[str(n)] = {str(k): [one[k]["top1"] for one in tries] for k in tries[0]}
+        for k, values in few_shot[str(n)].items():
+            process.print(f"  {n} of each class, k-NN({k:>3s})  {np.mean(values):.2%} +- "
+                          f"{np.std(values):.2%} over {len(values)} choices")
+
+    return {
+        "knn": {str(k): value["top1"]
+                for k, value in full.items()},
+        "mean_per_class": {str(k): value["mean_per_class"]
+                           for k, value in full.items()}, "few_shot": few_shot,
+        "protocol": f"class token, weighted vote, T = {config.temperature}",
+        "headline": {"k-NN": max(value["top1"] for value in full.values())}}
+
+
+def check_few_shot(config: Config, labels: list[int]):
+    """UsageError if the smallest class has fewer images than --n_per_class asks for."""
+    if not config.n_per_class:
+        return
+    smallest = min(labels.count(label) for label in set(labels))
+    for n in config.n_per_class:
+        if not 0 < n <= smallest:
+            raise UsageError(
+                f"--n_per_class {n}: the smallest class of --data has {smallest} images")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    centres = torch.randn(4, 16)
+    labels = torch.arange(800) % 4
+    for noise in (0.5, 1.0, 2.0, 4.0):
+        x = centres[labels] + noise * torch.randn(800, 16)
+        right = knn_accuracy(x[:600], labels[:600], x[600:], labels[600:], (1, 20))
+        print(f"noise {noise}: k-NN(1) {right[1]:.1%}, k-NN(20) {right[20]:.1%}, chance 25 %")

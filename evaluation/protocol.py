@@ -1,0 +1,251 @@
+"""Protocol: what every evaluation starts from: a network, images, and their labels.
+
+    --weights --> Extractor(images) -> features (n, D), kept in --features_dir
+    --data, --val_data --> images, labels in one numbering --> a task -> its figures
+
+Idea     A protocol file says what is done with features. How they are made, kept, and matched
+         with labels is the same for all, and stands here, as do the flags that all of them
+         share.
+Paper    none
+Try      python evaluate.py knn --help
+Change   a flag for all protocols is one field of Config here, for one of them a field of its
+         own
+Tests    pytest tests/evaluation/test_protocol.py
+"""
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from augment import MultiCrop, normalise
+from evaluation.extract import extract, same_labels, spread
+from images.data import Images, Sampler, Views, open_images, training_loader
+from machinery.checkpoints import save_tensors
+from machinery.clock import Progress
+from machinery.flags import UsageError
+from machinery.process import Process
+
+# ----------------------------------------------------------------------------------------------
+# Flags. A protocol's own dataclass is made of these and of what it alone uses
+
+
+@dataclass
+class NetworkConfig:
+    """What every protocol needs."""
+
+    # -- what to judge
+    weights: str = "dino_vits16"  # the network: a run, a released name, a URL, or a file
+    data: str = "shapes"  # images to learn from or to search in: shapes, folder:PATH, CIFAR10, ...
+    data_root: str = "data"  # the folder where torchvision keeps its data sets
+    download: bool = False  # let torchvision fetch the data set
+    image_size: int = 0  # side of the crop in pixels; 0: the size that the network was trained at
+    # -- machine
+    batch_size: int = 128  # images at once, on all processes together
+    device: str = "auto"  # auto | cpu | cuda | mps
+    precision: Literal["fp32", "bf16"] = "fp32"  # the precision of matrix products
+    num_workers: int = 2  # loader processes for each process
+    # -- where to
+    output_dir: str = ""  # the folder for results.json; empty: evaluations/TASK
+
+
+@dataclass
+class Config(NetworkConfig):
+    """For protocols that work on features of a frozen network."""
+
+    # -- features
+    features_dir: str = ""  # keep features in this folder, and take them from there the next time
+
+
+@dataclass
+class Labelled:
+    """For protocols that judge labelled images."""
+
+    # -- labels
+    val_data: str = "shapes:val"  # images with labels that are judged
+    class_mapping: str = ""  # lines "class in --val_data, class in --data", if they differ
+
+
+def results_folder(config: NetworkConfig, task: str) -> Path:
+    """--output_dir, or evaluations/TASK; made where it is not."""
+    folder = Path(config.output_dir or f"evaluations/{task}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------
+# The network and its features
+
+
+class Extractor:
+    """The network of --weights, ready to be asked for the features of images."""
+
+    def __init__(self, config: NetworkConfig, process: Process):
+        # Imported here, because a training run judges with a network that it has already.
+        from backbones.weights import load_backbone
+
+        self.config = config
+        self.process = process
+        self.model = load_backbone(config.weights).to(process.device)
+        self.size = config.image_size or self.model.img_size
+        if self.size < self.model.patch_size:
+            raise UsageError(
+                f"--image_size {self.size} is smaller than one patch of {self.model.patch_size}"
+            )
+
+        # Names and bytes of all tensors: kept features of another network are told by this.
+        digest = hashlib.sha256()
+        for key, value in sorted(self.model.state_dict().items()):
+            digest.update(key.encode() + value.cpu().numpy().tobytes())
+        self.sha256 = digest.hexdigest()
+
+    def open(self, flag: str) -> Images:
+        """The images of --data or its like, in the channels that the network wants."""
+        config = self.config
+        return open_images(getattr(config, flag), config.data_root, config.download,
+                           f"--{flag}", self.model.pixels)
+
+    def __call__(self, images: Images, name: str, read: nn.Module | None = None, prepare=None,
+                 batch_size: int = 0) -> Tensor:
+        """Features (n, D) on the CPU.
+
+        `read` stands in for the network, whose answer is the class token; `prepare` for the
+        centre crop. With --features_dir the features are kept there as `name`.
+        """
+        config, process = self.config, self.process
+        # What the features depend on: kept ones are taken only if all of it is the same.
+        source = {
+            "weights": self.sha256,
+            "images": hashlib.sha256("\n".join(images.names).encode()).hexdigest(),
+            "precision": config.precision, "protocol": f"{name}, {self.size} px"}
+        file = Path(config.features_dir) / f"{name}.pt"
+        if config.features_dir and process.broadcast(file.exists()):
+            return self.reuse(file, source)
+
+        per_process = -(-config.batch_size // process.world_size)  # rounded up
+        rows = extract(read or self.model, images, self.size, process, batch_size
+                       or per_process, config.num_workers, config.precision,
+                       Progress(name, len(images), process), prepare)
+        self.check(rows, images.names, f"--weights {config.weights}")
+        if config.features_dir and process.main:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_tensors(file, {"rows": rows, **source})
+        return rows
+
+    def reuse(self, file: Path, source: dict) -> Tensor:
+        """The rows of a file of kept features; UsageError if they are those of something
+        else.
+        """
+        from backbones.layouts import read_tensors
+
+        try:
+            kept = read_tensors(file)
+            kept_source = {key: kept[key] for key in source}
+        except Exception:  # torch.load raises different exceptions for different damage
+            raise UsageError(
+                f"--features_dir: {file} holds no features that were kept there; delete it"
+            ) from None
+        different = [key for key in source if kept_source[key] != source[key]]
+        if different:
+            key = different[0]
+            raise UsageError(
+                f"--features_dir: {file} holds features of other {key} "
+                f"({kept_source[key]:.16s}, here {source[key]:.16s}); delete it or "
+                "name another folder")
+        self.check(kept["rows"], None, f"--features_dir: {file}")
+        return kept["rows"]
+
+    def check(self, rows: Tensor, names: list[str] | None, source: str):
+        """UsageError if a feature is NaN or infinite: every figure after it would be wrong."""
+        bad = (~rows.isfinite().all(1)).nonzero()[:, 0].tolist()
+        if bad:
+            raise UsageError(
+                f"{source}: {len(bad)} of {len(rows)} images have features that are "
+                f"no numbers, the first {names[bad[0]] if names else bad[0]}")
+
+
+# ----------------------------------------------------------------------------------------------
+# Images and their labels
+
+
+def open_labelled(extractor: Extractor, flag: str = "data") -> Images:
+    """The images of --data, or of another flag; UsageError if they have no labels."""
+    images = extractor.open(flag)
+    if not images.labels:
+        raise UsageError(f"--{flag} {getattr(extractor.config, flag)}: this task needs labels; "
+                         "put the images into one folder per class")
+    return images
+
+
+def open_judged(extractor: Extractor, train: Images,
+                flag: str = "val_data") -> tuple[Images, Tensor]:
+    """The images of --val_data, and their labels in the numbers of the images learned from."""
+    config = extractor.config
+    images = open_labelled(extractor, flag)
+    if config.class_mapping:
+        images = replace(images, classes=mapped_classes(config.class_mapping, flag, images))
+    labels = same_labels(train, images)
+
+    # A class without an image to learn from could never be answered: better said at once.
+    missing = sorted(set(labels.tolist()) - set(train.labels))
+    if missing:
+        first = train.classes[missing[0]] if train.classes else missing[0]
+        raise UsageError(f"--data {config.data} has no image of {len(missing)} classes of "
+                         f"--{flag}, the first: {first}")
+    return images, labels
+
+
+def mapped_classes(file: str, flag: str, images: Images) -> list[str]:
+    """Names of the classes of `images`, replaced where the file of --class_mapping has a
+    line.
+    """
+    try:
+        lines = [line for line in Path(file).read_text().splitlines() if line]
+        names = {}
+        for line in lines:
+            judged_name, learned_name = line.split(",")
+            names[judged_name.strip()] = learned_name.strip()
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"--class_mapping {file}: expected lines 'class in --{flag}, class in --data' ({error})"
+        ) from None
+    return [names.get(name, name) for name in images.classes or ()]
+
+
+# ----------------------------------------------------------------------------------------------
+# For protocols that learn from the images
+
+
+def training_steps(config, images: Images, default_epochs: int) -> tuple[int, int, int]:
+    """(passes over the images, images in a batch, steps): --epochs 0 stands for the default."""
+    epochs = config.epochs or default_epochs
+    batch = min(config.batch_size, len(images))
+    return epochs, batch, epochs * (len(images) // batch)
+
+
+def random_crops(images: Images, size: int, batch_size: int, steps: int, process: Process,
+                 num_workers: int = 0, seed: int = 0, together: int = 1):
+    """What classifiers are trained on: this process's share of each batch of random crops.
+
+    Yields crops (b, C, size, size), normalised, and their labels (b,). A crop covers 8 to 100 %
+    of its image. The batches, batch_size images on all processes together, are the same for any
+    number of processes; `together` neighbours stay on one of them. An image that does not
+    decode raises: training replaces it by another image, which here would get the wrong label.
+    """
+
+    def shares():
+        for keys in Sampler(len(images), batch_size, steps, seed=seed):
+            groups = [keys[i:i + together] for i in range(0, len(keys), together)]
+            yield [key for group in spread(groups, process) for key in group]
+
+    crop = MultiCrop(size, size, 1, 0, (0.08, 1.0), photometry="none")
+    labels = torch.as_tensor(images.labels)
+    for batch in training_loader(Views(images, crop, seed), shares(), num_workers):
+        if batch["broken"]:
+            raise ValueError(f"--data: an image does not decode: {batch['broken'][0]}")
+        pixels = batch["global_crops"][0].to(process.device)
+        crops = normalise(pixels, images.pixels)  # (b, C, H, W)
+        yield crops, labels[batch["index"]].to(process.device)

@@ -1,0 +1,262 @@
+"""Flags: a program's settings are a dataclass, and its command line is made from it.
+
+    @dataclass class Config:           python train.py --lr 1e-3 --no_resume
+        # -- optimisation                      |
+        lr: float = 5e-4  # the peak  --> parse(Config, argv) --> Config(lr=1e-3, resume=False)
+
+Idea     There is no second list of flags that could disagree with the code. A flag has the
+         name, the type and the default of its field; its help is the comment beside the field,
+         and its group in --help is the comment "# -- GROUP" above it. An error that the user
+         can mend is one line that names the flag, and exit code 2.
+Paper    none
+Try      python train.py --help
+Change   a flag is a field of a program's dataclass; a new kind of field is one branch in
+         `options_of`
+Tests    pytest tests/machinery/test_flags.py
+"""
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import difflib
+import functools
+import inspect
+import re
+import sys
+import textwrap
+import typing
+
+import torch.distributed as dist
+
+# ----------------------------------------------------------------------------------------------
+# Errors that the user can mend: one line, exit code 2
+
+
+class UsageError(Exception):
+    """A message for the user: what was given, what was expected, which flag to change."""
+
+
+@contextlib.contextmanager
+def user_errors():
+    """Turns a ValueError inside the `with` block into a UsageError with the same message.
+
+    To be put around code that reads what the user gave (files, names, sizes). Everywhere else a
+    ValueError is a bug of ours, and its traceback is wanted.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def command(main):
+    """Decorator for a program's main(argv): ends it with one line on stderr in two cases.
+
+    A UsageError gives exit code 2, which is the convention for a wrong command line. Ctrl-C
+    gives 130, the shell's code for signal 2. (Training handles Ctrl-C itself, so that it can
+    save first: see process.StopSignal.) Without arguments main gets those of the command line.
+    """
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        try:
+            return main(sys.argv[1:] if argv is None else argv)
+        except UsageError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
+        finally:
+            # A process that leaves without this makes PyTorch warn of leaked resources.
+            if dist.is_available() and dist.is_initialized():
+                dist.destroy_process_group()
+
+    return wrapped
+
+
+# ----------------------------------------------------------------------------------------------
+# From a dataclass to flags
+
+
+@functools.cache
+def describe(config_class) -> dict[str, tuple[str, str]]:
+    """Field -> (group, help), read from the source text of the dataclass.
+
+    Example: the class at the top of this file gives {"lr": ("optimisation", "the peak")}.
+    """
+    group = "options"
+    about = {}
+
+    # A dataclass that inherits from another one begins with its fields, so parents come first.
+    # A field that a subclass declares again gets the help and the group that it has there.
+    for cls in reversed(config_class.__mro__):
+        # Classes made by dataclasses.make_dataclass have no fields of their own and no source.
+        if not dataclasses.is_dataclass(cls) or not vars(cls).get("__annotations__"):
+            continue
+        source = textwrap.dedent(inspect.getsource(cls))
+
+        # Python drops comments when it compiles a class, so they are taken from the text. The
+        # formatter may spread a field over several lines: its comment can be on any of them.
+        field_on_line = {}
+        for statement in ast.parse(source).body[0].body:
+            if isinstance(statement, ast.AnnAssign):
+                about[statement.target.id] = ("", "")
+                for number in range(statement.lineno, statement.end_lineno + 1):
+                    field_on_line[number] = statement.target.id
+
+        # From top to bottom: a line "# -- GROUP" begins a group, a field takes its comment.
+        for number, line in enumerate(source.splitlines(), 1):
+            name = field_on_line.get(number)
+            if name is None:
+                if match := re.match(r"\s*# -- (.+)", line):
+                    group = match[1].strip()
+                continue
+            comment = re.search(r"#\s*(.*)$", line)
+            about[name] = (group, comment[1] if comment else about[name][1])
+    return about
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, but a mistake raises UsageError and an unknown flag gets a hint."""
+
+    def error(self, message):
+        # argparse says "unrecognized arguments: --siz 4". The user wants to know which flag was
+        # meant: "there is no flag --siz; did you mean --size?"
+        if match := re.search(r"unrecognized arguments: (--\S+)", message):
+            given = match[1].split("=")[0]
+            all_flags = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(given, all_flags, 1)
+            hint = f"did you mean {near[0]}?" if near else "--help lists them"
+            message = f"there is no flag {given}; {hint}"
+        raise UsageError(message.replace("argument --", "--"))
+
+
+def to_bool(text: str) -> bool:
+    """The value of a flag such as --shiny false; argparse's bool("false") would be True."""
+    if text.lower() in ("true", "1", "yes", "on", "false", "0", "no", "off"):
+        return text.lower() in ("true", "1", "yes", "on")
+    raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+
+
+def not_negative(kind):
+    """int or float as the type of a flag that takes numbers from 0 up."""
+
+    def number(text):
+        value = kind(text)
+        # "not >=" and not "<": every comparison with NaN is False, and NaN is to be refused.
+        if not value >= 0:
+            raise argparse.ArgumentTypeError(f"{text}: expected 0 or more")
+        return value
+
+    # argparse names the type in its messages: "invalid int value", not "invalid number value".
+    number.__name__ = kind.__name__
+    return number
+
+
+def require(config, rule, words: str, *names: str):
+    """UsageError for the first of the named fields whose value breaks the rule.
+
+    Example: require(config, lambda x: x < 1, "below 1", "drop_path_rate") refuses the value 1
+    with "--drop_path_rate 1: expected below 1".
+    """
+    for name in names:
+        value = getattr(config, name)
+        if not rule(value):
+            given = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise UsageError(f"--{name} {given}: expected {words}")
+
+
+def options_of(field: dataclasses.Field, kind) -> dict:
+    """How argparse has to read the flag of a field: keyword arguments of add_argument.
+
+    kind: the type of the field, as typing.get_type_hints gives it.
+    """
+    # A switch can be given alone (--shiny) or with a word (--shiny false). The default None
+    # means that the program decides.
+    if kind in (bool, bool | None):
+        return dict(nargs="?", const=True, type=to_bool, metavar="true|false")
+
+    # argparse converts the word before it compares it, so a Literal of numbers works as well.
+    if typing.get_origin(kind) is typing.Literal:
+        choices = typing.get_args(kind)
+        return dict(choices=choices, type=type(choices[0]))
+
+    # tuple[float, float] takes exactly two numbers, tuple[int, ...] takes one or more.
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)
+        number = "+" if inner[-1] is Ellipsis else len(inner)
+        return dict(nargs=number, type=not_negative(inner[0]), metavar=field.name.upper()[0])
+
+    # Of the numbers, those whose default is below 0 may be negative.
+    if kind is str or field.default < 0:
+        return dict(type=kind, metavar=kind.__name__)
+    return dict(type=not_negative(kind), metavar=kind.__name__)
+
+
+def make_parser(config_class, presets: dict | None, usage: str) -> Parser:
+    """An argparse parser with one flag for each field, in the groups of the dataclass."""
+    # Abbreviations are refused: what --mask stands for would change with the next new flag.
+    parser = Parser(allow_abbrev=False, usage=usage or None,
+                    formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100))
+    if presets:
+        parser.add_argument("preset", nargs="?", help=", ".join(presets))
+
+    about = describe(config_class)
+    types = typing.get_type_hints(config_class)
+    groups = {}
+    for field in dataclasses.fields(config_class):
+        if field.name in ("preset", "given"):  # set by `parse`, not by a flag
+            continue
+        group_name, text = about[field.name]
+        if group_name not in groups:
+            groups[group_name] = parser.add_argument_group(group_name)
+
+        # Every switch NAME has a flag --no_NAME beside it, which --help does not list.
+        kind = types[field.name]
+        if kind in (bool, bool | None):
+            groups[group_name].add_argument(f"--no_{field.name}", dest=field.name,
+                                            action="store_false", default=argparse.SUPPRESS,
+                                            help=argparse.SUPPRESS)
+
+        # SUPPRESS leaves flags that were not given out of argparse's answer, so that the values
+        # of the preset stay. Percent signs are doubled, because argparse formats with %.
+        if field.default is not None:
+            text = f"{text} [{field.default}]"
+        groups[group_name].add_argument(f"--{field.name}", default=argparse.SUPPRESS,
+                                        help=text.replace("%", "%%").strip(),
+                                        **options_of(field, kind))
+    return parser
+
+
+def parse(config_class, argv: list[str], presets: dict[str, dict] | None = None,
+          usage: str = ""):
+    """argv -> an instance of config_class.
+
+    A flag wins over the preset (the first word), and the preset over the default of the field.
+    Without a first word the first preset is taken. Numbers below 0 are refused, unless the
+    default is below 0. If the class has a field `given`, it gets the names of the flags that
+    were given. UsageError, with the choices, for whatever is unknown.
+
+    Example with presets {"small": {"size": 1}} and a default size of 3: [] and ["small"] give
+    1, ["small", "--size", "2"] gives 2.
+    """
+    # argparse returns lists where the fields are tuples.
+    flags = vars(make_parser(config_class, presets, usage).parse_args(argv))
+    flags = {name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()}
+
+    values = {}
+    if presets:
+        preset = flags.pop("preset") or next(iter(presets))
+        if preset not in presets:
+            near = difflib.get_close_matches(preset, presets, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UsageError(
+                f"there is no preset {preset!r}; {hint}choose from {', '.join(presets)}")
+        values = dict(presets[preset], preset=preset)
+
+    # Some settings follow others unless the user named them: such a program asks `given`.
+    if any(field.name == "given" for field in dataclasses.fields(config_class)):
+        values["given"] = tuple(flags)
+    return config_class(**{**values, **flags})

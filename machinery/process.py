@@ -1,0 +1,323 @@
+"""Process: the device and the precision of this process, and the processes that it works with.
+
+    python train.py ...                     one process
+    torchrun --nproc_per_node=8 train.py    eight, by rank --> start_process() -> Process
+
+Idea     A program asks once where it runs, and hands the answer to every function that needs
+         it. With one process every exchange gives back what was put in, so the same code runs
+         on a laptop and on a cluster.
+Paper    FSDP: PyTorch's fully_shard (Zhao 2023)
+Try      python -m machinery.process      what this machine would run with
+Change   another kind of accelerator is one entry of `available` in start_process; it runs in
+         float32 unless resolve_precision gets a branch for it
+Tests    pytest tests/machinery/test_process.py
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import os
+import signal
+import sys
+import threading
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from machinery.flags import UsageError
+
+
+@dataclasses.dataclass
+class Process:
+    """Where this process runs, and among how many.
+
+    torchrun starts the same program several times, usually once per GPU. Each of these
+    processes has a rank, from 0 to world_size - 1. The one of rank 0 is the main process: it
+    alone prints, and writes what is to be written once.
+
+    Rule for everything below that talks to other processes (barrier, broadcast, all_gather): if
+    one process calls it, all have to, or those that do will wait for ever. So such a call never
+    stands inside `if process.main`.
+    """
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one process that prints and writes."""
+        return self.rank == 0
+
+    def print(self, *words):
+        """print, from the main process only, and at once even into a file."""
+        if self.main:
+            print(*words, flush=True)
+
+    def barrier(self):
+        """Wait until all processes have come here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def broadcast(self, value):
+        """The main process's value, on all processes; what the others hand in is ignored."""
+        if self.world_size == 1:
+            return value
+        # PyTorch writes the received values into a list, here of one.
+        values = [value]
+        dist.broadcast_object_list(values, device=self.device)
+        return values[0]
+
+    def all_gather(self, value) -> list:
+        """The values of all processes, in the order of their ranks, on all processes."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+
+def start_process(device: str = "auto") -> Process:
+    """Choose the device and, under torchrun, join the other processes.
+
+    device: auto (a GPU if there is one), or cpu, cuda, cuda:1, mps. UsageError for one that
+    this machine does not have.
+    """
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        device = accelerator.type if accelerator else "cpu"
+    available = {
+        "cpu": True, "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available()}
+    kind = device.split(":")[0]
+    if not available.get(kind):
+        choices = ", ".join(name for name, is_there in available.items() if is_there)
+        raise UsageError(f"--device {device}: not available here; choose from auto, {choices}")
+
+    # torchrun tells each process its number by environment variables. Without them this is the
+    # only process.
+    if "WORLD_SIZE" not in os.environ:
+        return Process(torch.device(device))
+
+    # LOCAL_RANK is the number among the processes of this machine, so each takes another GPU.
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        device = f"cuda:{torch.cuda.current_device()}"
+
+    # NCCL exchanges tensors between GPUs, Gloo between CPUs.
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return Process(torch.device(device), dist.get_rank(), dist.get_world_size())
+
+
+def keep_freed_memory(process: Process):
+    """On a CPU: keep the memory that one training step frees for the next one.
+
+    By default the C library (glibc) gives a freed block of many megabytes back to the system.
+    The next step needs a block of the same size, and the system has to find it and fill it with
+    zeros again. That takes about a tenth of a step. With another C library nothing is done.
+    """
+    if process.device.type != "cpu":
+        return
+
+    # See the manual page mallopt(3). M_MMAP_MAX (-4) is how many blocks may come directly from
+    # the system: none. M_TRIM_THRESHOLD (-1) is how much may be kept unused: -1 is no limit.
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)
+        mallopt(-1, -1)
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGINT inside its `with` block instead of dying of them.
+
+    A cluster sends SIGTERM to a job when it wants its machine back; Ctrl-C sends SIGINT. The
+    loop asks `agreed` after every step. If the answer is not 0 it saves, and leaves with the
+    exit code 128 + signal: 143 for SIGTERM, 130 for SIGINT.
+
+    With several processes a signal may reach one during step 100 and another during step 101,
+    or only one at all. If each obeyed its own, they would stop at different steps, and those
+    that go on would wait for ever. `agreed` gives the same answer to all of them.
+    """
+
+    def __init__(self, process: Process):
+        self.signal = 0  # the number of the signal that this process got
+        self.before = {}  # the handlers that were there, by signal
+
+        # A group of its own for the exchange, over Gloo: it sends from the CPU's memory. With
+        # NCCL the answer would be on the GPU, and reading it would wait for all its work.
+        self.group = dist.new_group(backend="gloo") if process.world_size > 1 else None
+
+    def __enter__(self):
+        # Python lets only the main thread of a program set handlers.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.before[number] = signal.signal(number, self.note)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number, frame):
+        """The handler: Python calls it when a signal comes."""
+        # Whoever asks a second time does not want to wait for the save.
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def agreed(self) -> int:
+        """The signal that any of the processes got, 0 if none did; the same on all of them."""
+        if self.group is None:
+            return self.signal
+        largest = torch.tensor(self.signal)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        return int(largest)
+
+
+# One second stream for each GPU: a stream is made once and used in every step.
+side_stream_of = functools.cache(lambda device: torch.cuda.Stream(device))
+
+
+@contextlib.contextmanager
+def side_stream(device: torch.device):
+    """Runs its `with` block on a second CUDA stream; elsewhere than on CUDA it just runs.
+
+    A GPU works through the operations of one stream in their order, but two streams at the same
+    time. So a batch can be copied to the GPU and prepared while the step before it is still
+    computed:
+
+        stream 1   step 7 ........... step 8 ........... step 9
+        stream 2   batch 8 ...        batch 9 ...        batch 10 ...
+
+    After the block stream 1 waits for what was started in it. Yields a list: append to it every
+    tensor that is made inside and used afterwards, so that its memory is not given away before
+    stream 1 has used it. Inside, use nothing that stream 1 may still be computing: stream 2
+    does not wait for it.
+    """
+    made_inside = []
+    if device.type != "cuda":
+        yield made_inside
+        return
+
+    first = torch.cuda.current_stream(device)
+    second = side_stream_of(device)
+    with torch.cuda.stream(second):
+        yield made_inside
+
+    # From here on the first stream waits for the second one. Only the GPU waits: the program
+    # goes on and hands out work.
+    first.wait_stream(second)
+
+    # PyTorch gives the memory of a dropped tensor to the next tensor of the stream on which it
+    # was made. That is the second one, which knows nothing of the first: it would overwrite a
+    # batch that is still in use. record_stream tells it to wait until the first has come by.
+    for tensor in made_inside:
+        tensor.record_stream(first)
+
+
+# ----------------------------------------------------------------------------------------------
+# Precision and memory
+
+LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}  # precisions below float32
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """auto -> bf16 where the hardware multiplies matrices in it, else fp32.
+
+    Hardware without such instructions computes bf16 by converting to float32 and back, which is
+    slower than float32 itself.
+    """
+    if precision != "auto":
+        return precision
+
+    # Nvidia GPUs from the A100 on (compute capability 8.0), and CPUs with matrix instructions.
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    if device.type == "cpu":
+        instructions = torch.cpu.get_capabilities()
+        multiplies = instructions.get("amx_bf16") or instructions.get("avx512_bf16")
+        return "bf16" if multiplies else "fp32"
+    return "fp32"  # other devices: what all of them can
+
+
+def autocast(precision: str, device: torch.device):
+    """A context in which matrix products run in `precision`; parameters stay float32.
+
+    The parameters have to: one step often changes a parameter by less than a thousandth, and
+    bfloat16, which has 8 bits for the digits of a number, would round that away.
+    """
+    return torch.autocast(device.type, LOW.get(precision), enabled=precision in LOW)
+
+
+def memory_gb(device: torch.device) -> float:
+    """Memory of the GPU, or of this machine, in units of 2**30 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 2**30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory held at once so far, in units of 2**30 bytes.
+
+    On a GPU that of all tensors together; else that of this process, and of its largest worker
+    process among those that have ended.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # which Windows does not have
+
+    # The system counts in bytes on a Mac and in kilobytes elsewhere.
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    largest_child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return (own + largest_child) / unit
+
+
+# ----------------------------------------------------------------------------------------------
+# Networks larger than one device
+
+
+def shard(network: nn.Module, cheap: list[nn.Module], exact: list[nn.Module], process: Process,
+          precision: str):
+    """Split parameters, gradients and moments of a network over all processes, in place: FSDP2.
+
+    Without it every process holds all of them. With it each of N processes holds an N-th part
+    of every tensor. When a module is about to run, the processes send each other their parts,
+    so that each has the whole module for a moment, and drop them afterwards.
+
+    Example: a ViT-L has 304 million parameters. In float32 these, their gradients and the two
+    moments of AdamW take 16 bytes each, 4.5 GB in all; over eight processes 0.6 GB each.
+
+    network: its modules in the two lists are gathered one at a time, and the rest of it as one
+    more. cheap: sent, and their gradients added up, in the low precision, on GPUs. exact: in
+    float32, as the rest is.
+    """
+    # FSDP warns that outputs of a module are views, for those who write into them. We do not.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    mesh = init_device_mesh(process.device.type, (process.world_size,))
+
+    # Half as many bytes are sent in half the time. On CPUs nothing is lowered: there
+    # LayerNorm refuses parameters of a lower precision than its input. Inputs are not converted
+    # here, because autocast does that for each operation.
+    low = LOW.get(precision) if process.device.type == "cuda" else None
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low, cast_forward_inputs=False)
+    for module in cheap:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+
+    # The network itself comes last: it takes what no list has taken. By default PyTorch would
+    # keep this rest gathered after the forward pass, for the backward pass; but a network that
+    # is not trained has none.
+    for module in [*exact, network]:
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
+if __name__ == "__main__":
+    process = start_process()
+    precision = resolve_precision("auto", process.device)
+    print(f"device {process.device}, precision {precision}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}")

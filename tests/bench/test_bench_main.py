@@ -1,0 +1,121 @@
+"""Claims
+1. One table, one truth: one more line in TASKS, GPUS or IDEAS is all that a new benchmark, GPU or
+   idea needs to be understood on the command line.
+2. Without a task, or with --help, the program says which there are.
+3. Bad input is one line that names the flag, exit code 2, and nothing is written.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+import bench.__main__
+from bench.__main__ import TASKS, main
+
+ROOT = Path(bench.__main__.__file__).resolve().parents[1]
+
+
+# -- 1
+
+
+def add_line(file: Path, table: str, entry: str):
+    """Put one more entry at the head of a dictionary in a file of code."""
+    text = file.read_text()
+    changed, count = re.subn(rf"^{table} = \{{", rf"\g<0>{entry}, ", text, flags=re.M)
+    assert count == 1, f"{file.name} has no table {table}"
+    file.write_text(changed)
+
+
+NEW_ENTRIES = {
+    ("__main__.py", "TASKS"): '"hello": (lambda config, process: {"hello": config.steps}, Config)',
+    ("forecast.py", "GPUS"): '"b300": (2500e12, 288)',
+    ("plain.py", "IDEAS"): '"slow_ema": {"train.ema_update": ema_one_by_one}',
+}
+USE_THEM = f"""
+from bench.__main__ import main
+assert main(["hello", "shapes", "--device", "cpu", "--steps", "5"])["hello"] == 5
+assert main(["plan", "shapes", "--kind", "b300", "--gpus", "2"])["days"] > 0
+step = main(["step", *{TINY!r}, "--steps", "1", "--without", "slow_ema"])
+assert set(step["without"]) == {{"slow_ema"}}
+"""
+
+
+@pytest.mark.slow
+def test_one_line_is_a_new_entry(tmp_path):
+    """In a copy of bench/ with these lines, run by a Python of its own.
+
+    The choices of a flag are read from the table when a module is imported; so the line has to be
+    there before, as it is when somebody adds it.
+    """
+    shutil.copytree(ROOT / "bench", tmp_path / "bench")
+    for (file, table), entry in NEW_ENTRIES.items():
+        add_line(tmp_path / "bench" / file, table, entry)
+    # Modules are looked for in the working directory first, then where PYTHONPATH says.
+    result = subprocess.run(
+        [sys.executable, "-c", USE_THEM],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "without slow_ema" in result.stdout
+    assert "2 b300" in result.stdout
+
+
+# -- 2
+
+
+def test_help_lists_the_tasks(capsys):
+    main(["--help"])
+    text = capsys.readouterr().out
+    for name, (function, _) in TASKS.items():
+        assert f"  {name} " in text
+        assert function.__doc__.splitlines()[0] in text
+
+
+# -- 3
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("", f"choose from {', '.join(TASKS)}"),
+        ("stp", "choose from step"),
+        ("step nothing", "there is no preset"),
+        ("step shapes --steps 0", "--steps 0"),
+        ("step shapes --without skipping --precision fp32", "--without skipping: this step does"),
+        ("step shapes --without bf16 --precision fp32", "--without bf16"),
+        ("step shapes --without everything", "--without"),
+        ("step shapes --gpus 8", "there is no flag --gpus"),
+        ("data shapes", "--data is missing"),
+        ("data --data shapes:64 --in_chans 5 --plain", "--plain with --in_chans 5"),
+        ("data shapes --data folder:/none", "no such folder"),
+        ("eval shapes --queries 0", "--queries 0"),
+        ("probes shapes --classes 0", "--classes 0"),
+        ("probes shapes --arch resnet18", "--arch resnet18 has no blocks"),
+        ("attention shapes --arch resnet18", "--arch resnet18 has no attention"),
+        ("growth shapes --arch resnet18", "--arch resnet18"),
+        ("plan shapes --kind v100", "--kind"),
+        ("plan shapes --json /none/out.json", "--json /none/out.json"),
+        ("plan shapes --utilisation 40", "--utilisation 40"),
+        ("plan shapes --gpus 0", "--gpus 0"),
+    ],
+)
+def test_misuse(line, words, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    task = line.split()[:1]
+    json_flag = ["--json", str(out)] if task else []
+    with pytest.raises(SystemExit) as stop:
+        main([*task, *json_flag, *line.split()[1:]])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert words in error
+    assert error.count("\n") == 1
+    assert not out.exists()

@@ -1,0 +1,132 @@
+"""Claims
+1. A plan adds up, and meets a run that was published.
+2. Cost grows point by point: each point is the fastest of its steps, of the network it names.
+3. The processes that growth starts train what was asked, and their failure is told.
+
+Time is that of a clock which the work under test moves (bench_helpers.FakeClock).
+"""
+
+import json
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+from bench_helpers import CPU, FakeClock, config_of
+from conftest import TINY
+
+import bench.forecast
+import bench.step
+import train
+import vit
+from bench.__main__ import main
+from bench.forecast import growth, point, rates_of_processes
+from bench.step import Config
+from machinery.flags import UsageError
+
+# -- 1
+
+
+def test_plan_adds_up_and_meets_a_published_run(tmp_path, capsys):
+    """By calculation alone: nothing is measured."""
+    out = tmp_path / "out.json"
+    flags = "--gpus 32 --kind a100 --utilisation 0.34".split()
+    main(["plan", "dinov2_vitl16_in1k", *flags, "--json", str(out)])
+    result = json.loads(out.read_text())
+    assert result["memory_gb"] == pytest.approx(sum(result["memory_parts"].values()))
+    rate = 32 * 0.34 * 312e12 / (result["gflop_per_image"] * 1e9)
+    assert result["images_per_second"] == pytest.approx(rate)
+    assert result["days"] == pytest.approx(100 * 1250 * 32 * 64 / rate / 86400)
+    # DINOv2's README: 32 A100s, about a day, 93 images a second and GPU, at a third of the peak.
+    assert 0.8 < result["days"] < 1.2
+    assert "an estimate" in capsys.readouterr().out
+
+
+# -- 2
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock by which steps last 9 seconds, which warms up, then 5, 3, 4, and 9 again."""
+    clock = FakeClock()
+    durations = iter([9, 5, 3, 4, 9])
+    monkeypatch.setattr(bench.step, "time_when_done", clock)
+    monkeypatch.setattr(train, "train_step", clock.takes(durations, train.train_step))
+    monkeypatch.setattr(bench.forecast.Memory, "peak_gb", lambda memory: 1.5)
+    return clock
+
+
+def test_a_point_is_the_fastest_of_its_steps(clock):
+    config = config_of([*TINY, "--steps", "2"], Config)
+    assert point(config, CPU, "local_crops_number", 1) == {
+        "value": 1,
+        "step_seconds": 3,
+        "seconds_per_image": 3 / 8,
+        "peak_memory_gb": 1.5,
+    }
+
+
+@pytest.mark.parametrize("name, value", [("depth", 2), ("batch_size_per_gpu", 4)])
+def test_a_point_is_of_what_it_names(name, value, clock, monkeypatch):
+    config = config_of([*TINY, "--steps", "1"], Config)
+    monkeypatch.setitem(vit.ARCHS, config.arch, dict(vit.ARCHS[config.arch]))  # it changes that
+    trained = []
+    real_step = train.train_step
+
+    def note(learner, batch, *args):
+        trained.append((len(learner.student.backbone.blocks), len(batch["index"])))
+        return real_step(learner, batch, *args)
+
+    monkeypatch.setattr(train, "train_step", note)
+    row = point(config, CPU, name, value)
+    expected = {"depth": vit.ARCHS[config.arch]["depth"], "batch_size_per_gpu": 8, name: value}
+    assert set(trained) == {(expected["depth"], expected["batch_size_per_gpu"])}
+    assert row["seconds_per_image"] == row["step_seconds"] / expected["batch_size_per_gpu"]
+
+
+@pytest.mark.slow
+def test_growth(tmp_path, monkeypatch):
+    """From the flags to the figure, with two things that grow, and train.py in one process."""
+    monkeypatch.chdir(tmp_path)
+    table = {"depth": (0.25, 1), "local_crops_number": (0, 0.4)}
+    monkeypatch.setattr(bench.forecast, "GROWTH", table)
+    monkeypatch.setattr(bench.forecast, "os", only_one_core())
+    flags = "--batch_size_per_gpu 2 --steps 1 --device cpu --precision fp32".split()
+    result = main(["growth", "shapes", *flags])["growth"]
+    values = {name: [row["value"] for row in rows] for name, rows in result.items()}
+    # A depth of 4 and 2 local crops are what the preset has; 0.4 of 2 is no crop once more.
+    assert values == {"depth": [1, 4], "local_crops_number": [0], "processes": [1]}
+    for row in (*result["depth"], *result["local_crops_number"]):
+        assert set(row) == {"value", "step_seconds", "seconds_per_image", "peak_memory_gb"}
+    assert set(result["processes"][0]) == {"value", "images_per_second"}
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+
+
+def only_one_core():
+    """The module os as bench.forecast uses it, on a machine of one core."""
+    return SimpleNamespace(environ=bench.forecast.os.environ, cpu_count=lambda: 1)
+
+
+def test_growth_is_of_a_vit():
+    config = config_of(["shapes", "--arch", "resnet18"], Config)
+    with pytest.raises(UsageError, match="growth is of a ViT"):
+        growth(config, CPU)
+
+
+# -- 3
+
+
+def test_growth_of_processes_trains_what_was_asked(monkeypatch):
+    commands = []
+
+    def fails(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(bench.forecast.subprocess, "run", fails)
+    config = config_of(["--arch", "vit_pico", "--mask_ratio", 0.2, 0.4], Config)
+    with pytest.raises(UsageError, match="with 1 processes failed"):
+        rates_of_processes(config, CPU)
+    line = " ".join(commands[0])
+    assert "--arch vit_pico" in line
+    assert "--mask_ratio 0.2 0.4" in line
+    assert "--steps" not in line  # that is a flag of bench, not of train.py

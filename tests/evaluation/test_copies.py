@@ -1,0 +1,93 @@
+"""Claims
+1. GeM and whitening equal naive versions in float64.
+2. Every edit gives a picture back; crops remove the area they say; seeds repeat. A new line in
+   EDITS is one more kind of copy.
+3. An unedited copy is found; so are those of a folder laid out as Copydays, and a folder that
+   is not is refused.
+"""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run_evaluate
+
+from evaluation import copies
+from evaluation.copies import EDITS, Whitening, gem
+
+
+def test_gem_and_whitening():
+    torch.manual_seed(0)
+    patches = torch.randn(2, 5, 3, dtype=torch.float64)
+    for b in range(2):
+        for d in range(3):
+            values = [max(float(v), 1e-6) ** 4 for v in patches[b, :, d]]
+            assert gem(patches)[b, d].item() == pytest.approx((sum(values) / 5) ** 0.25, rel=1e-12)
+    features = torch.randn(50, 6, dtype=torch.float64) @ torch.randn(6, 6).double() + 1
+    features[:, 5] = features[:, 4]  # a direction without strength is floored, not blown up
+    whiten, others = Whitening(features), torch.randn(4, 6, dtype=torch.float64)
+    moment = np.einsum("ni,nj->ij", features.numpy(), features.numpy()) / 50
+    values, axes = np.linalg.eigh(moment)
+    values = np.maximum(values, 1e-5 * values.max())
+    naive = np.stack(
+        [(axes.T @ (x - features.numpy().mean(0))) / np.sqrt(values) for x in others.numpy()]
+    )
+    naive /= np.linalg.norm(naive, axis=1, keepdims=True)
+    # Eigenvectors are defined up to their sign: cosines are not touched by it.
+    cosines = (whiten(others) @ whiten(others).T).numpy()
+    np.testing.assert_allclose(cosines, naive @ naive.T, atol=1e-9)
+    assert torch.allclose(whiten(others).norm(dim=1), torch.ones(4).double())
+
+
+@pytest.mark.parametrize("size", [(37, 50), (64, 64), (9, 7)])
+def test_edits(size):
+    coarse = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    image = (255 * F.interpolate(coarse, size, mode="bilinear"))[0].byte()
+    before = image.clone()
+    for name, edit in EDITS.items():
+        edited, again = edit(image, 3), edit(image, 3)
+        assert edited.dtype == torch.uint8 and edited.ndim == 3 and edited.shape[0] == 3, name
+        assert torch.equal(edited, again) and torch.equal(image, before), name
+        if size != (9, 7):
+            assert edited.shape != image.shape or not torch.equal(edited, image), name
+        if name.startswith("crop"):
+            kept = edited[0].numel() / image[0].numel()
+            # whole pixels: each side is off by half a pixel at most
+            assert abs(kept - (1 - int(name.split()[1]) / 100)) < 0.6 * sum(1 / s for s in size)
+
+
+def test_an_unedited_copy_is_found(small_backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr(copies, "EDITS", {"strong": lambda image, i: image})
+    line = f"copies --weights {small_backbone} --data shapes:300 --val_data shapes:20:val"
+    results = run_evaluate(line, n_originals=6, output_dir=tmp_path)
+    assert results["copies"] == {"strong": 1.0}
+
+
+def test_a_line_in_edits_is_one_more_copy(small_backbone, tmp_path, monkeypatch):
+    edited = []
+
+    def mirror(image, i):
+        edited.append(i)
+        return image.flip(2)
+
+    monkeypatch.setitem(EDITS, "mirror", mirror)
+    line = f"copies --weights {small_backbone} --data shapes:20 --val_data shapes:9:val"
+    results = run_evaluate(line, n_originals=3, output_dir=tmp_path)
+    assert list(results["copies"]) == list(EDITS) and "mirror" in results["copies"]
+    assert edited == [0, 1, 2]  # each of the originals, by its number among them
+
+
+def test_copydays(small_backbone, photos, tmp_path):
+    root = tmp_path / "copydays"
+    for name in ("original", "strong", "jpegqual/3"):
+        (root / name).mkdir(parents=True)
+    for i, file in enumerate(sorted(photos.glob("dogs/*"))[:6]):
+        for name in ("original", "strong", "jpegqual/3"):  # 200000.jpg and its copy 200001.jpg
+            shutil.copy(file, root / name / f"2{i:03d}0{int(name != 'original')}{file.suffix}")
+    line = f"copies --weights {small_backbone} --data shapes:300"
+    results = run_evaluate(line, copydays=root, output_dir=tmp_path)
+    assert results["copies"] == {"strong": 1.0, "jpegqual/3": 1.0} and results["n_originals"] == 6
+    with pytest.raises(SystemExit):
+        run_evaluate(line, copydays=photos, output_dir=tmp_path)

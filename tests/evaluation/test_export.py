@@ -1,0 +1,24 @@
+"""Claims
+1. The table has a row for each image and the text file its name; a row equals what the network
+   gives for that image alone.
+"""
+
+import numpy as np
+import torch
+from conftest import run_evaluate
+
+from augment import center_crop, normalise
+from backbones.weights import load_backbone
+from images.data import open_images
+
+
+def test_features(small_backbone, photos, tmp_path):
+    output = tmp_path / "deep/x.npy"
+    run_evaluate(f"features --weights {small_backbone} --data folder:{photos}", output=output)
+    rows, names = np.load(output), output.with_suffix(".txt").read_text().split()
+    images = open_images(f"folder:{photos}")
+    assert rows.shape == (24, 64) and names == images.names and rows.dtype == np.float32
+    image = normalise(center_crop(images.read(5), 16)[None])
+    with torch.no_grad():
+        row = load_backbone(small_backbone)(image)[0]
+    np.testing.assert_allclose(rows[5], row.numpy(), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,55 @@
+"""Claims
+1. Features do not depend on the batch size, and come in order.
+2. Shares of processes put together are the whole in order, whatever their number.
+3. Labels of two sets are compared by the names of their classes.
+4. Accuracy and its mean over classes equal a loop, with classes of one image and of none.
+"""
+
+import pytest
+import torch
+
+from evaluation.extract import accuracy, extract, gather, same_labels, spread
+from images.data import Images, open_images
+from machinery.process import Process
+from vit import VisionTransformer
+
+
+def test_extraction():
+    torch.manual_seed(0)
+    model = VisionTransformer(16, 8, embed_dim=64, depth=1, num_heads=1).train()
+    images, process = open_images("shapes:10"), Process(torch.device("cpu"))
+    by_three, at_once = (extract(model, images, 16, process, batch_size=b) for b in (3, 10))
+    torch.testing.assert_close(by_three, at_once, rtol=1e-4, atol=1e-5)
+    assert by_three.shape == (10, 64) and model.training
+    assert torch.equal(gather(by_three, 10, process), by_three)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_shares_are_the_whole(world):
+    processes = [Process(torch.device("cpu"), rank, world) for rank in range(world)]
+    for n in (1, 4, 7):
+        shares = [spread(range(n), process) for process in processes]
+        assert len({len(share) for share in shares}) == 1
+        assert torch.tensor(shares).T.flatten()[:n].tolist() == list(range(n))
+
+
+def test_labels_go_by_names():
+    bank = Images("a", None, list("abc"), [0, 1, 2], ["cat", "dog", "owl"])
+    some = Images("b", None, list("de"), [0, 1], ["dog", "owl"])  # no cat among them
+    assert same_labels(bank, some).tolist() == [1, 2]
+    with pytest.raises(ValueError, match="--val_data has classes that --data has not: cat"):
+        same_labels(some, bank)
+
+
+def test_accuracies_against_a_loop():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0, 1, 1, 4, 4, 4, 4, 4])  # one image of 0, none of 2 and 3
+    for _ in range(20):
+        predicted = torch.randint(0, 5, (8,), generator=generator)
+        right = {}  # class -> for each image of it, whether it was recognised
+        for answer, label in zip(predicted.tolist(), labels.tolist()):
+            right.setdefault(label, []).append(answer == label)
+        per_class = [sum(images) / len(images) for images in right.values()]
+        figures = accuracy(predicted, labels)
+        assert figures["top1"] == pytest.approx(sum(map(sum, right.values())) / 8, abs=1e-12)
+        assert figures["mean_per_class"] == pytest.approx(sum(per_class) / 3, abs=1e-12)

@@ -1,0 +1,64 @@
+"""Claims
+1. The vote equals a plain loop; ties of distance do not matter, chunks do not either.
+2. Impossible k is refused.
+3. A few-shot subset has exactly n images of each class, another for another seed.
+4. The task finds each image itself, prints and writes what it returns, and votes with few
+   images of each class as often as it was told.
+"""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import run_evaluate
+
+from evaluation.knn import few_of_each, knn_accuracy, knn_vote, top_neighbours
+
+
+def test_vote_against_a_loop():
+    torch.manual_seed(0)
+    bank, queries = torch.randn(60, 8).double(), torch.randn(25, 8).double()
+    labels, truth = torch.randint(0, 5, (60,)), torch.randint(0, 5, (25,))
+    right = 0
+    for query, label in zip(queries, truth):
+        cosines = [
+            (float(query @ b / query.norm() / b.norm()), int(c)) for b, c in zip(bank, labels)
+        ]
+        votes = {}
+        for cosine, c in sorted(cosines, reverse=True)[:7]:
+            votes[c] = votes.get(c, 0) + math.exp(cosine / 0.07)
+        right += max(votes, key=votes.get) == int(label)
+    assert knn_accuracy(bank, labels, queries, truth, (7,))[7] == pytest.approx(right / 25)
+
+
+def test_chunks_and_ks():
+    torch.manual_seed(0)
+    bank, queries = torch.randn(50, 4), torch.randn(33, 4)
+    in_chunks, at_once = top_neighbours(queries, bank, 5, chunk=4), top_neighbours(queries, bank, 5)
+    assert torch.equal(in_chunks[1], at_once[1])
+    assert (at_once[0].diff(dim=1) <= 0).all()
+    assert knn_vote(torch.tensor([[0.9, 0.5, 0.5]]), torch.tensor([[2, 0, 0]])).item() == 2
+    for k in (0, 51):
+        with pytest.raises(ValueError, match="bank of 50"):
+            top_neighbours(queries, bank, k)
+
+
+def test_few_shot_subsets():
+    labels = [0] * 5 + [3] * 9 + [1] * 4
+    rows = few_of_each(labels, 4, 0)
+    assert len(set(rows.tolist())) == 12
+    assert torch.tensor(labels)[rows].bincount().tolist() == [4, 4, 0, 4]
+    assert torch.equal(rows, few_of_each(labels, 4, 0))
+    assert not torch.equal(rows, few_of_each(labels, 4, 1))
+
+
+def test_the_task(small_backbone, photos, tmp_path, capsys):
+    line = f"knn --weights {small_backbone} --data folder:{photos} --val_data folder:{photos} "
+    line += "--nb_knn 1 20 --n_per_class 2 --n_tries 3"
+    results = run_evaluate(line, output_dir=tmp_path)
+    assert "k-NN(  1)  100.00%" in capsys.readouterr().out
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["knn"] == results["knn"] and written["knn"]["1"] == 1.0  # each finds itself
+    assert list(written["few_shot"]["2"]) == ["1", "2"]
+    assert all(len(tries) == 3 for tries in written["few_shot"]["2"].values())

@@ -1,0 +1,102 @@
+"""Claims
+1. A sweep of 52 probes equals 52 separate runs of torch's SGD (float64), and so do its shares.
+2. All probes of a task are trained on the same passes through the network: one for each batch.
+   `python -m bench probes` times what they cost beside one.
+3. ImageNet-ReaL counts any of an image's labels, and no image without one.
+4. A saved head, judged again, gives its figures; of classes that are absent none is answered.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run_evaluate
+
+from backbones.classifier import Blocks, kinds_of_input
+from evaluation.linear import LRS, Probes, real_accuracy
+
+
+@pytest.fixture
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(6, 20, dtype=torch.float64, generator=generator) for _ in range(5)]
+    labels = [torch.randint(0, 3, (6,), generator=generator) for _ in range(5)]
+    return list(zip(rows, labels))
+
+
+def test_sweep_equals_separate_runs(batches):
+    kinds = kinds_of_input(4, (1, 4), (False, True))
+    sweep = Probes(kinds, 3, LRS, dtype=torch.float64)
+    shares = [Probes(kinds, 3, LRS[r::5], dtype=torch.float64) for r in range(5)]
+    start = {kind: sweep.head(kind, LRS[0]) for kind in kinds}
+    for i, (rows, labels) in enumerate(batches):
+        for probes in (sweep, *shares):
+            probes.step(rows, labels, 40 / (1 + i))  # a factor that makes the largest rate matter
+    largest_change = 0.0
+    for kind, columns in kinds.items():
+        for j, lr in enumerate(LRS):
+            alone = torch.nn.Linear(columns.stop - columns.start, 3).double()
+            alone.load_state_dict(start[kind])
+            optimizer = torch.optim.SGD(alone.parameters(), lr=0.0, momentum=0.9)
+            for i, (rows, labels) in enumerate(batches):
+                optimizer.param_groups[0]["lr"] = lr * 40 / (1 + i)
+                optimizer.zero_grad()
+                F.cross_entropy(alone(rows[:, columns]), labels).backward()
+                optimizer.step()
+            for probes in (sweep, shares[j % 5]):
+                head = probes.head(kind, lr)
+                # sums in another order
+                for key, value in alone.state_dict().items():
+                    torch.testing.assert_close(head[key], value, rtol=1e-10, atol=1e-12)
+                predicted = probes.predict(batches[0][0], chunk=4)[kind, lr]
+                assert torch.equal(predicted, alone(batches[0][0][:, columns]).argmax(1))
+            change = (alone.weight.data - start[kind]["weight"]).abs().max().item()
+            largest_change = max(largest_change, change)
+    assert largest_change > 0.1
+
+
+def test_one_pass_serves_all_probes(small_backbone, tmp_path, monkeypatch):
+    sizes = []
+    forward = Blocks.forward
+
+    def counted(self, images):
+        sizes.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(Blocks, "forward", counted)
+    line = f"linear --weights {small_backbone} --data shapes:20 --val_data shapes:8:val "
+    results = run_evaluate(line + "--epochs 2 --batch_size 10", output_dir=tmp_path)
+    assert len(results["probes"]) == 52
+    assert sizes == [8, 10, 10, 10, 10]  # --val_data once, and two steps in each of two epochs
+
+
+def test_real_labels(tmp_path):
+    (tmp_path / "real.json").write_text(json.dumps([[1, 2], [], [0]]))
+    names = [f"a/ILSVRC2012_val_{i:08d}.JPEG" for i in (3, 1, 2)]
+    assert real_accuracy(torch.tensor([1, 2, 0]), names, str(tmp_path / "real.json")) == 0.5
+    with pytest.raises(ValueError, match="--real_labels"):
+        real_accuracy(torch.tensor([1]), ["cat.jpg"], str(tmp_path / "real.json"))
+
+
+def test_saved_head(small_backbone, photos, tmp_path):
+    line = f"linear --weights {small_backbone} --data folder:{photos} --epochs 2"
+    flags = dict(val_data=f"folder:{photos}", output_dir=tmp_path)
+    trained = run_evaluate(line, **flags)
+    with_head = flags | {"head": tmp_path / "head.pt"}
+    judged_again = run_evaluate(line, **with_head)
+    for key in ("top1", "mean_per_class"):
+        assert judged_again["linear"][key] == trained["linear"][key]
+    tested = run_evaluate(line, **flags, test_data=f"folder:{photos}")
+    assert tested["test"]["top1"] == tested["linear"]["top1"]
+    state = torch.load(tmp_path / "head.pt")
+    state["bias"] += torch.tensor([0.0, 100.0])  # it now answers dog, whatever it is shown
+    torch.save(state, tmp_path / "head.pt")
+    assert run_evaluate(line, **with_head)["linear"]["top1"] == 0.5
+    for name in ("katzen", "kater"):  # other names, and no dog among them
+        shutil.copytree(photos / "cats", tmp_path / "german" / name)
+    (tmp_path / "map.csv").write_text("katzen, cats\nkater, cats\n")
+    with_head["val_data"] = f"folder:{tmp_path / 'german'}"
+    mapped = run_evaluate(line, **with_head, class_mapping=tmp_path / "map.csv")
+    assert mapped["linear"]["top1"] == 1

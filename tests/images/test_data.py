@@ -1,0 +1,180 @@
+"""Claims
+1. Data sets are found by name, and a miss names the choices; a new line in DATASETS is a new
+   name.
+2. The sampler continues anywhere, and any number of processes sees the same images in order.
+3. A batch does not depend on the number of workers.
+4. An image that does not decode is replaced by one that follows from the seed, and named.
+5. What is held out depends on the name alone.
+6. Images of 16 bits and of any number of channels are read whole; a miss names both numbers.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as TF
+
+import evaluate
+from augment import MultiCrop, pixels_of
+from images.data import (
+    DATASETS,
+    Images,
+    Sampler,
+    Views,
+    held_out,
+    open_images,
+    open_shapes,
+    training_loader,
+)
+
+
+def test_folder_with_classes(photos):
+    images = open_images(f"folder:{photos}")
+    assert len(images) == 24 and images.classes == ["cats", "dogs"]
+    assert images.read(0).shape[0] == 3 and images.read(0).dtype == torch.uint8
+    for name, label in zip(images.names, images.labels, strict=True):
+        assert name.startswith("cats") == (label == 0)
+
+
+def test_flat_folder_has_no_labels(photos):
+    images = open_images(f"folder:{photos / 'cats'}")
+    assert len(images) == 12 and images.labels is None
+
+
+@pytest.mark.parametrize(
+    "spec, words",
+    [
+        ("folder:/nowhere", "no such folder"),
+        ("nothing", "choose from shapes, folder"),
+        ("shapes:many", "number of images"),
+        ("CIFAR10", "--data_root"),
+        ("folder:", "no such folder"),
+    ],
+)
+def test_misses_are_explained(spec, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        open_images(spec, root=str(tmp_path))
+    with pytest.raises(ValueError, match="--val_data"):
+        open_images(spec, root=str(tmp_path), flag="--val_data")
+
+
+def test_empty_folder(tmp_path):
+    with pytest.raises(ValueError, match="found 0 images"):
+        open_images(f"folder:{tmp_path}")
+
+
+def test_a_line_in_datasets_is_a_name_for_data(small_backbone, tmp_path, monkeypatch):
+    calls = []
+
+    def open_new(argument, split, root, download, channels):
+        calls.append((argument, split, channels))
+        return open_shapes(argument, split, root, download, channels)
+
+    with pytest.raises(ValueError, match="choose from shapes, folder, shards"):
+        open_images("new:12")
+    monkeypatch.setitem(DATASETS, "new", open_new)
+    assert len(open_images("new:12")) == 12 and calls == [("12", "train", 3)]
+    flags = f"knn --weights {small_backbone} --data new:20 --val_data new:10:val --nb_knn 5 "
+    flags += f"--num_workers 0 --device cpu --output_dir {tmp_path}"
+    evaluate.main(flags.split())
+    assert calls[1:] == [("20", "train", 3), ("10", "val", 3)]
+    assert json.loads((tmp_path / "results.json").read_text())["data"] == "new:20"
+    with pytest.raises(ValueError, match="choose from shapes, folder, shards, new"):
+        open_images("nothing")
+
+
+@pytest.mark.parametrize("kind", ["png", "H,W npy", "1,H,W npy", "tif"])
+def test_sixteen_bits(kind, tmp_path):
+    """All of them for one channel; the upper eight for three."""
+    grey = np.linspace(0, 65535, 20 * 30).reshape(20, 30).astype(np.uint16)
+    if "npy" in kind:
+        np.save(tmp_path / "a.npy", grey if kind[0] == "H" else grey[None])
+    else:
+        Image.fromarray(grey).save(tmp_path / f"a.{kind}")
+    image = open_images(f"folder:{tmp_path}", pixels=pixels_of(1)).read(0)
+    assert image.dtype == torch.float32 and image.shape == (1, 20, 30)
+    torch.testing.assert_close(image[0].double() * 65535, torch.from_numpy(grey.astype(float)))
+    three = open_images(f"folder:{tmp_path}").read(0)
+    assert three.dtype == torch.uint8 and three.shape == (3, 20, 30)
+    torch.testing.assert_close(three[1] / 255, image[0], rtol=0, atol=0.5 / 255 + 1e-6)
+
+
+def test_channels(tmp_path):
+    array = np.random.default_rng(0).random((20, 30, 5), dtype=np.float32)
+    for name, content in (("a", array), ("b", array.transpose(2, 0, 1)), ("c", array[..., :4])):
+        np.save(tmp_path / f"{name}.npy", content)
+    images = open_images(f"folder:{tmp_path}", pixels=pixels_of(5))
+    for i in (0, 1):
+        np.testing.assert_array_equal(images.read(i).numpy(), array.transpose(2, 0, 1))
+    with pytest.raises(ValueError, match="4 channels, expected --in_chans 5"):
+        images.read(2)
+    with pytest.raises(ValueError, match="--val_data 3 channels, expected --in_chans 2"):
+        open_images("shapes:8", flag="--val_data", pixels=pixels_of(2))
+    np.save(tmp_path / "a.npy", array + 7)
+    with pytest.raises(ValueError, match="--data values from 7.* expected 0 to 1"):
+        open_images(f"folder:{tmp_path}", pixels=pixels_of(5))
+    np.save(tmp_path / "a.npy", np.float32(0.5))
+    with pytest.raises(ValueError, match="expected an image"):
+        open_images(f"folder:{tmp_path}", pixels=pixels_of(5))
+    Image.fromarray((array[..., :4] * 255).astype(np.uint8), "RGBA").save(tmp_path / "d.png")
+    images = open_images(f"folder:{tmp_path}", pixels=pixels_of(4))  # arrays: where nothing else is
+    assert images.names == ["d.png"] and images.read(0).shape == (4, 20, 30)
+    grey = open_images("shapes:8", pixels=pixels_of(1)).read(3)
+    expected = TF.rgb_to_grayscale(open_images("shapes:8").read(3) / 255)
+    torch.testing.assert_close(grey, expected)
+
+
+def test_more_than_sixteen_bits_are_refused(tmp_path):
+    Image.fromarray(np.full((20, 30), 70_000, dtype=np.int32)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match="values from 1.06813 to 1.06813, expected 0 to 1"):
+        open_images(f"folder:{tmp_path}").read(0)
+
+
+def test_sampler_resumes_and_shards():
+    def keys(**how):
+        return list(Sampler(50, steps=20, seed=5, **how))
+
+    whole = keys(batch_size=6)
+    assert keys(batch_size=6, start=13) == whole[13:]
+    halves = [keys(batch_size=3, rank=r, world_size=2) for r in (0, 1)]
+    assert [a + b for a, b in zip(*halves)] == whole
+    first_pass = [i for batch in whole[:8] for _, _, i in batch]
+    assert len(set(first_pass)) == 48  # nothing twice within a pass
+    assert {epoch for batch in whole for epoch, _, _ in batch} == {0, 1, 2}
+    with pytest.raises(ValueError, match="--batch_size_per_gpu"):
+        Sampler(50, 51, 1)
+
+
+def test_batches_do_not_depend_on_workers(photos):
+    images = open_images(f"folder:{photos}")
+    views = Views(images, MultiCrop(24, 16, 2, 2), seed=3)
+    alone, by_workers = (list(training_loader(views, Sampler(24, 8, 4), n)) for n in (0, 2))
+    for a, b in zip(alone, by_workers, strict=True):
+        for key in ("global_crops", "local_crops", "photometry", "index"):
+            assert torch.equal(a[key], b[key])
+
+
+def test_broken_images_are_replaced_and_named(photos):
+    (photos / "cats" / "01.png").write_bytes(b"not an image")
+    images = open_images(f"folder:{photos}")
+    views = Views(images, MultiCrop(24, 16, 2, 0), seed=3)
+    broken = images.names.index("cats/01.png")
+    sample, again = views[0, 0, broken], views[0, 0, broken]
+    assert torch.equal(sample["global_crops"], again["global_crops"])
+    assert len(sample["broken"]) == 1 and sample["broken"][0].startswith("cats/01.png")
+
+
+def test_nothing_but_broken_images_ends():
+    def fails(i):
+        raise OSError("no")
+
+    views = Views(Images("x", fails, ["a", "b"]), MultiCrop(16, 8, 2, 0))
+    with pytest.raises(RuntimeError, match="ten images"):
+        views[0, 0, 0]
+
+
+def test_held_out_share():
+    names = [f"{i}.jpg" for i in range(20000)]
+    assert abs(np.mean([held_out(n) for n in names]) - 0.05) < 0.005

@@ -1,0 +1,299 @@
+"""Claims
+1. A cached image is the source's, byte for byte, or the source's made smaller by torchvision.
+2. A build that was killed anywhere, or ran twice at once, ends with the same files; what was
+   whole is not decoded again.
+3. Another source, a changed one and a damaged cache are refused, naming the folder.
+4. Shards give each file's own bytes and labels; half a tar file is refused.
+5. An epoch's order has every image once, near its place in a shuffled row of shards.
+6. A run on shards with a cache, killed and run again, has the same weights, bit for bit.
+"""
+
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import killed_in_step
+
+import train
+from augment import MultiCrop
+from images import store
+from images.data import EXTENSIONS, Images, Sampler, Views, cached, open_images, training_loader
+from machinery.flags import UsageError, parse
+from training.config import Config
+from training.recipes import PRESETS
+
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
+
+@pytest.fixture
+def shards(photos, tmp_path):
+    """The 24 photos in three tar files of 8; the pattern of their names."""
+    files = sorted(photos.rglob("*.*"), key=lambda path: path.name)
+    for shard in range(3):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for path in files[8 * shard : 8 * (shard + 1)]:
+                tar.add(path, str(path.relative_to(photos)))
+    return str(tmp_path / "*.tar")
+
+
+def content(folder):
+    return [(folder / name).read_bytes() for name in ("pixels.bin", "sizes.bin")]
+
+
+# -- 1: the source's bytes
+
+
+@pytest.mark.parametrize("side", [0, 32, 1000])
+def test_cached_images_are_the_sources(side, photos, tmp_path):
+    images = open_images(f"folder:{photos}")
+    kept = cached(images, str(tmp_path / "cache"), side)
+    assert kept.labels == images.labels and kept.names == images.names
+    for i in range(len(images)):
+        source = images.read(i)
+        if side == 32:
+            height, width = source.shape[1:]
+            short = min(height, width)
+            size = (round(height * 32 / short), round(width * 32 / short))
+            source = torchvision.transforms.v2.functional.resize(
+                source, size, interpolation=torchvision.transforms.InterpolationMode.BICUBIC
+            )
+        assert torch.equal(kept.read(i), source)
+    assert cached(images, "", side) is images
+
+
+def test_batches_do_not_depend_on_workers_or_pickling(photos, tmp_path):
+    kept = cached(open_images(f"folder:{photos}"), str(tmp_path / "cache"), 32, num_workers=2)
+    crops = MultiCrop(24, 16, 2, 2)
+    loaders = [
+        training_loader(Views(images, crops, 3), Sampler(24, 8, 3), workers)
+        for images, workers in ((kept, 0), (kept, 2))
+    ]
+    for a, b in zip(*loaders, strict=True):
+        assert torch.equal(a["global_crops"], b["global_crops"])
+    sent = pickle.dumps(kept)
+    assert len(sent) < 10_000 and torch.equal(pickle.loads(sent).read(5), kept.read(5))
+
+
+# -- 2: builds that were cut off
+
+
+def test_continues_after_any_cut(photos, tmp_path):
+    """Files as a kill leaves them, at every kind of place: within pixels, within a record."""
+    images = open_images(f"folder:{photos}")
+    whole = tmp_path / "whole"
+    store.build(whole, images.read, images.names, 32)
+    pixels, sizes = content(whole)
+    rng = np.random.default_rng(0)
+    calls = []  # which images were decoded
+
+    def counted(i):
+        calls.append(i)
+        return images.read(i)
+
+    cuts = [(int(rng.integers(len(pixels))), int(rng.integers(len(sizes)))) for _ in range(12)]
+    for at_pixel, at_size in [(0, 0), (1, 0), (0, 5), (len(pixels), 12 * 7 + 5), *cuts]:
+        folder = tmp_path / "cut"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(whole, folder)
+        (folder / "pixels.bin").write_bytes(pixels[:at_pixel])
+        (folder / "sizes.bin").write_bytes(sizes[:at_size])
+        calls.clear()
+        store.build(folder, counted, images.names, 32)
+        assert content(folder) == [pixels, sizes]
+        ends = np.cumsum(
+            3 * np.prod(np.frombuffer(sizes, np.uint32).reshape(-1, 3)[:, :2].astype(int), 1)
+        )
+        whole_images = min(at_size // 12, int((ends <= at_pixel).sum()))
+        checks = min(8, len(images))
+        assert calls[: len(calls) - checks] == list(range(whole_images, len(images)))
+
+
+def test_killed_while_it_builds(photos, tmp_path):
+    images = open_images(f"folder:{photos}")
+
+    def dies(i):
+        if i == 11:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return images.read(i)
+
+    child = multiprocessing.get_context("fork").Process(
+        target=store.build, args=(tmp_path / "cut", dies, images.names, 32)
+    )
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert len(store.Cache(tmp_path / "cut").sizes) == 11
+    for name in ("cut", "whole"):
+        store.build(tmp_path / name, images.read, images.names, 32)
+    assert content(tmp_path / "cut") == content(tmp_path / "whole")
+
+
+def test_two_at_once(photos, tmp_path):
+    images = open_images(f"folder:{photos}")
+    children = [
+        multiprocessing.get_context("fork").Process(
+            target=store.build, args=(tmp_path / "both", images.read, images.names, 32)
+        )
+        for _ in range(3)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0, 0]
+    store.build(tmp_path / "one", images.read, images.names, 32)
+    assert content(tmp_path / "both") == content(tmp_path / "one")
+
+
+# -- 3: what is refused
+
+
+def test_another_source_is_refused(photos, tmp_path):
+    images, folder = open_images(f"folder:{photos}"), tmp_path / "cache"
+    store.build(folder, images.read, images.names, 32)
+    before = content(folder)
+    for names, side in ((images.names[:-1] + ["new.png"], 32), (images.names, 48)):
+        with pytest.raises(ValueError, match="--cache .*cache was made from 24 images at 32 px"):
+            cached(Images("x", images.read, names), str(folder), side)
+    assert content(folder) == before
+    first = photos / images.names[0]
+    shutil.copy(photos / images.names[6], first)
+    with pytest.raises(ValueError, match=f"{images.names[0]} has changed"):
+        cached(images, str(folder), 32)
+
+
+def test_broken_images_and_broken_caches(photos, tmp_path):
+    (photos / "cats" / "05.png").write_bytes(b"no")
+    images, folder = open_images(f"folder:{photos}"), tmp_path / "cache"
+    broken = images.names.index("cats/05.png")
+    kept = cached(images, str(folder), 32)
+    with pytest.raises(ValueError, match="did not decode"):
+        kept.read(broken)
+    assert Views(kept, MultiCrop(24, 16, 2, 0))[0, 0, broken]["broken"][0].startswith("cats/05.png")
+    pixels = bytearray((folder / "pixels.bin").read_bytes())
+    pixels[1000] ^= 1
+    (folder / "pixels.bin").write_bytes(pixels)
+    with pytest.raises(ValueError, match="is damaged"):
+        store.Cache(folder).read(0)
+
+
+# -- 4: tar files
+
+
+def test_shards_have_what_was_put_in(photos, shards):
+    images, files = open_images(f"shards:{shards}"), open_images(f"folder:{photos}")
+    assert len(images) == 24 and images.classes == ["cats", "dogs"]
+    for i, name in enumerate(images.names):
+        j = files.names.index(name.split("/", 1)[1])
+        assert torch.equal(images.read(i), files.read(j)) and images.labels[i] == files.labels[j]
+
+
+def test_labels_of_webdataset(photos, tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for i, label in enumerate(["9", "10", "9"]):
+            tar.add(sorted(photos.rglob("*.*"))[i], f"./{i:03d}.png")
+            info = tarfile.TarInfo(f"./{i:03d}.cls")
+            info.size = len(label)
+            tar.addfile(info, io.BytesIO(label.encode()))
+    images = open_images(f"shards:{tmp_path}/x.tar")
+    assert images.classes == ["9", "10"] and images.labels == [0, 1, 0]
+    assert images.names[0] == "x.tar/000.png"
+
+
+def test_the_list_beside_a_shard(shards, tmp_path):
+    first = store.Shards(shards, EXTENSIONS)
+    list_file = tmp_path / "0.tar.index"
+    listed = json.loads(list_file.read_text())
+    listed["members"] = listed["members"][:3]
+    list_file.write_text(json.dumps(listed))
+    assert len(store.Shards(shards, EXTENSIONS).names) == 19  # it is believed
+    os.utime(tmp_path / "0.tar", ns=(0, 0))  # another file: it is not
+    assert store.Shards(shards, EXTENSIONS).names == first.names
+    list_file.write_text("{")
+    assert store.Shards(shards, EXTENSIONS).names == first.names
+
+
+def test_no_shards_and_half_shards(shards, tmp_path):
+    for pattern, words in (("/none/*.tar", "--data /none"), (f"{tmp_path}/*.index", "no whole")):
+        open_images(f"shards:{shards}")  # leaves lists, which are no tar files
+        with pytest.raises(ValueError, match=words):
+            open_images(f"shards:{pattern}")
+    whole = (tmp_path / "1.tar").read_bytes()
+    for size in (1000, len(whole) // 2, 700):
+        (tmp_path / "1.tar").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="1.tar is no whole tar file"):
+            open_images(f"shards:{shards}")
+
+
+# -- 5: the order of an epoch
+
+
+def test_order_of_an_epoch(shards, monkeypatch):
+    images = open_images(f"shards:{shards}")
+
+    def order(seed):
+        return images.order(np.random.default_rng([0, seed]))
+
+    monkeypatch.setattr(store, "BUFFER", 5)
+    one = order(0)
+    assert sorted(one) == list(range(24)) and (one == order(0)).all() and (one != order(1)).any()
+    monkeypatch.setattr(store, "BUFFER", 0)
+    row = order(0)  # the same shards one after the other, each in order
+    assert all((part == part[0] + np.arange(8)).all() for part in row.reshape(3, 8))
+    place = np.empty(24, int)
+    place[row] = np.arange(24)
+    moved = np.arange(24) - place[one]
+    assert np.abs(moved).max() <= 5 and (moved != 0).sum() > 10
+    first = {tuple(order(seed)[::8] // 8) for seed in range(40)}
+    assert len(first) == 6  # all orders of three shards
+
+
+def test_order_of_a_part(shards):
+    some = [1, 5, 6, 17, 23]
+    images = open_images(f"shards:{shards}")
+    part = images.subset(some)
+    whole, of_part = (x.order(np.random.default_rng(4)) for x in (images, part))
+    assert [some[i] for i in of_part] == [i for i in whole if i in some]
+
+
+def test_a_step_in_an_epoch_does_not_depend_on_where_one_began(shards):
+    images = open_images(f"shards:{shards}")
+
+    def keys(**how):
+        return list(Sampler(24, steps=11, seed=5, order=images.order, **how))
+
+    whole = keys(batch_size=6)
+    assert keys(batch_size=6, start=7) == whole[7:]
+    halves = [keys(batch_size=3, rank=r, world_size=2) for r in (0, 1)]
+    assert [a + b for a, b in zip(*halves)] == whole
+    assert len({i for batch in whole[:4] for _, _, i in batch}) == 24
+
+
+# -- 6: a run
+
+
+def test_a_run_on_shards_with_a_cache(tiny, tmp_path, shards):
+    flags = [f"shards:{shards}" if flag == "shapes:64" else flag for flag in tiny]
+    flags[flags.index("--val_data") + 1] = f"shards:{shards}"
+    flags += ["--cache", str(tmp_path / "cache"), "--cache_side", "32", "--save_every", "2"]
+
+    def run(name, *more):
+        train.run(parse(Config, [*flags, *more, "--output_dir", str(tmp_path / name)], PRESETS))
+        return torch.load(tmp_path / name / "teacher.pt", weights_only=True)
+
+    whole = run("whole")
+    with killed_in_step(4):
+        run("broken")
+    broken = run("broken", "--num_workers", "1")
+    assert all(torch.equal(whole[k], broken[k]) for k in whole)
+    with pytest.raises(UsageError, match="--cache_side 48"):
+        run("broken", "--cache_side", "48", "--cache", str(tmp_path / "other"))

@@ -1,0 +1,124 @@
+"""Claims
+1. Killed (SIGKILL) at any instant, inside a save too, one process or two: the run goes on from
+   a complete checkpoint, loses at most one save interval, leaves nothing lying about, and ends
+   with the weights of a run that was never killed, bit for bit.
+2. Asked to stop (SIGTERM), a run is saved and gone, with exit code 143.
+
+KILLS=50 pytest -m slow tests/training/test_kills.py     the long form, some ten minutes
+"""
+
+import os
+import random
+import re
+import sys
+import time
+
+import pytest
+from conftest import finish, same_tensors, saved, start, tiny_config, without_figures
+
+import train
+
+KILLS = os.environ.get("KILLS")
+SAVE_EVERY, STEPS = 4, 24
+PATIENCE = 300  # seconds after which a test gives up; nothing is said about how fast a run is
+# What is to be renamed where a save sleeps: before its manifest, before it is complete, after.
+INSIDE = ("manifest.json.tmp", "tmp-*", "teacher.pt.tmp")
+
+
+def train_in(rank, folder, world, pause, epochs):
+    """A process of a run. pause: in its first save it says so by a file, and sleeps."""
+    sys.stdout = sys.stderr = open(folder / f"log-{rank}", "a", buffering=1)
+    replace = os.replace
+
+    def paused(path, to):
+        if pause and path.match(pause):
+            (folder / "inside").touch()
+            time.sleep(2 * PATIENCE)
+        return replace(path, to)
+
+    os.replace = paused
+    flags = f"--epochs {epochs} --save_every {SAVE_EVERY} --batch_size_per_gpu {8 // world}"
+    with without_figures():
+        train.run(tiny_config(folder / "run", *flags.split()))
+
+
+def begin(folder, world=1, pause="", epochs=3):
+    folder.mkdir(exist_ok=True)
+    (folder / "inside").unlink(missing_ok=True)
+    return start(train_in, folder, world, pause, epochs, world=world)
+
+
+def wait_for(condition, processes):
+    """Until the condition holds, or a process is gone."""
+    end = time.time() + PATIENCE
+    while not condition() and time.time() < end and all(p.is_alive() for p in processes):
+        time.sleep(0.01)
+
+
+def newest(folder):
+    """Step of the newest complete checkpoint, 0 without any."""
+    manifests = (folder / "run/checkpoint").glob("step-*/manifest.json")
+    return max((int(path.parent.name[5:]) for path in manifests), default=0)
+
+
+def kill_once(folder, world, inside, wait):
+    """Start or continue the run in a folder, and kill it; the last step that it logged.
+
+    It is killed inside a save, or `wait` seconds after its first log line.
+    """
+    log = folder / "log-0"
+    before = len(log.read_text()) if log.exists() else 0
+    processes = begin(folder, world, inside)
+    if inside:
+        wait_for((folder / "inside").exists, processes)
+        assert (folder / "inside").exists()
+    else:
+        wait_for(lambda: log.exists() and "step  " in log.read_text()[before:], processes)
+        time.sleep(wait)
+    for p in processes:
+        p.kill()
+    for p in processes:
+        p.join()
+    logged = re.findall(r"^step +(\d+)/", log.read_text()[before:], re.M)
+    return max(map(int, logged), default=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_killed_at_any_instant(world, tmp_path):
+    rng = random.Random(world)
+    wanted = int(KILLS or {1: 3, 2: 2}[world])
+    kills, runs = 0, 0
+    whole = tmp_path / "whole"
+    unbroken = begin(whole, world)
+    while kills < wanted:
+        broken = tmp_path / f"broken-{runs}"
+        runs += 1
+        while kills < wanted and newest(broken) < STEPS:
+            inside = INSIDE[(kills // 2 + world) % 3] if kills % 2 else ""
+            before = newest(broken)
+            logged = kill_once(broken, world, inside, wait=rng.uniform(0, 1.5))
+            assert newest(broken) >= max(before, logged - SAVE_EVERY)
+            kills += 1
+        finish(begin(broken, world))
+
+        log = (broken / "log-0").read_text()
+        begun_at = [int(step) for step in re.findall(r"continuing from step (\d+)", log)]
+        assert begun_at == sorted(begun_at) and all(step % SAVE_EVERY == 0 for step in begun_at)
+        left = {p.name for p in (broken / "run/checkpoint").iterdir()}
+        assert left == {f"step-{STEPS}", f"step-{STEPS - SAVE_EVERY}"}
+        assert not list((broken / "run").rglob("*.tmp"))
+        finish(unbroken)
+        states = [saved(folder / "run/checkpoint")[1] for folder in (whole, broken)]
+        assert same_tensors(*states)
+
+
+@pytest.mark.slow
+def test_asked_to_stop(tmp_path):
+    processes = begin(tmp_path / "run", epochs=1000)  # it does not end by itself
+    log = tmp_path / "run/log-0"
+    wait_for(lambda: log.exists() and "step  " in log.read_text(), processes)
+    processes[0].terminate()
+    processes[0].join(PATIENCE)
+    assert processes[0].exitcode == 143
+    assert newest(tmp_path / "run") > 0

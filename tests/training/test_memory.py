@@ -1,0 +1,46 @@
+"""Claims
+1. The memory that is expected is found without touching a weight, part by part.
+2. Networks, gradients and moments have the size of the weights; what is kept for the backward
+   pass grows with the batch and shrinks with activation checkpointing.
+
+That it is what autograd really keeps is checked in tests/bench/test_count.py.
+"""
+
+import pytest
+from conftest import same_tensors, tiny_config
+
+import train
+from machinery.process import start_process
+from training.memory import expected_memory
+
+
+def test_expected_memory(tmp_path):
+    process = start_process("cpu")
+    variants = {
+        "once": "", "twice the batch": "--batch_size_per_gpu 16",
+        "checkpointing": "--activation_checkpointing"}
+    expected = {}
+    for name, flags in variants.items():
+        config = tiny_config(tmp_path, *flags.split())
+        student, _ = train.build(config, process)
+        before = {key: value.clone() for key, value in student.state_dict().items()}
+        expected[name] = expected_memory(student, config, process)
+        assert same_tensors(before, student.state_dict())
+
+    weights = sum(p.numel() * 4 for p in student.parameters()) / 2**30
+    for name in ("once", "twice the batch"):
+        assert expected[name]["two networks"] == 2 * weights
+        assert expected[name]["gradients"] == weights
+        assert expected[name]["moments"] == 2 * weights  # AdamW has two for each weight
+    kept = {name: parts["kept for backward"] for name, parts in expected.items()}
+    assert kept["twice the batch"] == pytest.approx(2 * kept["once"], rel=0.05)
+    assert kept["once"] > kept["checkpointing"] > 0
+
+
+@pytest.mark.parametrize("optimizer, moments", [("adamw", 2), ("sgd", 1), ("lars", 1)])
+def test_moments_of_each_optimiser(optimizer, moments, tmp_path):
+    process = start_process("cpu")
+    config = tiny_config(tmp_path, "--optimizer", optimizer)
+    student, _ = train.build(config, process)
+    expected = expected_memory(student, config, process)
+    assert expected["moments"] == moments * expected["gradients"]

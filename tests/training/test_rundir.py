@@ -1,0 +1,156 @@
+"""Claims
+1. A run writes what the README says, and a finished one says so; run again it does nothing.
+2. The same directory with another configuration is refused, with what differs and with what to
+   do; what does not change the result may differ; --no_resume starts anew.
+3. --auto_scale is settled when a run begins, and keeps no flag that was dropped.
+4. Killed between its last save and its end, a run is completed.
+5. metrics.jsonl forgets what was logged after the checkpoint, and a half-written line.
+"""
+
+import contextlib
+import io
+import json
+import math
+import shutil
+
+import pytest
+from conftest import TINY, metrics_of, same_tensors, teacher_of, tiny_config
+
+import train
+import visualize
+from machinery.flags import UsageError, parse
+from machinery.process import start_process
+from training.config import Config
+from training.recipes import PRESETS
+from training.rundir import forget_metrics_after, record
+
+FIGURES = {"curves.png", "attention.png"}
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """(folder, summary, what was printed) of a whole tiny run, its figures and all."""
+    run = tmp_path_factory.mktemp("first") / "run"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        summary = train.run(tiny_config(run))
+    return run, summary, printed.getvalue()
+
+
+@pytest.fixture
+def run(first, tmp_path):
+    """A copy of that run's folder, to do with as one likes."""
+    return shutil.copytree(first[0], tmp_path / "run")
+
+
+# ----------------------------------------------------------------------------------------------
+# What is in it
+
+
+def test_a_run_and_its_directory(first):
+    run, summary, printed = first
+    names = "config.json metrics.jsonl checkpoint teacher.pt heads.pt summary.json code".split()
+    assert {path.name for path in run.iterdir()} == FIGURES.union(names)
+    names = ("knn knn_untrained knn_pixels minutes peak_memory_gb collapsed steps "
+             "images_per_second loss preset seed").split()
+    assert set(names) <= set(summary)
+    assert summary["steps"] == 16 and 0 < summary["loss"] < 2 * math.log(32)
+    assert json.loads((run / "summary.json").read_text()) == summary
+    assert "next:  python visualize.py attention" in printed
+    parts = printed[printed.index("expects "):].splitlines()[0]
+    assert "two networks" in parts and "kept for backward" in parts
+
+
+def test_the_code_is_kept_with_the_run(first):
+    code = first[0] / "code"
+    for name in ("train.py", "vit.py", "training/config.py", "machinery/flags.py",
+                 "images/data.py"):
+        assert (code / name).read_text().startswith('"""'), name
+    assert not list(code.rglob("test_*.py"))
+
+
+# ----------------------------------------------------------------------------------------------
+# The same directory again
+
+
+def test_a_finished_run_says_so(first, run, capsys, quick_runs):
+    before = teacher_of(run)
+    assert train.run(tiny_config(run)) == first[1]
+    assert "is finished" in capsys.readouterr().out
+    assert same_tensors(before, teacher_of(run))
+
+
+def test_another_configuration_is_refused(run):
+    with pytest.raises(UsageError, match="--lr 0.5 .the run has 0.001.*--no_resume"):
+        train.run(tiny_config(run, "--lr", "0.5"))
+    with pytest.raises(UsageError, match="--batch_size_per_gpu 4.*a global batch of 8"):
+        train.run(tiny_config(run, "--batch_size_per_gpu", "4"))
+
+
+def test_what_does_not_change_the_result_may_differ(run, capsys):
+    train.run(tiny_config(run, "--num_workers", "1", "--log_every", "3"))
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_started_anew(run, quick_runs):
+    before = teacher_of(run)
+    summary = train.run(tiny_config(run, "--lr", "0.5", "--no_resume", "--epochs", "1"))
+    assert summary["steps"] == 8
+    assert not same_tensors(before, teacher_of(run))
+    assert max(row["step"] for row in metrics_of(run)) == 8  # the old rows are gone
+
+
+def test_killed_between_the_last_save_and_the_end(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(visualize, "draw_curves", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.run(tiny_config(run, "--epochs", "1"))
+    (run / "teacher.pt").unlink()
+    summary = train.run(tiny_config(run, "--epochs", "1"))
+    assert summary["steps"] == 8 and math.isfinite(summary["loss"])
+    assert (run / "teacher.pt").exists() and FIGURES <= {path.name for path in run.iterdir()}
+
+
+# ----------------------------------------------------------------------------------------------
+# --auto_scale
+
+
+def test_auto_scale_is_settled_when_a_run_begins(tmp_path, capsys, quick_runs):
+    run = tmp_path / "run"
+    with pytest.raises(UsageError, match="--warmup_epochs"):  # a flag, which the rules obey
+        train.run(tiny_config(run, *"--auto_scale --epochs 1 --warmup_epochs 2".split()))
+    scaled = tiny_config(run, "--auto_scale", "--epochs", "1")
+    train.run(scaled)
+    assert "--auto_scale: momentum_teacher 0.98 " in capsys.readouterr().out
+    stored = json.loads((run / "config.json").read_text())
+    assert stored["momentum_teacher"] == 0.98  # a flag
+    assert stored["ibot_n_prototypes"] == 256 and stored["local_crops_scale"] == [0.25, 0.6]
+    train.run(scaled)  # the same command finds its run
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_auto_scale_does_not_keep_a_flag_that_was_dropped(tmp_path, quick_runs):
+    flags = [*TINY, "--auto_scale", "--epochs", "1", "--output_dir", str(tmp_path / "run")]
+    train.run(parse(Config, flags, PRESETS))
+    lr = flags.index("--lr")
+    dropped = parse(Config, flags[:lr] + flags[lr + 2:], PRESETS)
+    dropped.lr = 0.5  # what another preset would say
+    with pytest.raises(UsageError, match="--lr 0.5"):
+        train.run(dropped)
+
+
+# ----------------------------------------------------------------------------------------------
+# metrics.jsonl
+
+
+def test_metrics_after_a_checkpoint_are_forgotten(tmp_path):
+    process = start_process("cpu")
+    for step in (2, 4, 6):
+        record(tmp_path, {"step": step, "loss": 1.0}, process)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')  # killed while writing
+    forget_metrics_after(tmp_path / "metrics.jsonl", 4, process)
+    assert [row["step"] for row in metrics_of(tmp_path)] == [2, 4]
+    forget_metrics_after(tmp_path / "none.jsonl", 4, process)
+    assert not (tmp_path / "none.jsonl").exists()

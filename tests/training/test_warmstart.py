@@ -1,0 +1,219 @@
+"""Claims
+1. Begun from a run, a run has its backbone, heads and centres, and its k-NN before the first
+   step; also if the run is of an earlier version, which called the centres' part of heads.pt
+   "makers".
+2. A bare backbone gets new heads, which learn alone as long as the backbone is frozen.
+3. At another image size the positions are resampled, and learn.
+4. The network is that of the weights, the crops are unless something else is said; what
+   contradicts the weights is refused in one line. A k-NN below the first one is warned of.
+5. A network of colours goes on with grey images of 16 bits, inflated, and is judged by them.
+6. Killed and resumed, such a run equals one that never stopped.
+"""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import (TINY_RUN, heads_of, killed_in_step, metrics_of, same_tensors, teacher_of,
+                      tiny_config, without_figures)
+from PIL import Image
+
+import evaluate
+import train
+import training.warmstart
+import visualize
+from augment import Pixels
+from backbones.weights import load_backbone
+from evaluation.judge import Judge
+from training.warmstart import config_from_init
+from vit import resize_pos_embed
+
+
+def config_of(output_dir, *flags):
+    """A tiny run that leaves its network to the weights."""
+    return train.read_flags([*TINY_RUN, "--output_dir", str(output_dir), *flags])
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """The folder of a run, to begin with."""
+    run = tmp_path_factory.mktemp("first") / "run"
+    with without_figures():
+        train.run(tiny_config(run))
+    return run
+
+
+class Stop(Exception):
+    """Stands for the end of what a test wants to see of a run."""
+
+
+def stopped_learner(config, monkeypatch):
+    """What the first step of this run is given to learn with."""
+    learners = []
+
+    def stop(learner, *_):
+        learners.append(learner)
+        raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(train, "train_step", stop)
+        train.run(config)
+    return learners[0]
+
+
+# ----------------------------------------------------------------------------------------------
+# What comes along
+
+
+def test_from_a_run(first, tmp_path, monkeypatch, quick_runs):
+    run = tmp_path / "run"
+    learner = stopped_learner(config_of(run, "--init", str(first)), monkeypatch)
+    heads = heads_of(first)
+    parts = {"backbone": teacher_of(first), "dino_head": heads["dino_head"]}
+    expected = {f"{part}.{key}": x for part, state in parts.items() for key, x in state.items()}
+    assert same_tensors(learner.student.state_dict(), expected)
+    assert same_tensors(learner.teacher.state_dict(), expected)
+    assert same_tensors(learner.centerings.state_dict(), heads["centerings"])
+    assert heads["centerings"]["dino.center"].abs().max() > 0
+    summary = json.loads((first / "summary.json").read_text())
+    assert metrics_of(run)[0]["knn"] == summary["knn"]
+    config = json.loads((run / "config.json").read_text())
+    assert (config["patch_size"], config["n_prototypes"]) == (8, 32)
+
+
+def test_from_a_run_of_an_earlier_version(first, tmp_path, monkeypatch, quick_runs):
+    former = shutil.copytree(first, tmp_path / "former")
+    heads = heads_of(first)
+    heads["makers"] = heads.pop("centerings")
+    torch.save(heads, former / "heads.pt")
+    learner = stopped_learner(config_of(tmp_path / "run", "--init", str(former)), monkeypatch)
+    assert same_tensors(learner.centerings.state_dict(), heads["makers"])
+    head = {key: learner.teacher.dino_head.state_dict()[key] for key in heads["dino_head"]}
+    assert same_tensors(head, heads["dino_head"])
+
+
+def test_a_bare_backbone_rests_while_new_heads_learn(first, tmp_path, monkeypatch, capsys,
+                                                     quick_runs):
+    bare = tmp_path / "bare.pt"
+    shutil.copy(first / "teacher.pt", bare)
+    train_step, states = train.train_step, []
+
+    def watched(learner, *args):
+        figures = train_step(learner, *args)
+        states.append({k: v.clone() for k, v in learner.student.state_dict().items()})
+        return figures
+
+    monkeypatch.setattr(train, "train_step", watched)
+    # A judge that thinks less of the network at every step.
+    monkeypatch.setattr(Judge, "__call__", lambda self, _: 0.9 - 0.1 * len(states))
+    flags = "--freeze_backbone_epochs 1 --n_prototypes 16 --head_hidden_dim 32".split()
+    train.run(config_of(tmp_path / "run", "--init", str(bare), *flags))
+
+    begun = teacher_of(first)
+    last_frozen, first_free = states[7], states[8]  # an epoch has 8 steps
+    for key, value in begun.items():
+        assert torch.equal(last_frozen[f"backbone.{key}"], value), key
+    assert not torch.equal(first_free["backbone.norm.weight"], begun["norm.weight"])
+    prototypes = "dino_head.last_layer.weight_v"
+    assert states[0][prototypes].shape[0] == 16
+    assert not torch.equal(last_frozen[prototypes], states[0][prototypes])
+    assert "below the weights that it began with" in capsys.readouterr().out
+
+
+def test_another_size(first, tmp_path, quick_runs):
+    run = tmp_path / "run"
+    flags = "--global_crops_size 40 --lr 1e-6 --epochs 1".split()
+    train.run(config_of(run, "--init", str(first), *flags))
+    before, after = teacher_of(first)["pos_embed"], teacher_of(run)["pos_embed"]
+    resampled = resize_pos_embed(before, (5, 5), "offset")
+    assert before.shape[1] == 1 + 9 and after.shape[1] == 1 + 25
+    torch.testing.assert_close(after, resampled, rtol=0, atol=1e-4)  # a few steps of 1e-6 ...
+    assert not torch.equal(after, resampled)  # ... but steps
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--init nowhere", "--init nowhere"),
+    ("--init RUN --patch_size 4", "--patch_size 4 .they have 8."),
+    ("--init RUN --arch vit_small", "--arch vit_small .they have vit_nano."),
+    ("--init RUN --n_prototypes 16", "--n_prototypes 16 .they have 32.*/teacher.pt"),
+    ("--init RUN --global_crops_size 20", "--global_crops_size 20"),
+    ("--init RUN --freeze_backbone_epochs 2", "leaves nothing"),
+    ("--init RUN --freeze_backbone_epochs -1", "expected 0 or more"),
+    ("--patch_size 8 --in_chans 0", "--in_chans 0: expected at least 1"),
+    ("--patch_size 8 --mean 0.5", "--mean 0.5: expected 3 numbers"),
+    ("--patch_size 8 --in_chans 1 --mean 0.5 --std 0", "--std 0.0: expected positive"),
+    ("--patch_size 8 --in_chans 2", "--data 3 channels, expected --in_chans 2"),
+    ("--in_chans 1 --arch resnet18", "begin with three channels"),
+    ("--patch_size 8 --in_chans 1 --cache CACHE", "--cache keeps photographs"),
+    ("--patch_size 8 --freeze_backbone_epochs 1", "give --init"),
+    ("--init RUN/config.json", "--init")])
+def test_misuse(flags, words, first, tmp_path, capsys):
+    line = flags.replace("RUN", str(first)).split()
+    with pytest.raises(SystemExit) as stop:
+        train.main([*TINY_RUN, *line, "--output_dir", str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error:") and error.count("\n") == 1
+    assert re.search(words, error), error
+    assert not (tmp_path / "run").exists()
+
+
+def test_crops_of_a_released_network_are_whole_patches(first, monkeypatch):
+    weights = first / "teacher.pt"
+    config = train.read_flags(["continue", "--init", str(weights), "--data", "shapes"])
+    settings = dict(arch="vit_small", patch_size=14)
+    monkeypatch.setattr(training.warmstart, "init_settings", lambda _: settings)
+    config = config_from_init(config)
+    assert config.arch == "vit_small"
+    assert (config.global_crops_size, config.local_crops_size) == (224, 98)  # 96 became 7 * 14
+
+
+# ----------------------------------------------------------------------------------------------
+# Whole runs
+
+
+def test_other_channels(first, tmp_path, capsys):
+    """A network of colours goes on with X-rays of 16 bits, and is judged and drawn by them."""
+    folder, rng = tmp_path / "rays", np.random.default_rng(0)
+    for i in range(32):
+        file = folder / "ab"[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 65536, (30, 40)).astype(np.uint16)).save(file)
+    grey = tmp_path / "grey"
+    data = ["--data", f"folder:{folder}", "--val_data", f"folder:{folder}"]
+    flags = "--in_chans 1 --mean 0.5 --std 0.3 --lr 0 --min_lr 0".split()
+    train.run(config_of(grey, "--init", str(first), *data, *flags))
+    assert (grey / "attention.png").exists()
+    embedding = "patch_embed.proj.weight"
+    before, after = teacher_of(first)[embedding], teacher_of(grey)[embedding]
+    torch.testing.assert_close(after, before.sum(1, keepdim=True))
+    model = load_backbone(grey)
+    assert model.pixels == Pixels((0.5,), (0.3,))
+
+    # A further run begins with them as well, and looks at its images as this one did.
+    further = config_from_init(config_of(tmp_path / "further", "--init", str(grey)))
+    assert further.in_chans == 1 and further.pixels == model.pixels
+
+    # The programs that read a run do so, too; a protocol for photographs refuses it.
+    flags = f"--nb_knn 1 --num_workers 0 --output_dir {tmp_path}".split()
+    done = evaluate.main(["knn", "--weights", str(grey), *data, *flags])
+    assert done["knn"]["1"] == 1.0  # each image is its own neighbour
+    picture = tmp_path / "attention.png"
+    flags = f"--weights {grey} --image_size 48 --output {picture}".split()
+    visualize.main(["attention", str(folder / "a/0.png"), *flags])
+    assert picture.exists()
+    with pytest.raises(SystemExit):
+        evaluate.main(["copies", "--weights", str(grey), "--output_dir", str(tmp_path)])
+    assert "a network for 1 channels" in capsys.readouterr().err
+
+
+def test_resumed(first, tmp_path, quick_runs):
+    flags = ("--init", str(first), "--layerwise_decay", "0.7")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train.run(config_of(whole, *flags))
+    with killed_in_step(11):
+        train.run(config_of(broken, *flags))
+    train.run(config_of(broken, *flags))
+    assert same_tensors(teacher_of(whole), teacher_of(broken))

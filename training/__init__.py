@@ -1,0 +1,1 @@
+"""Training: what train.py is made of beside the algorithm. Nothing here knows an evaluation."""

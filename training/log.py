@@ -1,0 +1,169 @@
+"""Log: what the numbers of a step mean, and when they tell of an illness.
+
+    step 1200  dino 5.250 = H 4.810 + KL 0.440 (ln K 5.55, mean H 5.43)  rank 5 ...
+                    |           |         |           |         |
+                  loss   what the      what is     knowing   are all
+                         teacher       still to    nothing   prototypes
+                         leaves open   learn                 in use?
+
+Idea     The loss alone cannot tell learning from collapse: a cross-entropy is an entropy and a
+         divergence, and only the two apart show which of them is large.
+Paper    DINO sec. 5.3 and fig. 7 (collapse); RankMe (Garrido 2023) for the effective rank
+Try      python train.py --epochs 1 --warmup_epochs 0 --log_every 5
+Change   another illness is one more branch in `diagnose`
+Tests    pytest tests/training/test_log.py
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from images.data import Images
+from losses import all_sum, effective_rank, entropies
+from machinery.clock import Clock
+from machinery.flags import UsageError
+from training.config import Config
+
+# ----------------------------------------------------------------------------------------------
+# Of one step, on the device
+
+
+@torch.no_grad()
+def step_figures(means: dict, targets: dict, weights: Tensor | None, crops: int) -> dict:
+    """What the log wants to know of one step beside its losses; tensors that nothing waits for.
+
+    means: the step's losses by name; targets: those of each objective, (n, K); weights (M,) of
+    the masked patches; crops: how many global crops the batch has.
+    """
+    figures = {}
+    for name, target in targets.items():
+        each, of_mean = entropies(target, weights if name == "ibot" else None)
+        figures[f"{name}_entropy"] = each
+        figures[f"{name}_mean_entropy"] = of_mean
+
+    # The iBOT loss is a mean over all global crops, also those without a mask. To be comparable
+    # with the entropy of a target it is shown as a mean over the crops that have one: their
+    # weights add up to the number of these crops.
+    if "ibot" in means:
+        figures["ibot"] = means["ibot"] * crops / weights.sum()
+    return figures
+
+
+# ----------------------------------------------------------------------------------------------
+# Of an interval: what the figures mean
+
+
+def diagnose(row: dict, config: Config) -> tuple[str, str] | None:
+    """(name, sentence with a remedy) if the targets show one of the three known illnesses."""
+    for term, prototypes in config.objectives.items():
+        ln_k = math.log(prototypes)
+        entropy = row[f"{term}_entropy"]
+
+        # Every target is the uniform distribution, and the student has learned to say so.
+        if entropy > 0.99 * ln_k and row[f"{term}_kl"] < 0.01 * ln_k:
+            return "uniform collapse", (
+                f"uniform collapse of {term}: every answer is 1/K (H is ln K); lower "
+                "--teacher_temp or raise --lr")
+
+        # The targets are sharp, and the same for all images: their mean is sharp, too.
+        if row[f"{term}_mean_entropy"] < 0.05 * ln_k:
+            return "one prototype", (
+                f"one prototype of {term} answers for all images (entropy of the mean target near "
+                "0); use --centering ema or sinkhorn, or raise --teacher_temp")
+
+        # The targets tell images apart, but the student still answers as at its first step.
+        if abs(row[term] - ln_k) < 0.01 * ln_k and entropy < 0.5 * ln_k:
+            return "ignored teacher", (
+                f"the student ignores a teacher of {term} that has something to say (loss is ln K, "
+                "H is not); raise --lr, or lower --freeze_last_layer_epochs")
+    return None
+
+
+def log_line(row: dict, total: int, config: Config, clock: Clock) -> str:
+    """One line for the terminal; README.md, "Reading the log", explains its fields."""
+    parts = [f"step {row['step']:6d}/{total} {row['step'] / total:4.0%}"]
+    for term, prototypes in config.objectives.items():
+        parts.append(f"{term} {row[term]:.3f} = H {row[term + '_entropy']:.3f} + "
+                     f"KL {row[term + '_kl']:.3f} (ln K {math.log(prototypes):.2f}, "
+                     f"mean H {row[term + '_mean_entropy']:.2f})")
+
+    # Losses without targets, such as KoLeo, have no entropy to be split off.
+    for name in row:
+        if name not in config.objectives and hasattr(config, f"{name}_weight"):
+            parts.append(f"{name} {row[name]:.2f}")
+
+    parts += [
+        f"rank {row['rank']:.0f}", f"lr {row['lr']:.1e}", f"m {row['momentum']:.4f}",
+        f"{row['images_per_second']:.0f} img/s", f"wait {clock.waiting:.0%}",
+        f"{row['memory_gb']:.1f} GB", f"eta {clock.eta}"]
+    return "  ".join(parts)
+
+
+class LogWindow:
+    """The figures of the steps since the last log line, kept on the device until they are
+    read.
+    """
+
+    def __init__(self, images: Images, config: Config):
+        self.images = images
+        self.config = config
+        self.steps = []
+
+    def add(self, step: int, batch: dict, figures: dict):
+        self.steps.append((step, batch["index"], batch["broken"], figures))
+
+    def read(self, totals: dict, images_seen: int) -> dict:
+        """Means over the window, which is empty afterwards.
+
+        UsageError over a step that was not finite, or too many images that do not decode;
+        totals ["broken"] counts the latter over the whole run.
+        """
+        # One transfer for all figures of all steps: here the CPU waits for the GPU.
+        newest = self.steps[-1][-1]
+        names = [name for name in newest if name != "features"]
+        table = torch.stack([
+            torch.stack([figures[name].float() for name in names])
+            for *_, figures in self.steps]).tolist()
+
+        for (step, index, _, _), values in zip(self.steps, table):
+            row = dict(zip(names, values))
+            if not row["ok"]:
+                self.refuse(step, index, row)
+
+        # A cross-entropy is H + KL: what the teacher leaves open, and what is still to be
+        # learned.
+        means = {name: sum(column) / len(table) for name, column in zip(names, zip(*table))}
+        for term in self.config.objectives:
+            means[f"{term}_kl"] = means[term] - means[f"{term}_entropy"]
+            means[f"{term}_in_use"] = math.exp(means[f"{term}_mean_entropy"])
+        means["rank"] = effective_rank(newest["features"]).item()
+        del means["ok"]
+
+        self.count_broken(totals, images_seen, newest["loss"].device)
+        self.steps.clear()
+        return means
+
+    def refuse(self, step: int, index: Tensor, row: dict):
+        """Name the step, the loss and the images of a step that was not finite."""
+        losses = [name for name in row if hasattr(self.config, f"{name}_weight")] + ["loss"]
+        ill = [name for name in losses if not math.isfinite(row[name])]
+        what = f"the loss ({ill[0]})" if ill else "a gradient"
+        images = ", ".join(self.images.names[i] for i in index[:8].tolist())
+        raise UsageError(
+            f"step {step}: {what} is not finite; weights are as before it, the last "
+            f"checkpoint is good. Images of this process: {images}, ... Lower --lr, or use "
+            "--precision fp32")
+
+    def count_broken(self, totals: dict, images_seen: int, device: torch.device):
+        """Name the images that were replaced; more than one in a hundred end the run."""
+        broken = [name for _, _, names, _ in self.steps for name in names]
+        for name in broken:
+            print(f"replaced an image that does not decode: {name}", flush=True)
+
+        # All processes add up what they found, so that all of them stop together.
+        totals["broken"] += int(all_sum(torch.tensor(float(len(broken)), device=device)))
+        if totals["broken"] > max(3, 0.01 * images_seen):
+            raise UsageError(
+                f"--data: {totals['broken']} of {images_seen} images did not decode, more "
+                "than one in a hundred; the last are named above")

@@ -1,0 +1,113 @@
+"""Memory: what a step will need, counted in a step that is imagined.
+
+    student, batch --> shapes alone (FakeTensorMode) --> forward pass and losses
+                                                              |
+                             what autograd would keep, weights, gradients, moments  --> GB, by part
+
+Idea     A run that does not fit should say so before it starts, and say which part is too
+         large.
+Paper    none
+Try      python -m bench plan dinov2_vitl14 --gpus 32
+Change   another part of the sum is one entry of `parts` in expected_memory
+Tests    pytest tests/training/test_memory.py
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+from losses import patch_loss, view_pair_loss
+from machinery.process import Process, autocast
+from training.config import Config
+
+
+def fake_step_inputs(student: nn.Module, config: Config, device: torch.device,
+                     masked: int | None = None) -> tuple[dict, tuple]:
+    """The student's tensors, and the arguments of one forward pass, as shapes without data.
+
+    To be called within FakeTensorMode, where tensors have a shape, a type and a device but no
+    memory, and operations on them take no time. masked: how many patches the heads are asked
+    about; None: as many as the masks can hide at most.
+    """
+    state = {}
+    for name, x in (*student.named_parameters(), *student.named_buffers()):
+        state[name] = torch.empty_like(x, device=device).requires_grad_(x.requires_grad)
+
+    # The crops of a batch, one tensor for each size.
+    sizes = [(config.global_crops_number, config.global_crops_size)]
+    if config.local_crops_number and config.dino_weight:
+        sizes.append((config.local_crops_number, config.local_crops_size))
+    views = []
+    for number, side in sizes:
+        crops = number * config.batch_size_per_gpu
+        views.append(torch.empty(crops, config.in_chans, side, side, device=device))
+    plan = student.backbone.draw_plan(views, torch.Generator())
+
+    # The masks. Distillation asks about patches but hides none of them from the student.
+    masks = None
+    mask_indices = None
+    masking = config.masking()
+    if masking:
+        count = masking.most(len(views[0])) if masked is None else masked
+        mask_indices = torch.empty(count, dtype=torch.int64, device=device)
+        if config.hides_patches:
+            shape = (len(views[0]), math.prod(masking.grid))
+            masks = torch.empty(shape, dtype=torch.bool, device=device)
+    return state, (views, plan, masks, mask_indices)
+
+
+def expected_memory(student: nn.Module, config: Config, process: Process) -> dict[str, float]:
+    """The peak memory of one process in GB, by part: it is reached when the backward pass
+    begins.
+
+    Runs the student and the losses on fake tensors and adds up what autograd saves for the
+    backward pass. Temporary buffers are not counted. Compiled blocks save about a third less
+    than this.
+    """
+    G = config.global_crops_number
+    B = config.batch_size_per_gpu
+    saved = {}
+
+    def note(x):
+        # Views share a storage, which must be counted once. Holding the storages also keeps
+        # Python from giving the same number to another one while we count.
+        storage = x.untyped_storage()
+        saved[storage._cdata] = storage
+        return x
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.compiler.set_stance("force_eager"):
+        state, arguments = fake_step_inputs(student, config, process.device)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            with autocast(config.precision, process.device):
+                out = torch.func.functional_call(student, state, arguments)
+
+            # The losses save targets and logits, the largest matrices of a step. The terms are
+            # kept in a list, because a term that is dropped would free what it saved.
+            terms = []
+            targets = {}
+            for name in config.objectives:
+                target = torch.empty_like(out[name], dtype=torch.float32)
+                targets[name] = target
+                if name == "ibot":
+                    terms.append(patch_loss(target, out[name], target[:, 0], G * B))
+                else:
+                    teacher_views = target[:G * B].unflatten(0, (G, B))
+                    student_views = out[name].unflatten(0, (-1, B))
+                    terms.append(view_pair_loss(teacher_views, student_views))
+
+        # Autograd saves the weights, too; they are counted below.
+        weights = {x.untyped_storage()._cdata for x in state.values()}
+        activations = sum(x.nbytes() for key, x in saved.items() if key not in weights)
+        logits = sum(x.nbytes for name, x in out.items() if name in targets)
+
+    one_network = sum(p.nbytes for p in student.parameters())
+    if config.parallel == "fsdp":
+        one_network /= process.world_size
+    moments = 2 if config.optimizer == "adamw" else 1
+    parts = {
+        "two networks": 2 * one_network, "gradients": one_network,
+        "moments": moments * one_network, "kept for backward": activations,
+        "teacher's logits": logits}
+    return {name: size / 2**30 for name, size in parts.items()}

@@ -1,0 +1,142 @@
+"""Run directory: what a run leaves behind, and whether this command continues it.
+
+    runs/PRESET/  config.json  metrics.jsonl  checkpoint/  teacher.pt  heads.pt  summary.json  code/
+
+Idea     A run is its directory. The same command continues it, a command that would change its
+         result is refused with the flags that differ, and nothing is overwritten unasked.
+Paper    none
+Try      python train.py && python train.py      the second one says that the run is finished
+Change   a setting that may differ between two parts of one run is a name in NEUTRAL of
+         training/config.py
+Tests    pytest tests/training/test_rundir.py
+"""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+from machinery.checkpoints import write_json, write_text
+from machinery.flags import UsageError
+from machinery.process import Process, resolve_precision
+from training.config import NEUTRAL, Config, read_config
+from training.recipes import SCALED, auto_scale
+
+# ----------------------------------------------------------------------------------------------
+# May this command go on with what is there?
+
+
+def match_stored_run(config: Config, folder: Path, process: Process, images: int) -> Config:
+    """`config` as it continues the run in `folder`; UsageError with the flags that stand in the
+    way.
+
+    Where there is no run to continue, what was left open is settled here: --precision auto, and
+    the settings of --auto_scale, for which the number of `images` must be known.
+    """
+    stored_file = folder / "config.json"
+    global_batch = config.batch_size_per_gpu * process.world_size
+    config = dataclasses.replace(config)  # a copy: the caller's stays as it is
+    if not (config.resume and stored_file.exists()):
+        if config.auto_scale:
+            config = auto_scale(config, images, global_batch)
+        config.precision = resolve_precision(config.precision, process.device)
+        return config
+
+    # What was settled when the run began is not asked again: the folder of images may have
+    # grown since then, and the machine may be another one.
+    stored = read_config(stored_file)
+    if config.auto_scale:
+        for name in SCALED:
+            if name not in config.given and name not in stored["given"]:
+                setattr(config, name, stored[name])
+    if config.precision == "auto":
+        config.precision = stored["precision"]
+
+    # The global batch decides what is learned; the number of processes that share it does not.
+    if config.batch_size_per_gpu == stored["batch_size_per_gpu"]:
+        global_batch = stored["global_batch"]
+    if global_batch % process.world_size:
+        raise UsageError(f"the run's global batch of {global_batch} does not divide over "
+                         f"{process.world_size} processes")
+    config.batch_size_per_gpu = global_batch // process.world_size
+
+    # Everything else has to be the same, except for what cannot change the result.
+    asked = dataclasses.asdict(config)
+    may_differ = NEUTRAL | {"batch_size_per_gpu", "preset"}
+    differences = []
+    for name, value in asked.items():
+        if name not in may_differ and value != stored.get(name):
+            differences.append(f"--{name} {value} (the run has {stored.get(name)})")
+    if global_batch != stored["global_batch"]:
+        differences.append(
+            f"--batch_size_per_gpu {config.batch_size_per_gpu} on {process.world_size} "
+            f"processes (the run has a global batch of {stored['global_batch']})")
+    if differences:
+        raise UsageError(
+            f"{folder} holds a run of another configuration: {', '.join(differences)}; "
+            "give the same flags, another --output_dir, or --no_resume to start anew")
+    return config
+
+
+def create_run_dir(folder: Path, config: Config, process: Process):
+    """Write what a run directory holds from the start. A new run clears an old one of its
+    name.
+    """
+    if not config.resume:
+        for name in ("checkpoint", "code"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in ("metrics.jsonl", "summary.json", "config.json", "teacher.pt", "heads.pt"):
+            (folder / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "config.json").exists():
+        return
+
+    stored = dataclasses.asdict(config)
+    stored["global_batch"] = config.batch_size_per_gpu * process.world_size
+    write_json(folder / "config.json", stored)
+
+    # The code as it was when the run began: the files at the top and those of each room.
+    top = Path(__file__).resolve().parent.parent
+    rooms = [init.parent for init in top.glob("*/__init__.py")]
+    for source in (top, *rooms):
+        target = folder / "code" / source.relative_to(top)
+        target.mkdir(parents=True, exist_ok=True)
+        for file in source.glob("*.py"):
+            shutil.copy(file, target)
+
+
+def finished(folder: Path, process: Process) -> dict:
+    """The summary of a run that has ended; says that there is nothing left to do."""
+    summary = json.loads((folder / "summary.json").read_text())
+    result = ""
+    if summary["knn"] is not None:
+        result = f", {summary['knn_protocol']} {summary['knn']:.1%}"
+    process.print(f"{folder} is finished{result}; --no_resume would start it anew")
+    return summary
+
+
+# ----------------------------------------------------------------------------------------------
+# metrics.jsonl: one line of JSON for each log line and each evaluation
+
+
+def record(folder: Path, row: dict, process: Process):
+    """Append one row to metrics.jsonl, from the main process."""
+    if process.main:
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def forget_metrics_after(file: Path, step: int, process: Process):
+    """Drop rows of later steps than `step`: a run that was killed logged them after its
+    save.
+    """
+    if not process.main or not file.exists():
+        return
+    kept = []
+    for line in file.read_text().splitlines():
+        # The last line may be half written: then it is no JSON, and goes as well.
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    write_text(file, "".join(kept))
