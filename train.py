@@ -415,6 +415,10 @@ def schedules(step: int, epoch_steps: int, total: int, config: Config,
     # do not move them all to one side. With --init the backbone may rest while heads learn.
     last_layer_rests = step < config.freeze_last_layer_epochs * epoch_steps
     backbone_rests = step < config.freeze_backbone_epochs * epoch_steps
+
+    # Half cosines from the first step to the last. Weight decay and momentum rise while the
+    # learning rate falls: late in a run little is to change, neither the weights nor the
+    # teacher.
     return dict(
         lr=lr,
         last_layer_lr=0.0 if last_layer_rests else lr,
@@ -638,6 +642,8 @@ class Run:
             f"{config.preset or 'run'} -> {self.folder}: {len(self.images):,d} images, "
             f"{self.total:,d} steps of {config.batch_size_per_gpu} x {process.world_size}, "
             f"{process.device}, {config.precision}, {parameters:,d} parameters")
+
+        # An estimate beside what the device has; training/memory.py says what is in it.
         available = machine.memory_gb(process.device)
         needed = sum(self.expected.values())
         parts = ", ".join(f"{name} {size:.2f}" for name, size in self.expected.items())
@@ -722,6 +728,8 @@ class Run:
                               images_per_second=batch / max(self.clock.step_seconds, 1e-9),
                               waiting=self.clock.waiting,
                               memory_gb=machine.peak_memory_gb(process.device))
+
+        # The same figures go to the terminal and to metrics.jsonl, which visualize.py draws.
         process.print(log_line(self.last_row, self.total, config, self.clock))
         record(self.folder, self.last_row, process)
 
@@ -739,6 +747,8 @@ class Run:
         figures["knn"] = self.judge(self.whole_teacher())
         if figures["knn"] is None:
             return
+
+        # Beside what it has to beat, so that the figure means something by itself.
         process.print(f"epoch {self.step // self.epoch_steps}: {self.judge.protocol} "
                       f"{figures['knn']:.1%} ({self.started_from} {figures['untrained']:.1%}, "
                       f"pixels {figures['pixels']:.1%})")

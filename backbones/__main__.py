@@ -1,10 +1,11 @@
-"""What is in a file of weights, what was released, and a backbone written for others.
+"""The program: what is in a file of weights, what was released, a backbone written for others.
 
     python -m backbones                                    a table of the released models
     python -m backbones RUN_OR_FILE_OR_NAME                what is in it
     python -m backbones export RUN --to hf --output FILE   for Hugging Face, or --to official
 
-Idea     A backbone is a file that other code can read: official names, or Hugging Face's.
+Idea     A trained backbone is of use to other code, too. So it can be written with the names
+         that Meta's code expects, or with those of Hugging Face's transformers.
 Paper    none
 Try      python -m backbones
 Change   another name for the tensors is one function in layouts.py and one line in EXPORTS
@@ -29,7 +30,9 @@ def released_table() -> str:
     lines = [
         "| name | width | parameters | positions for | k-NN | linear |",
         "|---|---|---|---|---|---|"]
-    with torch.device("meta"):  # shapes without memory
+    # Tensors on the "meta" device have shapes and no memory: the largest of these networks
+    # would take 4.5 GB otherwise.
+    with torch.device("meta"):
         for name, (_, knn, linear) in RELEASED.items():
             model = untrained(name)
             count = sum(p.numel() for p in model.parameters())
@@ -48,36 +51,51 @@ class Config:
     output: str = "backbone.safetensors"  # the file; .pth for torch.load
 
 
+def export(what: str, config: Config) -> Path:
+    """Write the backbone of a name, file or run with the names of --to, into --output."""
+    state, _ = read_backbone(what)
+    state = EXPORTS[config.to](state)
+
+    # The format follows from the ending. A .safetensors file has no code in it; a .pth file is
+    # what torch.load and Meta's code read.
+    path = Path(config.output)
+    if not path.parent.is_dir():
+        raise ValueError(f"--output {path}: there is no folder {path.parent}")
+    write = write_safetensors if path.suffix == ".safetensors" else save_tensors
+    write(path, state)
+    print(f"wrote {path}: {len(state)} tensors")
+    return path
+
+
+def tell(what: str):
+    """Print what network a name, file or run is, after it has been loaded strictly."""
+    model = load_backbone(what)
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{what}: {type(model).__name__}, width {model.embed_dim}, {model.img_size} px, "
+          f"{count:,d} parameters")
+
+    # Of a ViT also the arguments that build it again; a convnet has only its name.
+    if isinstance(model, VisionTransformer):
+        options = architecture(model.state_dict())
+        print("   ", ", ".join(f"{name} {value}" for name, value in options.items()))
+
+
 @command
 def main(argv):
-    """export WHAT --to .. --output ..; or tell what is in each argument; or list the
-    released.
-    """
+    """Export a backbone, or tell what is in each argument, or list what was released."""
     with user_errors():
+        # The first two words are never flags. A flag there, as in --help, gets the usage.
         exporting = argv[:1] == ["export"]
         if any(word.startswith("-") for word in argv[:2]) or argv == ["export"]:
             raise ValueError("usage: python -m backbones [WHAT ...] | "
                              "export WHAT [--to official|hf] [--output FILE]")
+
+        # The path is for callers in Python; on the command line nothing is done with it.
         if exporting:
-            config = parse(Config, argv[2:])
-            state, _ = read_backbone(argv[1])
-            state = EXPORTS[config.to](state)
-            path = Path(config.output)
-            if not path.parent.is_dir():
-                raise ValueError(f"--output {path}: there is no folder {path.parent}")
-            write = write_safetensors if path.suffix == ".safetensors" else save_tensors
-            write(path, state)
-            print(f"wrote {path}: {len(state)} tensors")
-            return path
+            return export(argv[1], parse(Config, argv[2:]))
         for what in argv:
-            model = load_backbone(what)
-            print(
-                f"{what}: {type(model).__name__}, width {model.embed_dim}, {model.img_size} px, "
-                f"{sum(p.numel() for p in model.parameters()):,d} parameters")
-            if isinstance(model, VisionTransformer):
-                print(
-                    "   ",
-                    ", ".join(f"{k} {v}" for k, v in architecture(model.state_dict()).items()))
+            tell(what)
+
     if not argv:
         print(released_table())
 

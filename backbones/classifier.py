@@ -4,12 +4,14 @@
                                         (Blocks)
 
 Idea     Meta released linear classifiers for its backbones, each on another choice of tokens.
-         Which one it was follows from the width of its weight, so that any of them can be put
-         in place.
+         Which choice it was follows from the width of its weight. So any of them can be put in
+         place, and nobody has to say what it reads.
 Paper    DINO sec. 4.1 and F; DINOv2 sec. 7.1 and appendix B
 Try      python evaluate.py linear --weights dinov2_vits14 --head dinov2_vits14_lc
 Change   another choice of tokens is one more range of columns in kinds_of_input
 Tests    pytest tests/backbones/test_classifier.py
+
+Letters  B images, D width of the backbone, C classes, n blocks.
 """
 
 from pathlib import Path
@@ -22,87 +24,124 @@ from backbones.weights import BASE_URL, RELEASED, fetch
 
 
 class Blocks(nn.Module):
-    """Class tokens of the last n blocks in order, and the mean patch of the last: (B,
-    (n+1)*D).
+    """Class tokens of the last n blocks in order, then the mean patch token of the last block.
+
+    (B, 3, H, W) -> (B, (n + 1) * D). Of a convnet twice its feature, whatever n: (B, 2 * D).
     """
 
     def __init__(self, model: nn.Module, n: int):
         super().__init__()
-        self.model, self.n = model, n
+        self.model = model
+        self.n = n
 
     def forward(self, images: Tensor) -> Tensor:
-        if not hasattr(self.model, "blocks"):  # a convnet: its class token is the mean
+        # A convnet has no blocks, and its class token is the mean of its patch tokens already:
+        # the two stand for the last class token and the mean patch.
+        if not hasattr(self.model, "blocks"):
             return self.model(images).repeat(1, 2)
+
+        # One pair (patch tokens, class token) for each block, after the final norm.
         outs = self.model.get_intermediate_layers(images, self.n, return_class_token=True)
-        return torch.cat([cls for _, cls in outs] + [outs[-1][0].mean(1)], 1)
+        class_tokens = [cls for _, cls in outs]
+        patches, _ = outs[-1]
+        return torch.cat([*class_tokens, patches.mean(1)], 1)
 
 
 def kinds_of_input(width: int, blocks: tuple[int, ...], avgpool: tuple[bool, ...]) -> dict:
     """(blocks, with the mean patch or not) -> columns of a row that holds all of them.
 
     The row: class tokens of the last max(blocks) blocks in order, then the mean patch token of
-    the last one. So every kind of input is one range of it, and nothing is copied.
+    the last one. So every kind of input is one range of it, and nothing is copied. Example with
+    width 10 and at most 4 blocks:
+
+        0-9       10-19     20-29     30-39     40-49         columns of the row
+        class 1   class 2   class 3   class 4   mean patch    class 4: of the last block
+
+        {(1, False): 30-39, (1, True): 30-49, (4, False): 0-39, (4, True): 0-49}
     """
     most = max(blocks)
-    return {(n, pool): slice((most - n) * width, (most + pool) * width)
-            for n in blocks
-            for pool in avgpool}
+    kinds = {}
+    for n in blocks:
+        for with_mean in avgpool:
+            kinds[n, with_mean] = slice((most - n) * width, (most + with_mean) * width)
+    return kinds
 
 
 def released_head(state: dict, width: int) -> tuple[int, bool, Tensor, Tensor]:
     """A linear head, ours or released -> (blocks, with the mean patch or not, weight, bias).
 
-    What it was trained on follows from its width, for the network's is known. DINO's heads call
-    their tensors linear.*, and with the mean patch they have its columns between those of the
-    class token. ValueError for anything else.
+    width: D of the backbone. What the head was trained on follows from its own number of
+    columns. Example with D = 384: a weight (1000, 1920) reads 1920 / 384 = 5 tokens, which are
+    four class tokens and the mean patch. ValueError for anything else than a linear head.
     """
+    # Ours and DINOv2's are {"weight": .., "bias": ..}; DINO's lie in "state_dict" and are
+    # called module.linear.weight and module.linear.bias.
     state = state.get("state_dict", state)
     state = {key.removeprefix("module."): value for key, value in state.items()}
-    dino = "linear.weight" in state
+    from_dino = "linear.weight" in state
     state = {key.removeprefix("linear."): value for key, value in state.items()}
     if set(state) != {"weight", "bias"}:
         raise ValueError(f"expected the weight and the bias of a linear layer, found "
                          f"{', '.join(list(state)[:4])}")
-    weight, bias = state["weight"].float(), state["bias"].float()
-    known = {
+    weight = state["weight"].float()  # (C, columns)
+    bias = state["bias"].float()  # (C,)
+
+    # Columns -> what they are: the four choices that the papers train.
+    choices = {
         width: (1, False), 2 * width: (1, True), 4 * width: (4, False), 5 * width: (4, True)}
-    if weight.shape[1] not in known:
+    if weight.shape[1] not in choices:
         raise ValueError(
             f"it reads {weight.shape[1]} columns; of a network of width {width} it "
-            f"must be one of {', '.join(map(str, known))}")
-    blocks, pool = known[weight.shape[1]]
-    if dino and pool:
+            f"must be one of {', '.join(map(str, choices))}")
+    blocks, with_mean = choices[weight.shape[1]]
+
+    # DINO's heads take the numbers of the class token c and of the mean patch a by turns:
+    # c0 a0 c1 a1 ... Here the columns are put in the order of `Blocks`: c0 c1 ... a0 a1 ...
+    if from_dino and with_mean:
         weight = weight.unflatten(1, (width, 2)).transpose(1, 2).flatten(1)  # (C, 2*D)
-    return blocks, pool, weight, bias
+    return blocks, with_mean, weight, bias
 
 
 def read_head(what: str | Path, layers: int = 4) -> dict:
-    """A linear classifier from a file; or NAME_lc, the one that came with the backbone NAME (of
-    DINOv2: on the last `layers` blocks, 1 or 4). released_head tells what it reads.
+    """The tensors of a linear classifier, for released_head: a file, or a released one.
+
+    A released one is called NAME_lc and belongs to the backbone NAME. DINOv2 has two for each
+    backbone, on the last 1 or 4 blocks: layers. ValueError for any other number.
     """
     name = str(what).removesuffix("_lc")
     if name == str(what) or name not in RELEASED:
         return read_tensors(Path(what).expanduser())
+
+    # The file lies beside the backbone's: dinov2_vits14_pretrain.pth becomes
+    # dinov2_vits14_linear4_head.pth, or dinov2_vits14_linear_head.pth on one block.
     ending = "_linearweights.pth"
     if name.startswith("dinov2"):
         if layers not in (1, 4):
             raise ValueError(f"layers = {layers}: the classifiers of {name} read 1 or 4 blocks")
-        ending = f"_linear{'4' * (layers == 4)}_head.pth"
+        ending = "_linear4_head.pth" if layers == 4 else "_linear_head.pth"
     return read_tensors(
         fetch(BASE_URL + RELEASED[name][0].removesuffix("_pretrain.pth") + ending))
 
 
 class Classifier(nn.Module):
-    """A backbone and a linear head on class tokens and mean patch: (B, 3, H, W) -> (B,
-    classes).
+    """A backbone and a linear head on what is read off it: (B, 3, H, W) -> logits (B, C).
+
+    head: the tensors of a linear layer, as read_head gives them.
     """
 
     def __init__(self, model: nn.Module, head: dict[str, Tensor]):
         super().__init__()
-        n, pool, weight, bias = released_head(head, model.embed_dim)
-        self.backbone, self.linear_head = model, nn.Linear(weight.shape[1], len(bias))
+        # The names backbone and linear_head are those of Meta's repository, so that the keys of
+        # the state dict are the same.
+        n, with_mean, weight, bias = released_head(head, model.embed_dim)
+        self.backbone = model
+        self.linear_head = nn.Linear(weight.shape[1], len(bias))
         self.linear_head.load_state_dict({"weight": weight, "bias": bias})
-        self.blocks, self.columns = n, kinds_of_input(model.embed_dim, (n,), (pool,))[n, pool]
+
+        # Of the row that `Blocks` gives, the columns that this head reads.
+        self.blocks = n
+        self.columns = kinds_of_input(model.embed_dim, (n,), (with_mean,))[n, with_mean]
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.linear_head(Blocks(self.backbone, self.blocks)(images)[:, self.columns])
+        row = Blocks(self.backbone, self.blocks)(images)
+        return self.linear_head(row[:, self.columns])

@@ -1,13 +1,13 @@
-"""Convnet: torchvision's convolutional networks, with the face that training and evaluation
-know.
+"""Convnet: torchvision's convolutional networks, to be trained and judged as the ViT is.
 
     image (B, 3, H, W) --> torchvision's layers, classifier left out --> map (B, D, h, w)
                                                                           |
                               mean over places --> the image's feature (B, D), as a class token
                               the places themselves --> patch tokens (B, h*w, D)
 
-Idea     DINO needs nothing that only a ViT has: a feature of the image, and a copy that
-         follows. A convnet has no tokens, so the mean of its last map speaks for the image.
+Idea     DINO needs nothing that only a ViT has: a feature of the image, and a teacher that is
+         an average of the student. A convnet has no tokens, so the mean of its last map is
+         taken for the class token, and the places of the map for the patch tokens.
 Paper    DINO sec. 3.1 and table 2 (ResNet-50); He 2016
 Try      python -m backbones.convnet  widths and parameters
 Change   another of torchvision's convnets is one name in CONVNETS
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 CONVNETS = ("resnet18", "resnet50", "resnet101", "wide_resnet50_2", "mobilenet_v3_small",
             "convnext_tiny")
-CLASSIFIERS = ("avgpool", "fc", "classifier"
-               )  # what torchvision calls the part that we leave out
+# The names that torchvision gives to the parts that are left out.
+CLASSIFIERS = ("avgpool", "fc", "classifier")
 
 
 class ConvNet(nn.Module):
@@ -37,20 +37,27 @@ class ConvNet(nn.Module):
 
     def __init__(self, name: str = "resnet50", img_size: int = 224):
         super().__init__()
-        self.img_size = img_size  # it was trained on; any other will do
+        # The size that it was trained on, to be told to others; any other size will do.
+        self.img_size = img_size
         if name not in CONVNETS:
             raise ValueError(f"convnet {name!r}: choose from {', '.join(CONVNETS)}")
+
+        # The parts of torchvision's network become parts of this one, under the same names.
         whole = torchvision.models.get_model(name, weights=None)
         for child, module in whole.named_children():
             if child not in CLASSIFIERS:
                 self.add_module(child, module)
-        head = (m for n in CLASSIFIERS for m in getattr(whole, n, nn.Identity()).modules())
-        self.embed_dim = next(m.in_features for m in head if isinstance(m, nn.Linear))
+
+        # D is what the first linear layer of the classifier takes: `fc` of a ResNet is one, the
+        # `classifier` of the others has one inside.
+        linear_layers = []
+        for part in CLASSIFIERS:
+            modules = getattr(whole, part, nn.Identity()).modules()
+            linear_layers += [module for module in modules if isinstance(module, nn.Linear)]
+        self.embed_dim = linear_layers[0].in_features
 
     def last_map(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> the last map (B, D, h, w). Children stand in the order they are
-        run.
-        """
+        """(B, 3, H, W) -> the last map (B, D, h, w). Parts stand in the order they are run."""
         for layer in self.children():
             images = layer(images)
         return images
@@ -63,8 +70,13 @@ class ConvNet(nn.Module):
         if isinstance(images, (list, tuple)):
             masks = masks if masks is not None else [None] * len(images)
             return [self.forward_features(x, m) for x, m in zip(images, masks, strict=True)]
+
+        # A mask would have to be a hole in the image, which a convolution smears over its
+        # surroundings: there is no token to be replaced.
         if masks is not None:
             raise ValueError("masks were given to a convnet, which has no patches to hide")
+
+        # There are no registers: an empty tensor, so that the dictionary has the same keys.
         x = self.last_map(images).flatten(2).transpose(1, 2)  # (B, h*w, D)
         return {
             "x_norm_clstoken": x.mean(1), "x_norm_regtokens": x[:, :0], "x_norm_patchtokens": x,
@@ -75,7 +87,7 @@ class ConvNet(nn.Module):
         out = self.forward_features(images)
         if isinstance(out, dict):
             return out["x_norm_clstoken"]
-        return [o["x_norm_clstoken"] for o in out]
+        return [features["x_norm_clstoken"] for features in out]
 
     def draw_plan(self, images, generator) -> None:
         """No stochastic depth here."""

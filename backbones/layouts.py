@@ -4,8 +4,8 @@
                                                                   |
             Hugging Face  <-- to_hf --  official keys: blocks.0.attn.qkv.weight, ...
 
-Idea     Each function renames what it knows and leaves the rest alone, so that a file may be of
-         any of these layouts, or of two at once, and nobody has to say of which.
+Idea     Each function renames what it knows and leaves the rest alone. So a file may be of any
+         of these layouts, or of two at once, and nobody has to say of which.
 Paper    none; the keys are those of DINO's and DINOv2's released backbones
 Try      python -m backbones export RUN --to hf --output backbone.safetensors
 Change   another layout is one function on a flat dictionary, and one line in LAYOUTS
@@ -24,6 +24,16 @@ from torch import Tensor
 
 # ----------------------------------------------------------------------------------------------
 # Files of tensors
+#
+# A .pth file is a pickle in a zip archive. A .safetensors file has no code in it: a length, a
+# header in JSON, and then the bytes of all tensors, end to end. Example: two tensors of 384
+# floats, norm.weight and norm.bias:
+#
+#     8 bytes      192, the length of the header (little-endian)
+#     192 bytes    {"__metadata__": {"format": "pt"},
+#                   "norm.weight": {"dtype": "F32", "shape": [384], "data_offsets": [0, 1536]},
+#                   "norm.bias": {"dtype": "F32", "shape": [384], "data_offsets": [1536, 3072]}}
+#     3072 bytes   the numbers; data_offsets count from here
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -31,9 +41,8 @@ _DTYPES = {
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Length of the header (8 bytes), header (JSON: name -> dtype, shape, place), raw
-    tensors.
-    """
+    """The tensors of a .safetensors file, by name. ValueError if the header does not fit."""
+    # A header that claims terabytes must not make us ask for as much memory.
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else size
@@ -42,33 +51,46 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         header = json.loads(file.read(length))
         data = bytearray(file.read())
     header.pop("__metadata__", None)
-    out = {}
-    for name, about in header.items():
-        (first, last), shape = about["data_offsets"], about["shape"]
-        dtype = _DTYPES[about["dtype"]]
+
+    tensors = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        shape = entry["shape"]
+        dtype = _DTYPES[entry["dtype"]]
+
+        # Type and shape give the size of a tensor, and so does its place. Where they disagree,
+        # or the place lies beyond the end, the file is damaged.
         count = math.prod(shape)
         if not 0 <= first <= last <= len(data) or last - first != count * dtype.itemsize:
             raise ValueError(f"the place of {name} does not fit its shape and the file")
-        raw = (torch.frombuffer(data, dtype=dtype, count=count, offset=first)
-               if count else torch.empty(0, dtype=dtype))
-        out[name] = raw.reshape(shape).clone()
-    return out
+
+        # A copy of its own for each tensor, so that one of them alone does not keep the bytes
+        # of all in memory. torch.frombuffer refuses to read nothing.
+        raw = torch.empty(0, dtype=dtype)
+        if count:
+            raw = torch.frombuffer(data, dtype=dtype, count=count, offset=first)
+        tensors[name] = raw.reshape(shape).clone()
+    return tensors
 
 
 def write_safetensors(path: Path, state: dict[str, Tensor]):
     """The same, written: what other libraries read without unpickling anything."""
     names = {dtype: name for name, dtype in _DTYPES.items()}
-    header, place = {"__metadata__": {"format": "pt"}}, 0
+    header = {"__metadata__": {"format": "pt"}}  # other libraries ask which one has written it
+    place = 0
     for name, tensor in state.items():
         size = tensor.numel() * tensor.itemsize
         header[name] = dict(dtype=names[tensor.dtype], shape=list(tensor.shape),
                             data_offsets=[place, place + size])
         place += size
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
+
+    # Filled up by spaces, which JSON ignores, so that the numbers begin at a multiple of 8.
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
     with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(head)) + head)
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
         for tensor in state.values():
+            # As bytes, because numpy has no bfloat16.
             flat = tensor.detach().cpu().contiguous().view(-1)
             file.write(flat.view(torch.uint8).numpy().tobytes())
 
@@ -77,7 +99,9 @@ def read_tensors(path: Path) -> dict:
     """Whatever is in the file, read without running any code that may be in it."""
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    # Full checkpoints of DINO hold the parsed flags: that one type beside tensors is harmless.
+
+    # weights_only=True refuses every class but tensors and plain containers. Full checkpoints
+    # of DINO also hold the parsed flags, an argparse.Namespace, which is harmless.
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -89,14 +113,20 @@ def read_tensors(path: Path) -> dict:
 def from_training(state: dict) -> dict:
     """Checkpoints of training: the teacher's backbone in them, prefixes off, heads left out.
 
-    DINO and iBOT write {"teacher": .., "student": ..}, DINOv2 {"teacher": ..}; DDP adds
-    "module.".
+    DINO and iBOT write {"teacher": .., "student": ..}, DINOv2 {"teacher": ..}; wrappers such as
+    DistributedDataParallel put "module." before each key. Example:
+
+        state["teacher"]["module.backbone.norm.weight"]  ->  norm.weight
+        state["teacher"]["module.head.mlp.0.weight"]     ->  left out
     """
+    # The teacher first: it is the better network of the two, and the one that was released.
     for key in ("teacher", "model", "state_dict", "student"):
         if isinstance(state.get(key), dict):
             state = state[key]
             break
     state = {key.replace("module.", ""): value for key, value in state.items()}
+
+    # A file without any "backbone." is a backbone alone, and stays as it is.
     if any(key.startswith("backbone.") for key in state):
         state = {
             key.removeprefix("backbone."): value
@@ -105,63 +135,103 @@ def from_training(state: dict) -> dict:
 
 
 def from_chunks(state: dict) -> dict:
-    """DINOv2 trains in chunks: blocks.CHUNK.BLOCK.*; the second number counts through."""
+    """DINOv2's training groups the blocks in chunks: blocks.CHUNK.BLOCK.* -> blocks.BLOCK.*
+
+    BLOCK counts through all chunks. Example, the seventh of 24 blocks in 4 chunks:
+
+        blocks.1.6.norm1.weight  ->  blocks.6.norm1.weight
+    """
     return {
         re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): value
         for key, value in state.items()}
 
 
 def from_ibot(state: dict) -> dict:
-    """iBOT calls the mask token masked_embed."""
+    """iBOT calls the mask token masked_embed: masked_embed -> mask_token."""
     return {
         "mask_token" if key == "masked_embed" else key: value
         for key, value in state.items()}
 
 
-HF = [  # Hugging Face's names of DINO, DINOv2 and DINOv2 with registers -> official names
+# Hugging Face's names of DINO, DINOv2 and DINOv2 with registers -> official names: regular
+# expressions, applied to each key from top to bottom. Example:
+#
+#     dinov2.encoder.layer.3.attention.output.dense.bias
+#     encoder.layer.3.attention.output.dense.bias           without the name of the model
+#     blocks.3.attention.output.dense.bias
+#     blocks.3.attn.proj.bias
+#
+# The order matters. The name of the model has to go first, because the other patterns look for
+# the beginning of a key (^); "embeddings." goes after the two keys that are renamed as a whole.
+HF = [
     (r"^(vit|dinov2|dinov2_with_registers)\.", ""),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^embeddings\.", ""), (r"^encoder\.layer\.", "blocks."),
-    (r"\.attention\.output\.dense\.", ".attn.proj."), (r"\.attention\.attention\.", ".attn."),
-    (r"\.layernorm_before\.", ".norm1."), (r"\.layernorm_after\.", ".norm2."),
+    (r"^embeddings\.", ""),  # cls_token, mask_token and register_tokens have the same names
+    (r"^encoder\.layer\.", "blocks."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.attention\.attention\.", ".attn."),
+    (r"\.layernorm_before\.", ".norm1."),  # so called in the ViT that holds DINO
+    (r"\.layernorm_after\.", ".norm2."),
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."), (r"\.mlp\.weights_in\.", ".mlp.w12."),
-    (r"\.mlp\.weights_out\.", ".mlp.w3."), (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
+    (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+    (r"\.mlp\.weights_in\.", ".mlp.w12."),
+    (r"\.mlp\.weights_out\.", ".mlp.w3."),
+    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
     (r"^layernorm\.", "norm.")]
 
 
 def from_hf(state: dict) -> dict:
-    """Hugging Face: other names; query, key and value apart; a pooler that DINO never
-    trained.
+    """Hugging Face: other names; query, key and value apart; a pooler that DINO never trained.
+
+    Example, of a network of width 384:
+
+        encoder.layer.0.attention.attention.query.weight  (384, 384)
+        encoder.layer.0.attention.attention.key.weight    (384, 384)
+        encoder.layer.0.attention.attention.value.weight  (384, 384)
+                                           ->  blocks.0.attn.qkv.weight  (1152, 384)
     """
     if not any(key.endswith("embeddings.position_embeddings") for key in state):
         return state
-    out = {}
+    renamed = {}
     for key, value in state.items():
         for pattern, name in HF:
             key = re.sub(pattern, name, key)
         if not key.startswith(("pooler.", "classifier.")):
-            out[key] = value
-    for key in [key for key in out if ".attn.query." in key]:
-        parts = [out.pop(key.replace("query", part)) for part in ("query", "key", "value")]
-        out[key.replace("query", "qkv")] = torch.cat(parts)
-    return out
+            renamed[key] = value
+
+    # The three matrices are put below one another, in this order, because here one product
+    # computes queries, keys and values.
+    for key in [key for key in renamed if ".attn.query." in key]:
+        parts = [renamed.pop(key.replace("query", part)) for part in ("query", "key", "value")]
+        renamed[key.replace("query", "qkv")] = torch.cat(parts)
+    return renamed
 
 
 def from_timm(state: dict) -> dict:
-    """timm: reg_token; SwiGLU's w12 and w3 as fc1 and fc2.
+    """timm: other names for the registers and for SwiGLU; with registers, other positions.
 
-    With registers, the class token has its position added already, and pos_embed lacks it.
+        reg_token                                      ->  register_tokens
+        blocks.0.mlp.fc1.weight, if it is of SwiGLU    ->  blocks.0.mlp.w12.weight
+        pos_embed (1, 1369, D), of patches only        ->  pos_embed (1, 1370, D)
     """
     state = {
         "register_tokens" if key == "reg_token" else key: value
         for key, value in state.items()}
-    first, second = (state.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
+
+    # fc1 and fc2 are either an MLP, where fc1 has as many rows as fc2 has columns, or SwiGLU,
+    # where it has twice as many: gate and value.
+    first = state.get("blocks.0.mlp.fc1.weight")
+    second = state.get("blocks.0.mlp.fc2.weight")
     if first is not None and second is not None and len(first) == 2 * second.shape[1]:
         state = {
             key.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): value
             for key, value in state.items()}
+
+    # With registers, timm has added the position of the class token to the token itself, and
+    # keeps the positions of patches alone: a square number, such as 37 * 37 = 1369. (With the
+    # class token it is one more, which is never a square.) A row of zeros in front makes the
+    # table the official one, and the network computes the same.
     positions = state.get("pos_embed")
     if positions is not None and math.isqrt(positions.shape[1])**2 == positions.shape[1]:
         state["pos_embed"] = torch.cat([torch.zeros_like(positions[:, :1]), positions], 1)
@@ -175,35 +245,45 @@ LAYOUTS = (from_training, from_chunks, from_ibot, from_hf, from_timm)
 
 
 def to_hf(state: dict) -> dict:
-    """Official names -> Hugging Face's of DINOv2 (with or without registers): the tensors
-    alone.
+    """Official names -> Hugging Face's of DINOv2 (with or without registers), tensors only.
 
     ValueError for anything but a Vision Transformer: that layout has no names for other
-    networks.
+    networks. Example:
+
+        blocks.0.attn.proj.weight  ->  encoder.layer.0.attention.output.dense.weight
     """
     if "cls_token" not in state:
         raise ValueError(
             "--to hf: expected a Vision Transformer; the first of these tensors are "
             f"{', '.join(list(state)[:3])}")
+
+    # This is not the table HF read backwards. Hugging Face has one set of names for DINO and
+    # another for DINOv2; HF knows both, and only those of DINOv2 are written. They have norm1,
+    # norm2, fc1 and fc2 in common with the official ones.
     back = [(r"^pos_embed$", "embeddings.position_embeddings"),
             (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
             (r"^(cls_token|mask_token|register_tokens)$", r"embeddings.\1"),
             (r"^blocks\.", "encoder.layer."), (r"\.attn\.proj\.", ".attention.output.dense."),
             (r"\.mlp\.w12\.", ".mlp.weights_in."), (r"\.mlp\.w3\.", ".mlp.weights_out."),
             (r"\.ls(\d)\.gamma$", r".layer_scale\1.lambda1"), (r"^norm\.", "layernorm.")]
-    out = {}
+    renamed = {}
     for key, value in state.items():
         for pattern, name in back:
             key = re.sub(pattern, name, key)
         if ".attn.qkv." in key:
             for part, rows in zip(("query", "key", "value"), value.chunk(3)):
-                out[key.replace("attn.qkv", f"attention.attention.{part}")] = rows
+                renamed[key.replace("attn.qkv", f"attention.attention.{part}")] = rows
         else:
-            out[key] = value
+            renamed[key] = value
+
+    # That layout always has a mask token and LayerScale. A network without them gets a token
+    # that is never used, and factors of 1, which change nothing.
     width = state["cls_token"].shape[-1]
-    if "embeddings.mask_token" not in out:
-        out["embeddings.mask_token"] = torch.zeros(1, width)
-    for i in range(len({k.split(".")[2] for k in out if k.startswith("encoder.")})):
-        for branch in (1, 2):  # that layout always has LayerScale: 1 changes nothing
-            out.setdefault(f"encoder.layer.{i}.layer_scale{branch}.lambda1", torch.ones(width))
-    return out
+    if "embeddings.mask_token" not in renamed:
+        renamed["embeddings.mask_token"] = torch.zeros(1, width)
+    depth = len({key.split(".")[2] for key in renamed if key.startswith("encoder.")})
+    for i in range(depth):
+        for branch in (1, 2):  # attention, feed-forward
+            factors = torch.ones(width)
+            renamed.setdefault(f"encoder.layer.{i}.layer_scale{branch}.lambda1", factors)
+    return renamed

@@ -4,8 +4,10 @@
     a URL, a file, a run of ours ---------+--> tensors --> official keys --> ViT or convnet
            (.pth, .pt, .safetensors)                       (layouts.py)    (as the shapes say)
 
-Idea     The architecture can be read off the tensors, so nobody has to repeat it in flags, and
-         nobody gets random weights because a flag was wrong: every tensor must find its place.
+Idea     The architecture can be read off the shapes of the tensors, so nobody has to repeat it
+         in flags. Loading is strict: every tensor of the file must have its place in the
+         network, and every place its tensor. A wrong prefix or a wrong flag is an error, and
+         never a network that is left with random weights.
 Paper    none; the released backbones of DINO and DINOv2
 Try      python -m backbones                          the released models
          python -m backbones RUN_OR_FILE_OR_NAME      what is in it
@@ -31,7 +33,11 @@ from backbones.layouts import LAYOUTS, read_tensors
 from vit import ARCHS, VisionTransformer
 
 # ----------------------------------------------------------------------------------------------
-# What Meta released: name -> file, and the k-NN and linear accuracy on ImageNet of its README
+# What Meta released: name -> (file, k-NN accuracy, linear accuracy)
+#
+# Accuracies are top-1 on ImageNet in per cent, as the READMEs of Meta's repositories publish
+# them. dinov2_vits14_reg means: DINOv2, a small ViT, patches of 14 pixels, four registers. The
+# file names of the first DINO models say "deit", as their ViTs were called at first.
 
 BASE_URL = "https://dl.fbaipublicfiles.com/"
 RELEASED = {
@@ -53,37 +59,48 @@ RELEASED = {
 def fetch(url: str) -> Path:
     """The file behind a URL, from torch.hub's cache, or downloaded into it with a progress bar.
 
-    It appears in the cache when it is whole, and not before.
+    ValueError if it cannot be fetched; it says where a file that was fetched by hand belongs.
     """
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     name = Path(urllib.parse.urlparse(url).path).name
-    if not url.startswith(BASE_URL):  # many files of the world are called model.safetensors
+
+    # Meta's names are unique, and the same as in torch.hub's own downloads. Others call many
+    # different files model.safetensors, so these get a hash of the URL in front:
+    # https://host/a/model.safetensors is kept as 7043817e-model.safetensors.
+    if not url.startswith(BASE_URL):
         name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
     path = folder / name
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + f".{os.getpid()}")
-        try:
-            with urllib.request.urlopen(url) as answer:
-                size = int(answer.headers.get("Content-Length", 0))
-            torch.hub.download_url_to_file(url, str(aside))
-            if size and aside.stat().st_size != size:
-                raise OSError(f"only {aside.stat().st_size:,d} of {size:,d} bytes came")
-        except (OSError, RuntimeError) as error:
-            aside.unlink(missing_ok=True)
-            raise ValueError(
-                f"--weights: {url} cannot be fetched ({error}); download it by hand "
-                f"and put it at {path}") from None
-        os.replace(aside, path)
+    if path.exists():
+        return path
+
+    # Downloaded under a name of this process's own, and renamed when it is whole. So two
+    # processes do not write into one file, and what is in the cache can be relied on.
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + f".{os.getpid()}")
+    try:
+        # A connection that breaks off does not always raise: the length tells.
+        with urllib.request.urlopen(url) as answer:
+            size = int(answer.headers.get("Content-Length", 0))
+        torch.hub.download_url_to_file(url, str(unfinished))
+        if size and unfinished.stat().st_size != size:
+            raise OSError(f"only {unfinished.stat().st_size:,d} of {size:,d} bytes came")
+    except (OSError, RuntimeError) as error:
+        unfinished.unlink(missing_ok=True)
+        raise ValueError(f"--weights: {url} cannot be fetched ({error}); download it by hand "
+                         f"and put it at {path}") from None
+    os.replace(unfinished, path)
     return path
 
 
 # ----------------------------------------------------------------------------------------------
-# From a name or a file to a network
+# From a name or a file to tensors with official names
 
 
 def weights_file(what: str | Path) -> Path:
-    """The file behind a released name, a URL, a file, or a run directory (its teacher.pt)."""
+    """The file behind a released name, a URL, a file, or a run directory (its teacher.pt).
+
+    A released name comes first: a file of the same name has to be written ./dino_vits16.
+    """
     name = str(what)
     if name in RELEASED:
         path = fetch(BASE_URL + RELEASED[name][0])
@@ -97,6 +114,8 @@ def weights_file(what: str | Path) -> Path:
                          f"released model of that name ({', '.join(RELEASED)})")
     if not path.is_dir():
         return path
+
+    # Of a run, the teacher: an average of the student's past weights, and better than it.
     if not (path / "teacher.pt").exists():
         raise ValueError(
             f"--weights {path}: no teacher.pt in it; is it the directory of a run?")
@@ -109,20 +128,27 @@ def run_config_file(file: Path) -> Path | None:
     return config if file.name == "teacher.pt" and config.exists() else None
 
 
-# What of a run's config.json a network needs, beside its tensors; an older run may lack some.
+# What a network needs beside its tensors, out of a run's config.json: name -> default, for runs
+# of a time when the field did not exist. (training/config.py has all fields; this room does not
+# import it, so that a network can be loaded without the code of training.)
 RUN_FIELDS = {
     "arch": "vit_small", "global_crops_size": 224, "pos_embed_resize": "offset", "mean": [],
     "std": []}
 
 
 def read_run_fields(file: Path) -> dict:
-    """RUN_FIELDS as a run's config.json has them. ValueError for a file that is nothing like
-    it.
+    """RUN_FIELDS as a run's config.json has them; lists come as tuples.
+
+    ValueError for a file that is no config.json of a run: not JSON, without a global_batch,
+    which every run records, or with a field of another type.
     """
     try:
         stored = json.loads(file.read_text())
         if type(stored) is not dict or type(stored.get("global_batch")) is not int:
             raise ValueError("expected an object that knows its global_batch")
+
+        # A field has the type of its default, and a list holds nothing but numbers. The types
+        # are compared exactly, because True would pass for an integer otherwise.
         fields = RUN_FIELDS | {name: stored[name] for name in RUN_FIELDS if name in stored}
         for name, default in RUN_FIELDS.items():
             value = fields[name]
@@ -146,6 +172,10 @@ def read_backbone(what: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(
             f"--weights {file}: not a readable weights file ({str(error).splitlines()[0]})"
         ) from None
+
+    # Each layout renames what it knows and leaves the rest alone. All are applied, because a
+    # file can be of two layouts: DINOv2's training checkpoints (from_training) have their
+    # blocks in chunks (from_chunks).
     if isinstance(state, dict):
         for layout in LAYOUTS:
             state = layout(state)
@@ -156,30 +186,54 @@ def read_backbone(what: str | Path) -> tuple[dict[str, Tensor], dict]:
     return state, read_run_fields(config_file) if config_file else {}
 
 
+# ----------------------------------------------------------------------------------------------
+# From tensors to a network
+
+
 def architecture(state: dict[str, Tensor]) -> dict:
-    """Arguments of VisionTransformer, read off the tensors. Heads are 64 wide in all we
-    know.
+    """Arguments of VisionTransformer, read off the shapes of the tensors.
+
+    ValueError if they are not those of a ViT. Example, dinov2_vits14:
+
+        tensor                     shape               what it tells
+        patch_embed.proj.weight    (384, 3, 14, 14)    embed_dim 384, in_chans 3, patch_size 14
+        pos_embed                  (1, 1370, 384)      1 + 37 * 37: img_size 37 * 14 = 518
+        blocks.11.norm1.weight     (384,)              the highest number is 11: depth 12
+        blocks.0.mlp.fc1.weight    (1536, 384)         mlp_ratio 1536 / 384 = 4, ffn_layer "mlp"
+        blocks.0.ls1.gamma         (384,)              it has LayerScale
+        mask_token                 (1, 384)            it has a mask token
+        register_tokens            is missing          no registers, pos_embed_resize "offset"
+
+    Two things leave no trace in the shapes. The number of heads: the queries of all heads are
+    one matrix. But heads are 64 wide in all networks that we know, so it is 384 / 64 = 6. And
+    the rule for resampling positions: of the released networks, those with registers use
+    "antialias", the others "offset".
     """
     try:
         dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
         positions = state["pos_embed"].shape[1]
         depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+
+        # SwiGLU takes two thirds of 4 * dim and rounds up to a multiple of 8 (vit.SwiGLU). That
+        # cannot be turned around, and the factor is 4 in every known network.
         swiglu = "blocks.0.mlp.w12.weight" in state
         hidden = dim * 4 if swiglu else state["blocks.0.mlp.fc1.weight"].shape[0]
     except (KeyError, ValueError) as error:
         raise ValueError(
             f"--weights: not a Vision Transformer of DINO's layout (misses {error}); "
             f"its first keys are {', '.join(list(state)[:3])}") from None
+
+    # Any number will do for layerscale, because the learned factors are loaded afterwards; None
+    # would build a network without them.
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     return dict(
-        img_size=math.isqrt(positions - 1) * patch,
+        img_size=math.isqrt(positions - 1) * patch,  # the class token has a position, too
         patch_size=patch,
         in_chans=in_chans,
         embed_dim=dim,
         depth=depth,
         num_heads=dim // 64,
-        mlp_ratio=hidden
-        / dim,  # SwiGLU's is 4 in every known network, its width by the 2/3 rule
+        mlp_ratio=hidden / dim,
         ffn_layer="swiglu" if swiglu else "mlp",
         num_register_tokens=registers,
         layerscale=1.0 if "blocks.0.ls1.gamma" in state else None,
@@ -189,22 +243,25 @@ def architecture(state: dict[str, Tensor]) -> dict:
 
 def is_resnet50(state: dict) -> bool:
     """The one convnet that was released; others are known by the config.json of their run."""
-    wide = state.get("layer4.2.conv2.weight")
-    return wide is not None and wide.shape[0] == 512 and "layer3.6.conv1.weight" not in state
+    # The last block tells: ResNet-18 has no layer4.2, and in the wide ResNet-50 it has 1024
+    # channels. ResNet-101 differs by its longer third stage, which goes on to layer3.22.
+    last = state.get("layer4.2.conv2.weight")
+    return last is not None and last.shape[0] == 512 and "layer3.6.conv1.weight" not in state
 
 
 def load_backbone(what: str | Path) -> VisionTransformer | ConvNet:
-    """The network with its weights, in eval mode. ValueError with the difference if one is
-    left.
+    """The network with its weights, in eval mode.
 
-    Its `pixels` say what images it wants: channels, mean, spread.
-    what: a name of RELEASED, a URL, a file of any of LAYOUTS, or a run directory of ours.
+    what: a name of RELEASED, a URL, a file of any of LAYOUTS, or a run directory of ours. The
+    network's `pixels` say what images it wants: channels, mean, spread. ValueError names the
+    first four tensors that are missing, left over or of another shape.
     """
     state, config = read_backbone(what)
     if config.get("arch") in CONVNETS or is_resnet50(state):
         model = ConvNet(config.get("arch", "resnet50"), config.get("global_crops_size", 224))
     else:
         options = architecture(state)
+        # A run of ours has written down what `architecture` can only guess.
         if config:
             options["pos_embed_resize"] = config["pos_embed_resize"]
         model = VisionTransformer(**options)
@@ -218,10 +275,16 @@ def untrained(name: str) -> VisionTransformer | ConvNet:
     """The network of a released name, with random weights."""
     if name == "dino_resnet50":
         return ConvNet("resnet50")
+
+    # dinov2_vits14_reg is the family dinov2, the size s and patches of 14 pixels.
     family, size, patch = re.match(r"(dino|dinov2)_vit(.)(\d+)", name).groups()
     arch = {"s": "vit_small", "b": "vit_base", "l": "vit_large", "g": "vit_giant2"}[size]
     if family == "dino":
         return VisionTransformer(224, int(patch), **ARCHS[arch])
+
+    # DINOv2 has LayerScale and a mask token, and its last stage was trained at 518 pixels. The
+    # networks with four registers came later and resample positions by another rule. Only the
+    # largest network has SwiGLU.
     registers = name.endswith("_reg")
     return VisionTransformer(518, int(patch), layerscale=1.0, mask_token=True,
                              num_register_tokens=4 * registers,
@@ -230,15 +293,19 @@ def untrained(name: str) -> VisionTransformer | ConvNet:
 
 
 def load_strictly(model: torch.nn.Module, state: dict[str, Tensor], source: str):
-    """load_state_dict whose complaint can be read: missing, unexpected and misshapen
-    tensors.
+    """model.load_state_dict(state), with an error message that can be read.
+
+    ValueError names the first four tensors that are missing, unexpected or misshapen. PyTorch's
+    own message lists all of them, which may be hundreds of lines. source: what the message
+    calls the weights.
     """
-    have = model.state_dict()
-    trouble = [f"missing {key}" for key in have if key not in state]
-    trouble += [f"unexpected {key}" for key in state if key not in have]
-    trouble += [
-        f"{key} is {tuple(state[key].shape)}, expected {tuple(have[key].shape)}" for key in have
-        if key in state and state[key].shape != have[key].shape]
+    expected = model.state_dict()
+    trouble = [f"missing {key}" for key in expected if key not in state]
+    trouble += [f"unexpected {key}" for key in state if key not in expected]
+    for key, tensor in expected.items():
+        if key in state and state[key].shape != tensor.shape:
+            shape = tuple(state[key].shape)
+            trouble.append(f"{key} is {shape}, expected {tuple(tensor.shape)}")
     if trouble:
         more = f" and {len(trouble) - 4} more" if len(trouble) > 4 else ""
         raise ValueError(f"{source} does not fit the network: {'; '.join(trouble[:4])}{more}")

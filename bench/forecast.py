@@ -3,16 +3,20 @@
     one setting at a time, smaller and larger --> seconds and memory, as curves    (growth)
     counted work / assumed share of a GPU's peak --> days, GB                      (plan)
 
-Idea     What is measured and what is assumed are kept apart: growth runs every point, plan runs
-         nothing and says so.
+Idea     What is measured and what is assumed are kept apart. growth runs a step for every point
+         that it draws. plan runs nothing; it says so, and names the share that it assumes.
 Paper    none
 Try      python -m bench growth dino_vits16 --batch_size_per_gpu 2
          python -m bench plan dinov2_vitl14 --gpus 32 --kind h100
-Change   another GPU is one line in GPUS, another thing that grows one line in GROWTH
+Change   another GPU is one line in GPUS; another whole number of Config that grows is one line
+         in GROWTH
 Tests    pytest tests/bench/test_forecast.py
+
+Letters  B images per process and step.
 """
 
 import json
+import math
 import multiprocessing
 import os
 import subprocess
@@ -39,10 +43,25 @@ from training.memory import expected_memory
 # ----------------------------------------------------------------------------------------------
 # How the cost grows: one thing at a time, all else as the preset has it
 
-GROWTH = {  # what grows -> times as much as the preset has of it
-    "global_crops_size": (0.5, 1, 1.5, 2), "patch_size": (0.5, 1, 2),
-    "local_crops_number": (0, 0.5, 1, 2), "n_prototypes": (1 / 64, 1 / 8, 1, 2),
-    "depth": (0.25, 0.5, 1, 2), "batch_size_per_gpu": (0.5, 1, 2, 4)}
+# What grows, a field of Config or the network's depth -> times as much as the preset has of it.
+# Example: dino_vits16 has patches of 16 pixels, so 8, 16 and 32 are measured.
+GROWTH = {
+    # how finely an image is seen: attention compares all tokens of a crop with each other
+    "global_crops_size": (0.5, 1, 1.5, 2),
+    "patch_size": (0.5, 1, 2),
+    # what multi-crop adds for the student alone; 0 is DINO without it
+    "local_crops_number": (0, 0.5, 1, 2),
+    # K, the width of the largest matrices of a step
+    "n_prototypes": (1 / 64, 1 / 8, 1, 2),
+    "depth": (0.25, 0.5, 1, 2),
+    # more images at once: a step takes longer, but perhaps an image does not
+    "batch_size_per_gpu": (0.5, 1, 2, 4)}
+
+# The unit of what grows, for the figure; without an entry the name stands alone.
+UNITS = {
+    "global_crops_size": "pixels", "patch_size": "pixels",
+    "local_crops_number": "crops per image", "n_prototypes": "count; k = 1,024",
+    "depth": "blocks", "batch_size_per_gpu": "images", "processes": "one core or GPU each"}
 
 
 def growth(config: Config, process: Process) -> dict:
@@ -53,35 +72,63 @@ def growth(config: Config, process: Process) -> dict:
     if config.convnet:
         raise UsageError(
             f"--arch {config.arch}: growth is of a ViT, which has patches and a depth")
-    depth, found = vit.ARCHS[config.arch]["depth"], {name: [] for name in GROWTH}
-    alone = dict(mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1)
+
+    # The peak memory of a process cannot be reset everywhere, and memory that one point leaves
+    # behind would count for the next. So each point has a fresh process, one after the other:
+    # "spawn" starts it anew, where a fork would be a copy of this one.
+    points = {}
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
     print(f"{'':20s}    value  seconds  ms/image  peak GB")
-    with ProcessPoolExecutor(1, **alone) as pool:
-        for name, factors in GROWTH.items():
-            now = depth if name == "depth" else getattr(config, name)
-            values = dict.fromkeys(int(now * factor) for factor in factors)
-            for value in (v for v in values if v or name == "local_crops_number"):
+    with pool:
+        for name in GROWTH:
+            points[name] = []
+            for value in values_of(name, config):
                 row = pool.submit(point, config, process, name, value).result()
-                found[name].append(row)
+                points[name].append(row)
                 print(
                     f"{name:20s} {value:8,d} {row['step_seconds']:8.3f} "
                     f"{1e3 * row['seconds_per_image']:9.1f} {row['peak_memory_gb']:8.2f}",
                     flush=True)
-    found["processes"] = rates_of_processes(config, process)
-    print(f"wrote {draw_growth(found, Path('growth.png'))}")
-    return {"growth": found}
+
+    points["processes"] = rates_of_processes(config, process)
+    print(f"wrote {draw_growth(points, Path('growth.png'))}")
+    return {"growth": points}
+
+
+def values_of(name: str, config: Config) -> list[int]:
+    """The values that are measured of one thing, each once.
+
+    Example: of a depth of 4, GROWTH's factors .25, .5, 1 and 2 make [1, 2, 4, 8]. Where a
+    factor leaves nothing, such as 1/64 of 32 prototypes, that value is left out; but a run
+    without local crops is one that can be measured.
+    """
+    usual = vit.ARCHS[config.arch]["depth"] if name == "depth" else getattr(config, name)
+    values = []
+    for factor in GROWTH[name]:
+        value = int(usual * factor)
+        may_be_zero = name == "local_crops_number"
+        if value not in values and (value or may_be_zero):
+            values.append(value)
+    return values
 
 
 def point(config: Config, process: Process, name: str, value: int) -> dict:
     """A step where `name`, a flag or the network's depth, is that value."""
-    keep_freed_memory(process)
+    keep_freed_memory(process)  # as in training
     if name == "depth":
+        # There is no flag for it: the architecture itself is changed, in this process only.
         vit.ARCHS[config.arch] |= {"depth": value}
     else:
         config = replace(config, **{name: value})
-    networks = *train.build(config, process), train.build_centerings(config).to(process.device)
-    version = Step(networks, made_up_batch(config, process), config, process)
-    version()
+
+    student, teacher = train.build(config, process)
+    centerings = train.build_centerings(config).to(process.device)
+    version = Step((student, teacher, centerings), made_up_batch(config, process), config,
+                   process)
+    version()  # warms up
+
+    # The fastest and not the median: points are minutes apart, and what else the machine did
+    # meanwhile must not bend the curve.
     memory = Memory(process.device)
     memory.begin()
     fastest = min(version() for _ in range(config.steps + 1))
@@ -91,17 +138,33 @@ def point(config: Config, process: Process, name: str, value: int) -> dict:
 
 
 def rates_of_processes(config: Config, process: Process) -> list[dict]:
-    """Images/s of train.py with 1, 2, 4 ... processes, a GPU or a core each, on drawn
-    shapes.
+    """Images/s of train.py on drawn shapes, with 1, 2, 4, ... processes.
+
+    Each has a GPU or a core for itself. UsageError if train.py fails.
     """
-    most = torch.cuda.device_count() if process.device.type == "cuda" else os.cpu_count()
-    rows, B, flags = [], config.batch_size_per_gpu, []
+    if process.device.type == "cuda":
+        most = torch.cuda.device_count()
+    else:
+        most = os.cpu_count()
+    B = config.batch_size_per_gpu
+
+    # What was asked of bench is asked of train.py, as far as train.py knows the flag.
+    flags = []
     for name in set(config.given) & set(TrainingConfig.__dataclass_fields__):
         value = getattr(config, name)
-        flags += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
+        values = value if isinstance(value, tuple) else [value]
+        flags += [f"--{name}", *map(str, values)]
+
+    # The clock of train.py leaves the first, slow steps out of its rate, so there are some more
+    # than --steps.
+    steps = config.steps + 4
+    rows = []
+
+    # Powers of two up to `most`. Example: 6 has the bits 110, so these are 2**0, 2**1, 2**2.
     for count in (2**i for i in range(most.bit_length())):
         with tempfile.TemporaryDirectory() as folder:
-            steps = config.steps + 4
+            # One epoch of `steps` steps on as many images as they need, with one image to judge
+            # by. These flags come after those of the user, and the last one counts.
             command = [
                 sys.executable, "-m", "torch.distributed.run", "--standalone",
                 f"--nproc_per_node={count}",
@@ -110,49 +173,89 @@ def rates_of_processes(config: Config, process: Process) -> list[dict]:
                 process.device.type, "--precision", config.precision, "--batch_size_per_gpu",
                 str(B), "--epochs", "1", "--warmup_epochs", "0", "--epoch_length",
                 str(steps), "--output_dir", folder]
+            # One thread each: otherwise the first process would use all cores by itself, and
+            # further ones would seem to bring nothing.
             one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-            if subprocess.run(command, stdout=subprocess.DEVNULL, env=one_thread).returncode:
+            done = subprocess.run(command, stdout=subprocess.DEVNULL, env=one_thread)
+            if done.returncode:
                 raise UsageError(f"train.py with {count} processes failed, as it says above")
             summary = json.loads((Path(folder) / "summary.json").read_text())
-        rows.append({"value": count, "images_per_second": summary["images_per_second"]})
-        print(f"{'processes':20s} {count:8,d} {rows[-1]['images_per_second']:8.2f} images/s",
-              flush=True)
+        rate = summary["images_per_second"]
+        rows.append({"value": count, "images_per_second": rate})
+        print(f"{'processes':20s} {count:8,d} {rate:8.2f} images/s", flush=True)
     return rows
 
 
-def draw_growth(found: dict[str, list[dict]], path: Path) -> Path:
-    """What `python -m bench growth` found, a panel for each thing that grows; the last one is a
-    legend.
+# ----------------------------------------------------------------------------------------------
+# The figure of growth
+
+
+def draw_growth(points: dict[str, list[dict]], path: Path) -> Path:
+    """What growth measured, a panel for each thing that grows, and a legend in the last one.
+
+    points: what grows -> its rows, as growth returns them.
     """
     plt = visualize.pyplot()
-    fig, axes = plt.subplots(2, 4, figsize=(14, 5.6), layout="constrained")
-    for axis, (name, rows) in zip(axes.flat, found.items()):
+    # As many lines of four panels as hold everything that grows, and the legend.
+    columns = 4
+    lines = math.ceil((len(points) + 1) / columns)
+    fig, axes = plt.subplots(lines, columns, figsize=(14, 2.8 * lines), layout="constrained",
+                             squeeze=False)
+    for axis, (name, rows) in zip(axes.flat, points.items()):
         x = [row["value"] for row in rows]
-        axis.set_xscale("symlog" if 0 in x else "log", base=2)
-        axis.set_xticks(x, [f"{n // 1024}k" if n > 9999 else f"{n}" for n in x])
-        axis.minorticks_off()
-        axis.set_xlabel(name)
+        draw_values(axis, name, x)
         if name == "processes":
-            rate = [row["images_per_second"] for row in rows]
-            lines = [(axis, rate, "^-", "tab:green"),
-                     (axis, [rate[0] * n for n in x], ":", "gray")]
+            draw_rates(axis, x, [row["images_per_second"] for row in rows])
         else:
-            lines = [
-                (axis, [1e3 * row["seconds_per_image"] for row in rows], "o-", "tab:blue"),
-                (axis.twinx(), [row["peak_memory_gb"] for row in rows], "s--", "tab:orange")]
-        for side, y, style, color in lines:
-            side.plot(x, y, style, color=color)
-            side.set_ylim(0, 1.1 * max(y))
-    for style, color, label in (("o-", "tab:blue", "milliseconds an image (left)"),
-                                ("s--", "tab:orange", "peak memory, GB (right)"),
-                                ("^-", "tab:green", "images a second, all processes"),
-                                (":", "gray", "the same if nothing were lost")):
-        axes.flat[-1].plot([], [], style, color=color, label=label)
-    axes.flat[-1].axis("off")
-    axes.flat[-1].legend(loc="center", frameon=False)
+            draw_costs(axis, x, rows)
+
+    # The panels that are left over have no axes; the last of them holds the legend of all.
+    for axis in axes.flat[len(points):]:
+        axis.axis("off")
+    legend = axes.flat[-1]
+    legend.plot([], [], "o-", color="tab:blue", label="milliseconds per image (left)")
+    legend.plot([], [], "s--", color="tab:orange", label="peak memory (right)")
+    legend.plot([], [], "^-", color="tab:green", label="images per second, all processes")
+    legend.plot([], [], ":", color="gray", label="the same if nothing were lost")
+    legend.legend(loc="center", frameon=False)
     fig.savefig(path, dpi=110)
     plt.close(fig)
     return path
+
+
+def draw_values(axis, name: str, x: list[int]):
+    """The x axis: a tick at each value, at distances that show factors, not differences."""
+    # A logarithmic axis has no place for 0; "symlog" is linear near it.
+    axis.set_xscale("symlog" if 0 in x else "log", base=2)
+    axis.set_xticks(x, [f"{n // 1024}k" if n > 9999 else f"{n}" for n in x])
+    axis.minorticks_off()
+    axis.set_xlabel(f"{name} ({UNITS[name]})" if name in UNITS else name)
+
+
+def draw_costs(axis, x: list[int], rows: list[dict]):
+    """Milliseconds on the left axis, memory on the right one; both begin at 0."""
+    # Per image and not per step, so that a larger batch is no more expensive by itself.
+    milliseconds = [1e3 * row["seconds_per_image"] for row in rows]
+    axis.plot(x, milliseconds, "o-", color="tab:blue")
+    axis.set_ylim(0, 1.1 * max(milliseconds))
+    axis.set_ylabel("time per image (ms)", color="tab:blue")
+
+    # Two curves of different units share the x axis only. Each y axis has the colour of its
+    # curve.
+    memory = [row["peak_memory_gb"] for row in rows]
+    right = axis.twinx()
+    right.plot(x, memory, "s--", color="tab:orange")
+    right.set_ylim(0, 1.1 * max(memory))
+    right.set_ylabel("peak memory (GB)", color="tab:orange")
+
+
+def draw_rates(axis, x: list[int], rates: list[float]):
+    """Images a second of all processes, and what it were if each were as fast as one alone."""
+    ideal = [rates[0] * n for n in x]
+    axis.plot(x, rates, "^-", color="tab:green")
+    axis.plot(x, ideal, ":", color="gray")
+    axis.set_ylim(0, 1.1 * max(rates + ideal))
+    axis.set_ylabel("speed (images per second)")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -161,12 +264,16 @@ def draw_growth(found: dict[str, list[dict]], path: Path) -> Path:
 # Dense bf16 operations a second and GB of memory, as their maker states them.
 GPUS = {"a100": (312e12, 80), "h100": (989e12, 80), "h200": (989e12, 141)}
 
+# Images for training in the data sets that need not be at hand for a plan.
 SIZES = {"shapes": 5_000, "CIFAR10": 50_000, "Imagenette": 9_469, "ImageNet": 1_281_167}
 
 
 def images_of(config: Config) -> int:
-    if config.images or config.data in SIZES:
-        return config.images or SIZES[config.data]
+    """How many images the run learns from: as --images says, or the data set."""
+    if config.images:
+        return config.images
+    if config.data in SIZES:
+        return SIZES[config.data]
     return len(open_images(config.data, config.data_root, config.download))
 
 
@@ -179,33 +286,53 @@ class PlanConfig(Config):
 
 
 def plan(config: PlanConfig, process: Process) -> dict:
-    """Memory, speed and days of a whole run elsewhere: an estimate, and what it is made of."""
-    config = replace(config,
-                     precision="bf16" if config.precision == "auto" else config.precision)
-    B, (peak, available) = config.batch_size_per_gpu, GPUS[config.kind]
+    """Memory, speed and days of a whole run elsewhere: an estimate, and what it is made of.
+
+    images a second = GPUs * utilisation * peak / operations per image. Example: on 32 GPUs of
+    989 TFLOP/s, of which 35 % are reached, 1,370 GFLOP an image make 32 * .35 * 989e12 /
+    1,370e9 = 8,090 images a second.
+    """
+    # "auto" would look at this machine; the GPUs of the table all multiply in bfloat16.
+    precision = "bf16" if config.precision == "auto" else config.precision
+    config = replace(config, precision=precision)
+    B = config.batch_size_per_gpu
+    peak, available = GPUS[config.kind]
+
+    # An image costs the operations that were counted, and the GPUs do the assumed share of what
+    # their maker states.
     work = count_work(config)
-    there = Process(torch.device("cpu"), world_size=config.gpus)
-    parts = expected_memory(meta_student(config), config, there)
-    total = sum(work.values()) / B
-    rate = config.gpus * config.utilisation * peak / total
+    per_image = sum(work.values()) / B
+    rate = config.gpus * config.utilisation * peak / per_image
+
+    # An epoch is --epoch_length steps, or one pass over the images, whose last, incomplete
+    # batch is left out.
     batch = B * config.gpus
-    steps = config.epochs * (config.epoch_length or max(images_of(config) // batch, 1))
+    epoch_steps = config.epoch_length or max(images_of(config) // batch, 1)
+    steps = config.epochs * epoch_steps
     days = steps * batch / rate / 86400
-    print(
-        f"{config.preset} on {config.gpus} {config.kind}, {B} images each: an estimate, nothing "
-        "here was measured\n")
+
+    # What a process of the planned run holds; one of several, since FSDP splits the weights.
+    one_of_them = Process(torch.device("cpu"), world_size=config.gpus)
+    parts = expected_memory(meta_student(config), config, one_of_them)
+    memory = sum(parts.values())
+
+    # The assumption is printed beside the peak, because everything below depends on it.
+    print(f"{config.preset} on {config.gpus} {config.kind}, {B} images each: an estimate, "
+          "nothing here was measured\n")
     for name, operations in work.items():
         print(f"{name:20s} {operations / B / 1e9:9.1f} GFLOP an image")
-    print(
-        f"{'peak':20s} {peak / 1e12:9.0f} TFLOP/s, of which {config.utilisation:.0%} are assumed "
-        "to be reached (--utilisation)\n"
-        f"{'images/s':20s} {rate:9.0f}, {rate / config.gpus:.0f} on each\n"
-        f"{'steps':20s} {steps:9,d} of {batch:,d} images\n{'days':20s} {days:9.2f}\n")
-    for name, value in parts.items():
-        print(f"{name:20s} {value:9.2f} GB")
-    memory = sum(parts.values())
-    print(f"{'in all':20s} {memory:9.2f} GB of {available} a GPU"
-          + (": too much; fewer images each, or --parallel fsdp" if memory > available else ""))
+    print(f"{'peak':20s} {peak / 1e12:9.0f} TFLOP/s, of which {config.utilisation:.0%} are "
+          "assumed to be reached (--utilisation)")
+    print(f"{'images/s':20s} {rate:9.0f}, {rate / config.gpus:.0f} on each")
+    print(f"{'steps':20s} {steps:9,d} of {batch:,d} images")
+    print(f"{'days':20s} {days:9.2f}\n")
+    for name, size in parts.items():
+        print(f"{name:20s} {size:9.2f} GB")
+    advice = ""
+    if memory > available:
+        advice = ": too much; fewer images each, or --parallel fsdp"
+    print(f"{'in all':20s} {memory:9.2f} GB of {available} a GPU{advice}")
+
     return {
         "images_per_second": rate, "days": days, "memory_gb": memory, "memory_parts": parts,
-        "gflop_per_image": total / 1e9, "steps": steps, "utilisation": config.utilisation}
+        "gflop_per_image": per_image / 1e9, "steps": steps, "utilisation": config.utilisation}

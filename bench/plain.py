@@ -9,8 +9,8 @@ Idea     Fast code is hard to trust and hard to learn from. So the plain code of
          idea is, to test the fast code, and to measure what the idea brings.
 Paper    DINO Alg. 1 (loss by pairs) and main_dino.py; DINOv2 sec. 5 (packing, stochastic depth
          that skips work) and dinov2/loss (Sinkhorn-Knopp)
-Try      python -m bench.plain                                  each idea taken out, what changes
-         python -m bench step shapes --without each          what each brings, in seconds
+Try      python -m bench.plain                          each idea taken out, what changes
+         python -m bench step shapes --without each     what each brings, in seconds
 Change   another idea is its plain code as a function, and one entry of IDEAS
 Tests    pytest tests/bench/test_plain.py
 

@@ -1,11 +1,12 @@
-"""Copies: is an edited copy of an image found among many others?
+"""Copies: is the original of an edited copy found among many other images?
 
     image --> jpeg, crop, blur, rotation, print --> class token and GeM of patches --> whitened
                                                                                           |
                               originals and distractors, described alike  --> ranking by cosine
 
-Idea     Whoever uploads a picture again has changed it. What describes it must not have
-         changed.
+Idea     Pictures that are uploaded again have been compressed, cropped or blurred. Good
+         features change little under such edits, but differ between any two pictures: the
+         original is then the nearest neighbour of its copy.
 Paper    DINO sec. 4.2.1 (copy detection); Radenovic 2017 (GeM); Berman 2019 (GeM and whitening)
 Try      python -m evaluation.copies       draws the edits of one picture into edits.png
          python evaluate.py copies --weights RUN
@@ -41,10 +42,10 @@ from machinery.flags import UsageError, require
 
 
 def gem(patches: Tensor, p: float = 4.0) -> Tensor:
-    """Generalised mean over patches: (B, P, D) -> (B, D). p = 1 is the mean, large p the
-    maximum.
+    """Generalised mean over patches: (B, P, D) -> (B, D). Radenovic 2017, eq. 3.
 
-    Radenovic 2017, eq. 3.
+    It is (mean of x^p)^(1/p): the mean at p = 1, the maximum for large p. Example: .1 and .9
+    have the mean .5, and at p = 4 (.33)^(1/4) = .76. Negative values count as 0.
     """
     return patches.clamp(min=1e-6).pow(p).mean(1).pow(1 / p)
 
@@ -64,13 +65,18 @@ class Descriptor(nn.Module):
 class Whitening:
     """PCA whitening learned on the features of any images: (n, D) -> (n, D) of unit length.
 
-    As in DINO's code the mean is taken off what is whitened, but not off what the covariance is
-    computed from. Directions with less than 1e-5 of the strongest are not blown up further.
+    In raw features a few directions in which all images differ strongly decide about every
+    cosine. Whitening turns features to their principal axes and divides each by its spread, so
+    that all directions count alike. As in DINO's code the mean is subtracted from what is
+    whitened, but not from what the second moments are computed from.
     """
 
     def __init__(self, features: Tensor):
         features = features.double()
         self.mean = features.mean(0)
+
+        # A direction in which features hardly vary has an eigenvalue near 0. Dividing by its
+        # root would blow up rounding errors: 1e-5 of the largest is the least to be divided by.
         strength, self.axes = torch.linalg.eigh(features.T @ features / len(features))
         self.scale = strength.clamp(min=1e-5 * strength.max().item()).rsqrt()
 
@@ -84,48 +90,64 @@ class Whitening:
 
 
 def jpeg(image: Tensor, quality: int) -> Tensor:
-    """Written and read again. quality: 1 to 100."""
+    """Written as JPEG and read again. quality: 1 to 100."""
     file = io.BytesIO()
     TF.to_pil_image(image).save(file, "JPEG", quality=quality)
     return TF.pil_to_tensor(Image.open(file))
 
 
 def removed(image: Tensor, percent: int) -> Tensor:
-    """The centre, `percent` of the area cut away around it."""
+    """The centre of the image, after `percent` of its area was cut away around it."""
+    # An area of .64 is left by sides of .8: the root.
     keep = (1 - percent / 100)**0.5
-    h, w = (max(1, round(side * keep)) for side in image.shape[-2:])
-    return TF.center_crop(image, [h, w])
+    height, width = image.shape[-2:]
+    return TF.center_crop(image, [max(1, round(height * keep)), max(1, round(width * keep))])
 
 
 def blurred(image: Tensor, share: float) -> Tensor:
-    """Out of focus by `share` of the short side."""
+    """Blurred with a Gaussian whose sigma is `share` of the short side."""
+    # The kernel reaches two sigmas to each side.
     sigma = max(0.3, share * min(image.shape[-2:]))
     return TF.gaussian_blur(image, 2 * round(2 * sigma) + 1, sigma)
 
 
 def printed(image: Tensor, seed: int) -> Tensor:
-    """Printed, crumpled, photographed: seen at an angle, pale, grey, noisy, blurred, JPEG."""
+    """As if printed, crumpled and photographed: Copydays' "strong" copies, imitated."""
+    # Seen at an angle: each corner moves by up to 18 % of the sides.
     rng = np.random.default_rng(seed)
     height, width = image.shape[-2:]
     corners = np.array([[0, 0], [width, 0], [width, height], [0, height]], dtype=float)
-    shift = rng.uniform(-0.18, 0.18, (4, 2)) * (width, height)
-    seen = TF.perspective(image, corners.tolist(), (corners + shift).tolist(), fill=[200.0] * 3)
-    seen = TF.rgb_to_grayscale(seen, 3) if rng.random() < 0.5 else seen
-    seen = TF.adjust_contrast(seen, rng.uniform(0.4, 0.7))
-    seen = TF.adjust_brightness(seen, rng.uniform(0.7, 1.4))
-    noise = torch.from_numpy(rng.normal(0, 12, seen.shape))
-    return jpeg(blurred((seen + noise).clamp(0, 255).to(torch.uint8), 0.01), 20)
+    moved_corners = corners + rng.uniform(-0.18, 0.18, (4, 2)) * (width, height)
+    image = TF.perspective(image, corners.tolist(), moved_corners.tolist(), fill=[200.0] * 3)
+
+    # A printer with or without colours, and the light of a room.
+    if rng.random() < 0.5:
+        image = TF.rgb_to_grayscale(image, 3)
+    image = TF.adjust_contrast(image, rng.uniform(0.4, 0.7))
+    image = TF.adjust_brightness(image, rng.uniform(0.7, 1.4))
+
+    # A small camera: noise with a spread of 12 of 255, a little out of focus, JPEG.
+    noise = torch.from_numpy(rng.normal(0, 12, image.shape))
+    noisy = (image + noise).clamp(0, 255).to(torch.uint8)
+    return jpeg(blurred(noisy, 0.01), 20)
 
 
-# Copydays' JPEG qualities and crops (per cent of the area removed), and three more kinds.
-EDITS = {
-    **{
-        f"jpeg {q}": lambda image, i, q=q: jpeg(image, q)
-        for q in (3, 5, 8, 10, 15, 20, 30, 50, 75)},
-    **{f"crop {p} %": lambda image, i, p=p: removed(image, p)
-       for p in range(10, 90, 10)}, "blur": lambda image, i: blurred(image, 0.03),
-    "rotation": lambda image, i: TF.rotate(image, (-1)**i *
-                                           (10 + i % 4 * 10), expand=True), "strong": printed}
+def rotated(image: Tensor, i: int) -> Tensor:
+    """Turned by 10, 20, 30 or 40 degrees, the direction changing from image to image."""
+    degrees = 10 + i % 4 * 10
+    return TF.rotate(image, (-1)**i * degrees, expand=True)
+
+
+# Name -> (image, number of the image) -> the edited image. Copydays' JPEG qualities, its crops
+# (in per cent of the area that is removed), and three more kinds.
+EDITS = {}
+for quality in (3, 5, 8, 10, 15, 20, 30, 50, 75):
+    EDITS[f"jpeg {quality}"] = lambda image, i, quality=quality: jpeg(image, quality)
+for percent in range(10, 90, 10):
+    EDITS[f"crop {percent} %"] = lambda image, i, percent=percent: removed(image, percent)
+EDITS["blur"] = lambda image, i: blurred(image, 0.03)
+EDITS["rotation"] = rotated
+EDITS["strong"] = printed
 
 # ----------------------------------------------------------------------------------------------
 # The protocol
@@ -135,21 +157,22 @@ EDITS = {
 class Config(protocol.Config):
     # -- copies
     val_data: str = "shapes:val"  # the images that get copied; those of --data are distractors
-    n_originals: int = 157  # how many of --val_data get copied
-    copydays: str = ""  # the folder of Copydays, with original, strong, ...; else copies are made
+    n_originals: int = 157  # how many of --val_data get copied; Copydays has 157
+    copydays: str = ""  # the folder of Copydays, with original, strong, ...; empty: make copies
 
     def check(self):
         require(self, lambda x: x >= 1, "at least 1", "n_originals")
 
 
 def read_edited(read, edit: str, i: int) -> Tensor:
+    """Image i after an edit. A function of the module, so that loader processes can get it."""
     return EDITS[edit](read(i), i)
 
 
 def made_copies(extractor: Extractor) -> tuple[Images, dict[str, Images]]:
-    """Some of --val_data, evenly spaced, and their copies by each of EDITS, named as they
-    are.
-    """
+    """(originals, edit -> copies): some of --val_data, and what EDITS make of each."""
+    # The originals are spread evenly over --val_data. Nothing is written: a copy is made when
+    # it is read, and has the name of its original.
     val = extractor.open("val_data")
     chosen = {round(i) for i in np.linspace(0, len(val) - 1, extractor.config.n_originals)}
     originals = val.subset(sorted(chosen))
@@ -160,7 +183,9 @@ def made_copies(extractor: Extractor) -> tuple[Images, dict[str, Images]]:
 
 
 def copydays(config: Config) -> tuple[Images, dict[str, Images]]:
-    """The originals and the copies by folder. A name's first four digits say what it shows."""
+    """(originals, folder -> copies) of the data set Copydays. UsageError for another folder."""
+    # The first four digits of a file's name say which original it shows: 200000.jpg is one, and
+    # 200001.jpg a copy of it. So these digits become the names.
     images = open_images(f"folder:{config.copydays}", flag="--copydays")
     folders = {}
     for i, name in enumerate(images.names):
@@ -181,14 +206,17 @@ def run(extractor: Extractor) -> dict:
     Class token and GeM of patches, whitened on --data; images squashed to a square. The copies
     are those of --copydays, or made on the spot of --n_originals of --val_data.
     """
-    config, process, model = extractor.config, extractor.process, extractor.model
+    config = extractor.config
+    process = extractor.process
+    model = extractor.model
     if model.pixels.channels != 3:
         raise UsageError(f"--weights {config.weights}: a network for {model.pixels.channels} "
                          "channels; copies are made of photographs, which have three")
     distractors = extractor.open("data")
     originals, copies = copydays(config) if config.copydays else made_copies(extractor)
 
-    # The whitening is learned on the distractors, which show nothing that is asked for.
+    # The whitening is learned on the distractors, which show nothing that is asked for. All
+    # images are squashed to a square, so that nothing of them is cut off.
     read = Descriptor(model)
     square = partial(squash, size=extractor.size)
     distractor_rows = extractor(distractors, "copies-data", read, square)
@@ -204,11 +232,12 @@ def run(extractor: Extractor) -> dict:
         name = f"copies-{re.sub('[^a-z0-9]+', '-', edit)}"
         queries = whiten(extractor(images, name, read, square))
 
-        def same_name(i, images=images):
+        def same_name(i, images=images):  # as a default, because `images` goes on changing
             return torch.from_numpy(names == images.names[i]), no_junk
 
         figures[edit] = mean_scores(queries, rows, same_name, process)[0].item()
 
+    # The table, and what goes on the report card: the mean, and the hardest kind alone.
     mean = sum(figures.values()) / len(figures)
     process.print(
         f"copy detection: class token + GeM, whitened, {extractor.size} px; copies of "

@@ -1,12 +1,15 @@
-"""Export: class tokens of a folder, as a table of numbers for any other program.
+"""Export: the class tokens of a folder of images, as a table for any other program.
 
     --data folder:PHOTOS --> features.npy (n, D) float32, features.txt: a name per row
 
-Idea     Search, clustering and curation begin with a table of features.
+Idea     Search, clustering and curation begin with a table of features, and have programs of
+         their own. A .npy file is one line to read in Python: numpy.load("features.npy").
 Paper    none
 Try      python evaluate.py features --weights RUN --data folder:PHOTOS --output features.npy
 Change   another file format: the two lines of `run` that write
 Tests    pytest tests/evaluation/test_export.py
+
+Letters  n images, D width.
 """
 
 from dataclasses import dataclass
@@ -28,12 +31,17 @@ class Config(protocol.Config):
 
 def run(extractor: Extractor) -> dict:
     """Class tokens of --data as a float32 .npy (n, D), and the list of its files beside it."""
-    config, process = extractor.config, extractor.process
+    config = extractor.config
+    process = extractor.process
+
+    # Refused before the features are computed, which may take hours: numpy would add ".npy" to
+    # another name by itself, and the table would not be where it was asked for.
     images = extractor.open("data")
     output = Path(config.output)
     if output.suffix != ".npy":
         raise UsageError(f"--output {output}: expected a name that ends in .npy")
 
+    # Every process has all rows, in the order of the names; one of them writes.
     rows = extractor(images, "features")
     names = output.with_suffix(".txt")
     if process.main:

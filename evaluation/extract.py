@@ -1,13 +1,13 @@
 """Extract: features of all images from a frozen network, the same on every process.
 
-    images --> centre crop --> backbone --> class tokens (n, D) --> every process has all of them
+    images --> centre crop --> backbone --> class tokens (n, D), all of them on every process
 
 Idea     Each process takes every W-th image, and the rows are put together again in order: a
          table of features does not depend on how many processes made it.
 Paper    DINO sec. 4.1 and F: the features that every protocol starts from
 Try      python evaluate.py features --weights dino_vits16 --data folder:PHOTOS
-Change   another reading of the network: any module that maps images to (B, D), as Blocks does in
-         backbones/classifier.py
+Change   another reading of the network: any module that maps images to (B, D), as Blocks does
+         in backbones/classifier.py
 Tests    pytest tests/evaluation/test_extract.py
 
 Letters  n images, B images of a batch, D width.
@@ -54,19 +54,24 @@ def extract(model: nn.Module, images: Images, size: int, process: Process,
     all.
     """
     # Each process takes a share. More workers than batches would only cost time to start.
-    mine = spread(range(len(images)), process)
+    own_rows = spread(range(len(images)), process)
     prepared = Prepared(images, prepare or partial(center_crop, size=size))
     loader = torch.utils.data.DataLoader(
-        torch.utils.data.Subset(prepared, mine), batch_size,
-        num_workers=min(num_workers, (len(mine) - 1) // batch_size))
+        torch.utils.data.Subset(prepared, own_rows), batch_size,
+        num_workers=min(num_workers, (len(own_rows) - 1) // batch_size))
 
+    # Evaluation mode: no stochastic depth, and BatchNorm with the statistics that it has. A
+    # network that is in training goes on in its own mode afterwards.
     was_training = model.training
     model.eval()
     done = 0
     for batch in loader:
         with autocast(precision, process.device):
             rows = model(normalise(batch.to(process.device), images.pixels)).float()  # (B, D)
+
+        # Each process has the rows of its share of this batch; now all have those of all.
         rows = gather(rows, len(images) - done, process)
+
         # The table can be gigabytes: it is allocated once, when the width is known, and filled
         # in place. Collecting batches in a list and joining them would need twice the memory.
         if done == 0:
@@ -99,8 +104,8 @@ def gather(rows: Tensor, total: int, process: Process) -> Tensor:
         return rows[:total]
     parts = [torch.empty_like(rows) for _ in range(process.world_size)]
     dist.all_gather(parts, rows.contiguous())
-    # Row i of process r is row i*W + r of the whole: stacking beside each other interleaves
-    # them.
+    # Row i of process r is row i*W + r of the whole: stacked beside each other, the rows of all
+    # processes interleave. Example: [0, 2, 4] and [1, 3, 0] become 0, 1, 2, 3, 4 (and 0).
     return torch.stack(parts, 1).flatten(0, 1)[:total]
 
 
@@ -117,6 +122,7 @@ def same_labels(bank: Images, queries: Images) -> Tensor:
     labels = torch.as_tensor(queries.labels)
     if not (bank.classes and queries.classes):
         return labels
+    # A class that the bank lacks could never be answered: it may be a typing error in a name.
     unknown = sorted(set(queries.classes) - set(bank.classes))
     if unknown:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Fine-tuning: the whole network learns from labels, the lower its layers the more slowly.
+"""Fine-tuning: the whole network learns from labels, its lower layers more slowly.
 
     crops, labels --> groups of 16: mixup or cutmix --> backbone --> class token --> linear head
                                                           |                            |
@@ -6,13 +6,15 @@
                                                 |
                               weights --> their moving average, which is judged
 
-Idea     A pre-trained network is nearly right, and most so in its lower layers, which see edges
-         and textures: they should move least. Everything else here is there against
-         overfitting.
+Idea     A pre-trained network needs only small changes, least of all in its lower layers, which
+         see edges and textures: they get the smallest learning rates. Mixed images, smoothed
+         labels and the average of the weights are there against overfitting.
 Paper    DINO sec. 4.2.3 and table 6 (fine-tuning as DeiT does); BEiT (Bao 2021) for layer decay
 Try      python evaluate.py finetune --weights RUN --epochs 2
 Change   the recipe is the fields of Config here
 Tests    pytest tests/evaluation/test_finetune.py
+
+Letters  B images of a batch on all processes, b crops of a group, C classes.
 """
 
 import copy
@@ -36,12 +38,16 @@ from machinery.flags import require
 from machinery.process import Process, autocast
 from training.optim import OPTIMIZERS, cosine, ema_update, parameter_groups, set_schedule
 
-GROUP = 16  # crops that are mixed with each other, on one process whatever their number
+# Crops that are mixed with each other. A group stays on one process, so that the mixtures are
+# the same for any number of processes.
+GROUP = 16
 
 
 class FinetunedNetwork(nn.Module):
-    """Backbone and a linear layer on its class token, which starts at zero: all classes
-    alike.
+    """A backbone, and a linear layer on its class token: (B, C, H, W) -> logits (B, classes).
+
+    The layer starts at zero, so that the first answer is the uniform one, and the first
+    gradients do not tear at the backbone.
     """
 
     def __init__(self, backbone: nn.Module, classes: int):
@@ -59,14 +65,20 @@ def mix(crops: Tensor, labels: Tensor, classes: int, mixup: float, cutmix: float
         seed: list[int]):
     """One group: each crop blended with, or patched by, its neighbour -> crops, labels (b, C).
 
-    A crop's labels are the shares of its classes. torchvision draws from torch's own generator,
-    which gets a seed for this and its old state back.
+    MixUp (Zhang 2018) takes a weighted mean of two images, CutMix (Yun 2019) puts a rectangle
+    of one into the other; which of the two is drawn for each group. A crop's labels are the
+    shares of its classes. Example: .7 of a cat (class 0) and .3 of a dog (class 2) of three
+    classes have the label (.7, 0, .3).
     """
-    choices = [
-        cls(alpha=alpha, num_classes=classes)
-        for cls, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha > 0]
+    choices = []
+    for transform, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)):
+        if alpha > 0:
+            choices.append(transform(alpha=alpha, num_classes=classes))
     if not choices:
         return crops, F.one_hot(labels, classes).float()
+
+    # torchvision draws from torch's global generator. It gets a seed for this group, and its
+    # old state back afterwards: so the mixture depends on the group alone.
     rng = np.random.default_rng(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**31)))
@@ -81,45 +93,63 @@ def train_network(backbone: nn.Module, images: Images, classes: int, process: Pr
                   seed: int = 0, report=None) -> FinetunedNetwork:
     """Train a copy of the backbone on labelled images; returns the average of its weights.
 
-    batch_size is that of all processes together, lr is for 256 images and follows it linearly,
-    with a tenth of the steps as warm-up. ema 0: 0.9998, or less where a run is too short for
-    that.
+    batch_size is that of all processes together, lr is for 256 images and proportional to the
+    batch, with a tenth of the steps as warm-up. ema is the momentum of the average; 0: 0.9998,
+    or less where a run is too short for that.
     """
+    # The student is trained; the average follows it and is what is returned.
     torch.manual_seed(seed)
     student = FinetunedNetwork(copy.deepcopy(backbone), classes).to(process.device).train()
     for name, p in student.named_parameters():
         p.requires_grad_("mask_token" not in name)  # no patch is masked here
     average = copy.deepcopy(student)
     network = DistributedDataParallel(student) if process.world_size > 1 else student
+
+    # Layer-wise decay: with .75 the head learns at the rate lr, the last block at .75 lr, the
+    # block below it at .75^2 lr = .56 lr, ...; of 12 blocks the first at .03 lr.
     optimizer = OPTIMIZERS["adamw"](parameter_groups(student, layerwise_decay))
+
+    # An average with momentum m reaches over the last 1 / (1 - m) steps. .9998 are 5,000 steps;
+    # a run of 1,000 steps gets a tenth of its length, 100.
     steps = epochs * (len(images) // batch_size)
     ema = ema or min(0.9998, 1 - 10 / max(steps, 20))
 
     # A batch is mixed in groups of 16 crops, and each process gets whole groups: what is mixed
     # with what does not depend on the number of processes. Where the groups do not divide, some
-    # process gets one a second time, to take as many steps as the others; its loss then counts
-    # as 0.
+    # process gets one a second time, so that all have equally many; its loss counts as 0.
+    # Example: a batch of 40 has the groups 0, 1, 2 of 16, 16 and 8 crops. Two processes:
+    #
+    #     process 0: own_groups [0, 2], sizes [16, 8],  counts [True, True]
+    #     process 1: own_groups [1, 0], sizes [16, 16], counts [True, False]
     starts = range(0, batch_size, GROUP)
     own_groups = spread(range(len(starts)), process)
-    counts = [
-        i * process.world_size + process.rank < len(starts) for i in range(len(own_groups))]
-    sizes = [min(GROUP, batch_size - starts[g]) for g in own_groups]
+    sizes = []
+    counts = []
+    for i, group in enumerate(own_groups):
+        sizes.append(min(GROUP, batch_size - starts[group]))
+        counts.append(i * process.world_size + process.rank < len(starts))
     weights = torch.tensor(counts).repeat_interleave(torch.tensor(sizes)).to(process.device)
 
     batches = random_crops(images, size, batch_size, steps, process, num_workers, seed, GROUP)
     for step, (crops, labels) in enumerate(batches):
-        mixed_crops, mixed_targets = [], []
+        # Mixing: after it a label is a distribution over the classes.
+        mixed_crops = []
+        mixed_targets = []
         for group, c, t in zip(own_groups, crops.split(sizes), labels.split(sizes)):
             c, t = mix(c, t, classes, mixup, cutmix, [seed, step, group])
             mixed_crops.append(c)
             mixed_targets.append(t)
         crops = torch.cat(mixed_crops)
+
+        # One loss for each crop; label_smoothing spreads a tenth of each label over all
+        # classes.
         with autocast(precision, process.device):
             logits = network(crops)
         losses = F.cross_entropy(logits.float(), torch.cat(mixed_targets),
                                  label_smoothing=label_smoothing, reduction="none")
-        # The mean over the whole batch. DDP averages over the processes, where a sum is meant:
-        # so the share of this process is scaled up by their number.
+
+        # The mean over the whole batch is a sum over the processes. DDP averages the gradients
+        # over them: so the share of each process is multiplied by their number.
         loss = (losses * weights.to(crops)).sum() * process.world_size / batch_size
 
         rate = cosine(step, lr * batch_size / 256, 1e-6, steps, steps // 10)
@@ -128,7 +158,8 @@ def train_network(backbone: nn.Module, images: Images, classes: int, process: Pr
         loss.backward()
         optimizer.step()
 
-        # The average begins quickly, as it starts at the untrained weights. BatchNorm's
+        # The average starts at the untrained weights, which it has to forget quickly: momentum
+        # .1 at step 0, .18 at step 1, .55 at step 10, until it reaches `ema`. BatchNorm's
         # statistics are averages already, and are copied.
         ema_update(average, student, min(ema, (1 + step) / (10 + step)))
         for averaged, current in zip(average.buffers(), student.buffers()):
@@ -146,33 +177,38 @@ def train_network(backbone: nn.Module, images: Images, classes: int, process: Pr
 class Config(protocol.Labelled, protocol.NetworkConfig):
     # -- fine-tuning
     epochs: int = 0  # passes over --data; 0: 10
-    lr: float = 5e-4  # the peak of the learning rate, for 256 images
+    lr: float = 5e-4  # the peak of the learning rate, for a batch of 256 images
     weight_decay: float = 0.05  # of AdamW
-    layerwise_decay: float = 0.75  # factor of the learning rate from each block to the one below
+    layerwise_decay: float = 0.75  # factor of the learning rate from a block to the one below
     label_smoothing: float = 0.1  # share of each target that is spread over all classes
-    mixup: float = 0.8  # Beta(a, a) draws the shares of two blended images; 0: none is blended
-    cutmix: float = 1.0  # the same for a rectangle of one image in another; 0: none is cut
-    seed: int = 0  # of all that is drawn
+    mixup: float = 0.8  # a of Beta(a, a), which draws the shares of two blended images; 0: off
+    cutmix: float = 1.0  # the same for a rectangle of one image in another; 0: off
+    seed: int = 0  # the seed of the head, the order of the images, crops and mixtures
 
     def check(self):
         require(self, lambda x: x <= 1, "at most 1", "label_smoothing", "layerwise_decay")
 
 
 def run(extractor: Extractor) -> dict:
-    """The whole network trained on labels, judged by the mean of its weights. DINO sec.
+    """The whole network learns from labels; its averaged weights are judged. DINO sec.
     4.2.3.
     """
-    config, process = extractor.config, extractor.process
+    config = extractor.config
+    process = extractor.process
     train = open_labelled(extractor)
     val, labels = open_judged(extractor, train)
+
+    # The recipe goes into results.json: without it the figure says little.
     epochs, batch, steps = training_steps(config, train, 10)
-    names = ("lr", "weight_decay", "layerwise_decay", "label_smoothing", "mixup", "cutmix")
-    names += ("precision", "num_workers", "seed")
+    names = ("lr", "weight_decay", "layerwise_decay", "label_smoothing", "mixup", "cutmix",
+             "precision", "num_workers", "seed")
     recipe = {name: getattr(config, name) for name in names}
     network = train_network(extractor.model, train, 1 + max(train.labels), process,
                             extractor.size, epochs=epochs, batch_size=batch,
                             report=Progress("fine-tuning", steps, process), **recipe)
 
+    # Judged on centre crops, like frozen features: the network's rows are logits here. A
+    # learning rate that is too high shows in logits that are no numbers.
     per_process = -(-config.batch_size // process.world_size)  # rounded up
     logits = extract(network, val, extractor.size, process, per_process, config.num_workers,
                      config.precision)
@@ -192,12 +228,15 @@ if __name__ == "__main__":
     from images.data import open_images
     from vit import ARCHS, VisionTransformer
 
+    # The learning rates, from the lowest layers to the head.
     backbone = VisionTransformer(32, 8, **ARCHS["vit_nano"])
     process = Process(torch.device("cpu"))
     for group in parameter_groups(FinetunedNetwork(backbone, 10), 0.75):
         if group["decay"]:
             count = sum(p.numel() for p in group["params"])
             print(f"lr * {group['lr_mult']:.3f}: {count:9,d} weights")
+
+    # How many of 100 pictures are right, of which a tenth would be right by chance.
     pictures = open_images("shapes:100")
     for epochs in (0, 5):
         network = train_network(backbone, pictures, 10, process, 32, epochs=epochs,

@@ -1,14 +1,17 @@
-"""Judge: how good the teacher's features are, asked again and again while it learns.
+"""Judge: how good the teacher's features are, measured again and again while it learns.
 
     held-out images --> teacher's class token --> with labels: k-NN(20)
-                                              --> without: is the other view the nearest neighbour?
+                                              --> without: is the nearest the other view?
 
-Idea     The loss of self-distillation cannot be compared between runs; what neighbours share
-         can.
+Idea     The loss of self-distillation says little: one that collapses to one prototype has a
+         low loss, and losses with other temperatures or prototypes cannot be compared. Whether
+         neighbours in feature space belong together can be compared between all runs.
 Paper    DINO F (k-NN); the question about the other view is ours
 Try      python train.py --knn_every 1
 Change   which question is asked: Judge.__call__
 Tests    pytest tests/evaluation/test_judge.py
+
+Letters  n images, B of them in a batch, C channels, s pixels, D width.
 """
 
 import numpy as np
@@ -24,20 +27,24 @@ from training.config import Config
 
 
 class Judge:
-    """k-NN(20) of the teacher's class token: at most 10,000 images vote on at most 5,000
-    others.
+    """k-NN(20) of the teacher's class token: 10,000 images at most vote on 5,000 at most.
 
-    Without labels: how often an image's other random view is its nearest neighbour.
+    Without labels: how often an image's other random view is its nearest neighbour. `protocol`
+    says in words which of the two it is.
     """
 
     def __init__(self, train: Images, val: Images, config: Config, process: Process):
+        # So few images suffice for a figure that is good to about a point, in a small part of
+        # the time of an epoch.
         self.bank = evenly_spaced(train, 10_000)
         self.queries = evenly_spaced(val, 5_000)
         self.config = config
         self.process = process
+
+        # Classes that do not match are refused here, before any training: same_labels raises.
         self.labelled = bool(train.labels and val.labels)
         if self.labelled:
-            same_labels(train, val)  # refuses classes that do not match, before any training
+            same_labels(train, val)
         self.protocol = "k-NN(20)" if self.labelled else "other-view retrieval"
         if len(self.queries) < 2:
             process.print(
@@ -47,6 +54,7 @@ class Judge:
         """A share of right answers, 0 to 1; None where there is nothing to judge with."""
         if len(self.queries) < 2:
             return None
+
         # These batches have another size than those of training: compiling a second graph of
         # the network for them would cost more time than it saves.
         with torch.compiler.set_stance("force_eager"):
@@ -60,6 +68,8 @@ class Judge:
             return extract(backbone, images, config.global_crops_size, self.process,
                            num_workers=config.num_workers, precision=config.precision)
 
+        # The training images have labels here, but training never used them: the neighbours
+        # show whether their features tell classes apart all the same.
         bank = features(self.bank)
         queries = features(self.queries)
         labels = same_labels(self.bank, self.queries)
@@ -68,12 +78,19 @@ class Judge:
 
     @torch.no_grad()
     def find_other_view(self, backbone: nn.Module) -> float:
-        """How often the nearest of all second views is the one of the same image."""
+        """How often the nearest of all second views is the one of the same image.
+
+        It needs no labels. It asks for less than the classes do: two crops may be recognised by
+        their colours alone.
+        """
         config = self.config
         device = self.process.device
+
+        # Two global crops of each image, with colours as in training. Seed, epoch and step are
+        # constant, so they are the same crops at every evaluation.
         crops = MultiCrop(config.global_crops_size, config.local_crops_size, 2, 0,
                           config.global_crops_scale, photometry=config.photometry)
-        views = Views(self.queries, crops, seed=0)  # the same views at every evaluation
+        views = Views(self.queries, crops, seed=0)
 
         was_training = backbone.training
         backbone.eval()
@@ -86,19 +103,21 @@ class Judge:
                 features.append(backbone(pair).float().cpu())  # (2, D)
         backbone.train(was_training)
 
-        first, second = torch.stack(features).unbind(1)
+        # All first views look for their neighbour among all second views.
+        first, second = torch.stack(features).unbind(1)  # (n, D) each
         nearest = top_neighbours(first, second, 1)[1][:, 0]
         return (nearest == torch.arange(len(nearest))).float().mean().item()
 
 
 def evenly_spaced(images: Images, most: int) -> Images:
-    """At most `most` of the images, spread over the whole list, which may be sorted by
-    class.
-    """
+    """At most `most` of the images, spread evenly over the list."""
+    # The first ones would not do: images in folders are sorted by class.
     count = min(len(images), most)
     return images.subset(np.linspace(0, len(images) - 1, count).astype(int))
 
 
 def pixels_as_features() -> nn.Module:
-    """What any network has to beat: the image itself, at 32 x 32."""
+    """What any network has to beat: the image itself, at 32 x 32, (B, C, s, s) -> (B,
+    C*1024).
+    """
     return nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten())

@@ -1,9 +1,10 @@
 """k-NN: the nearest images vote, and nothing is trained that could hide a bad feature.
 
-    bank (n_train, D) with labels --> k nearest by cosine --> vote, weight exp(cosine / T) --> class
+    bank (n_train, D), labels --> k nearest by cosine --> vote, weight exp(cosine / T) --> class
 
-Idea     If neighbours in feature space share a label that training never saw, the network has
-         found the classes by itself.
+Idea     If images whose features are close share a label that training never saw, then the
+         network has found the classes by itself. There is no learning rate, no number of epochs
+         and nothing else to choose but k.
 Paper    DINO sec. 4.1 and F ("k-NN"); Wu 2018 sec. 3.4 for the weighted vote
 Try      python -m evaluation.knn               the vote on four clouds of points
          python evaluate.py knn --weights RUN
@@ -31,16 +32,18 @@ SIMILARITIES_AT_ONCE = 2**27  # numbers in memory: half a GB
 def top_neighbours(queries: Tensor, bank: Tensor, k: int, chunk: int = 0):
     """Cosine similarities and bank rows of the k nearest: (n, k) each, nearest first.
 
-    Neither need be of unit length. The queries are worked through in chunks, so that memory
-    beyond the bank is chunk * n_bank numbers; chunk 0: as many queries as fill
-    SIMILARITIES_AT_ONCE.
+    queries (n, D) and bank (n_bank, D) may have any length. The queries are taken `chunk` at a
+    time, so that memory beyond the bank is chunk * n_bank numbers; chunk 0: as many queries as
+    fill SIMILARITIES_AT_ONCE. ValueError if the bank has no k images.
     """
     if not 0 < k <= len(bank):
         raise ValueError(f"k={k} neighbours out of a bank of {len(bank)} images")
     chunk = chunk or max(1, SIMILARITIES_AT_ONCE // len(bank))
 
-    # A bank of a million features is gigabytes. So it is not normalised, which would copy it:
-    # its lengths divide the similarities, in place, in a table that is used over and over.
+    # The cosine of q and b is q.b / (|q| |b|). Usually both are normalised first; but that
+    # would copy the bank, which is 1.5 GB for a million features of width 384. So the bank
+    # stays as it is, and its lengths |b| divide the columns of the similarities instead. The
+    # table of similarities is allocated once, and every chunk of queries overwrites it.
     lengths = torch.linalg.vector_norm(bank, dim=1).clamp(min=1e-12)  # (n_bank,)
     table = queries.new_empty(min(chunk, len(queries)), len(bank))
     nearest = []
@@ -48,17 +51,23 @@ def top_neighbours(queries: Tensor, bank: Tensor, k: int, chunk: int = 0):
         unit = F.normalize(part, dim=1)  # (n, D)
         cosines = torch.mm(unit, bank.T, out=table[:len(part)]).div_(lengths)
         nearest.append(cosines.topk(k))
-    similarities = torch.cat([found.values for found in nearest])
-    return similarities, torch.cat([found.indices for found in nearest])
+    similarities = torch.cat([top.values for top in nearest])
+    rows = torch.cat([top.indices for top in nearest])
+    return similarities, rows
 
 
 def knn_vote(similarities: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
     """(n, k) similarities and labels of the neighbours -> predicted class (n,). Wu 2018 sec.
     3.4.
 
-    Each neighbour votes for its label with weight exp(similarity / temperature). At 0.07 a
-    cosine of 0.9 counts about four times as much as one of 0.8.
+    Each neighbour votes for its label with weight exp(similarity / temperature). At .07 a
+    cosine of .9 counts four times as much as one of .8. Example with k = 3:
+
+        similarities   .90     .80     .80         weights, divided by exp(.80 / .07)
+        labels          2       0       0
+        weights        4.2     1.0     1.0     --> class 2 has 4.2 votes, class 0 has 2.0
     """
+    # Column c of `votes` adds up the weights of the neighbours with label c.
     weights = (similarities / temperature).exp()  # (n, k)
     votes = weights.new_zeros(len(labels), int(labels.max()) + 1)  # (n, C)
     votes = votes.scatter_add_(1, labels, weights)  # (n, C)
@@ -69,6 +78,7 @@ def knn_predict(bank: Tensor, bank_labels, queries: Tensor, ks: tuple[int, ...] 
                 temperature: float = 0.07) -> dict[int, Tensor]:
     """The class that the neighbours of each query vote for, (n,) for each k in ks."""
     bank_labels = torch.as_tensor(bank_labels, device=bank.device)
+
     # The neighbours are searched once, for the largest k: the nearest k of them serve each
     # other k.
     similarities, rows = top_neighbours(queries, bank, max(ks))
@@ -85,6 +95,7 @@ def knn_accuracy(bank: Tensor, bank_labels, queries: Tensor, query_labels,
 
 def few_of_each(labels: list[int], n: int, seed: int) -> Tensor:
     """The rows of n images of each class, drawn from the seed."""
+    # All rows in a random order; of each class the first n in that order.
     labels = torch.tensor(labels)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     return torch.cat([order[labels[order] == c][:n] for c in labels.unique()])
@@ -99,7 +110,7 @@ class Config(protocol.Labelled, protocol.Config):
     # -- knn
     nb_knn: tuple[int, ...] = (10, 20, 100, 200)  # the numbers of neighbours that vote
     temperature: float = 0.07  # the temperature of the vote: lower counts near ones more
-    n_per_class: tuple[int, ...] = ()  # few-shot: vote with so many of each class, too
+    n_per_class: tuple[int, ...] = ()  # few-shot: also vote with n images of each class only
     n_tries: int = 1  # few-shot: how many random choices of these images to average over
 
     def check(self):
@@ -109,23 +120,27 @@ class Config(protocol.Labelled, protocol.Config):
 
 def run(extractor: Extractor) -> dict:
     """Weighted k-NN vote on the class token. DINO F; few-shot as in DINOv2's code."""
-    config, process = extractor.config, extractor.process
+    config = extractor.config
+    process = extractor.process
     train = open_labelled(extractor)
     val, labels = open_judged(extractor, train)
+
+    # The default asks for up to 200 neighbours. A smaller bank cannot give so many: such k are
+    # left out.
     ks = tuple(k for k in config.nb_knn if 0 < k <= len(train))
     if not ks:
         raise UsageError(
             f"--nb_knn {config.nb_knn}: none fits the {len(train)} images of --data")
     check_few_shot(config, train.labels)
 
-    # The bank is on every process, each judges a share of the queries.
+    # Every process has the whole bank, and finds the neighbours of its share of the queries.
     bank = extractor(train, "knn-data").to(process.device)
     bank_labels = torch.tensor(train.labels, device=process.device)
     share = torch.tensor(spread(range(len(val)), process))
     queries = extractor(val, "knn-val_data")[share].to(process.device)
 
     def vote(bank, bank_labels, ks):
-        """k -> the two accuracies, on all queries."""
+        """k -> top1 and mean_per_class over all queries, of which each process did a share."""
         predicted = knn_predict(bank, bank_labels, queries, ks, config.temperature)
         return {k: accuracy(gather(p, len(val), process), labels) for k, p in predicted.items()}
 
@@ -134,11 +149,12 @@ def run(extractor: Extractor) -> dict:
         f"k-NN: class token, {extractor.size} px centre crop, T = {config.temperature}, "
         f"{len(train):,d} images vote on {len(val):,d}")
     for k, value in full.items():
-        process.print(
-            f"  k-NN({k:3d})  {value['top1']:.2%}   mean per class {value['mean_per_class']:.2%}"
-        )
+        process.print(f"  k-NN({k:3d})  {value['top1']:.2%}   "
+                      f"mean per class {value['mean_per_class']:.2%}")
 
-    # Few-shot: the same vote with a bank of n images of each class, for several random choices.
+    # Few-shot: the same vote with a bank of n images of each class. Which n they are matters
+    # much when n is small, so the choice is repeated and its spread is reported. More than n
+    # neighbours could never be of one class, so larger k give way to n.
     few_shot = {}
     for n in config.n_per_class:
         smaller_ks = sorted({k for k in ks if k < n} | {n})
@@ -146,18 +162,20 @@ def run(extractor: Extractor) -> dict:
         for seed in range(config.n_tries):
             rows = few_of_each(train.labels, n, seed).to(process.device)
             tries.append(vote(bank[rows], bank_labels[rows], smaller_ks))
-        few_shot[str(n)] = {str(k): [one[k]["top1"] for one in tries] for k in tries[0]}
+        few_shot[str(n)] = {}
+        for k in tries[0]:
+            few_shot[str(n)][str(k)] = [result[k]["top1"] for result in tries]
         for k, values in few_shot[str(n)].items():
             process.print(f"  {n} of each class, k-NN({k:>3s})  {np.mean(values):.2%} +- "
                           f"{np.std(values):.2%} over {len(values)} choices")
 
+    # The keys are strings, as they will be in results.json.
+    top1 = {str(k): value["top1"] for k, value in full.items()}
+    mean_per_class = {str(k): value["mean_per_class"] for k, value in full.items()}
     return {
-        "knn": {str(k): value["top1"]
-                for k, value in full.items()},
-        "mean_per_class": {str(k): value["mean_per_class"]
-                           for k, value in full.items()}, "few_shot": few_shot,
+        "knn": top1, "mean_per_class": mean_per_class, "few_shot": few_shot,
         "protocol": f"class token, weighted vote, T = {config.temperature}",
-        "headline": {"k-NN": max(value["top1"] for value in full.values())}}
+        "headline": {"k-NN": max(top1.values())}}
 
 
 def check_few_shot(config: Config, labels: list[int]):
@@ -172,6 +190,7 @@ def check_few_shot(config: Config, labels: list[int]):
 
 
 if __name__ == "__main__":
+    # Four clouds of 200 points. The wider they are, the more they overlap.
     torch.manual_seed(0)
     centres = torch.randn(4, 16)
     labels = torch.arange(800) % 4

@@ -1,20 +1,20 @@
-"""Linear: classifiers on frozen features, many at the price of one.
+"""Linear: classifiers on frozen features, 52 of them at the price of one.
 
     one pass: class tokens of the last blocks, mean patch --> a row (B, (n + 1)*D)
                                                                |
         columns per kind of input x learning rates --> (B, L, C) logits --> one SGD step for all
 
-Idea     Which learning rate and which tokens suit a network is not known beforehand, and the
-         pass through the network is what costs. So every combination is trained on the same
-         pass.
+Idea     Which learning rate and which tokens suit a network is not known beforehand. The pass
+         through the network costs far more than a linear layer on its result. So a classifier
+         for every combination (a probe) is trained on the same pass, and the best is reported.
 Paper    DINO sec. 4.1 and F; DINOv2 sec. 7.1 and appendix B
 Try      python -m evaluation.linear            52 probes on clouds of points
          python evaluate.py linear --weights RUN --epochs 2
 Change   another grid of learning rates: LRS
 Tests    pytest tests/evaluation/test_linear.py
 
-Letters  B rows of a batch, D width, L learning rates, C classes, w columns of one kind of
-         input.
+Letters  B rows of a batch, D width, n blocks, L learning rates, C classes, w columns of one
+         kind of input.
 """
 
 import json
@@ -38,31 +38,55 @@ from machinery.flags import UsageError
 from machinery.process import autocast
 from training.optim import cosine
 
+# The learning rates of DINOv2's code, for a batch of 256 images.
 LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 
 
 class Probes:
     """A linear classifier for every kind of input and every learning rate, trained by SGD.
 
-    For each kind: weight (L, C, w) and bias (L, C). All learning rates begin at the same
-    weights, drawn from Normal(0, .01) as in the papers, so that a probe is the same alone or
-    among others.
+    A kind of input is a range of columns of a row of features: `kinds` maps names to slices, as
+    backbones.classifier.kinds_of_input makes them. Nothing is copied, because a slice is a
+    view. Example with D = 2, blocks (1, 4), each without and with the mean patch token; a row
+    has the class tokens of the last four blocks and the mean patch token of the last one:
+
+        column             0  1    2  3    4  5    6  7    8  9
+        token              cls 9   cls 10  cls 11  cls 12  mean    (of a network of 12 blocks)
+        (1, False)                                 [6 .. 7]                 w = D
+        (1, True)                                  [6 .......... 9]         w = 2*D
+        (4, False)         [0 ........................... 7]                w = 4*D
+        (4, True)          [0 .................................. 9]         w = 5*D
+
+    For each kind there are a weight (L, C, w) and a bias (L, C): one classifier for each of the
+    L learning rates. All of them begin at the same weights, drawn from Normal(0, .01) as in the
+    papers, so that a probe ends the same whether it is trained alone or among others.
     """
 
     def __init__(self, kinds: dict, classes: int, lrs: tuple[float, ...], device="cpu",
                  dtype: torch.dtype = torch.float32, seed: int = 0, momentum: float = 0.9):
-        self.kinds, self.lrs, self.momentum = kinds, lrs, momentum
+        self.kinds = kinds
+        self.lrs = lrs
+        self.momentum = momentum
         self.rates = torch.tensor(lrs, dtype=dtype, device=device)
-        self.values, self.velocities = {}, {}
+
+        # For each kind (weight, bias), and their velocities: what SGD with momentum remembers.
+        # A generator of its own for each kind makes the first weights of a probe independent of
+        # the kinds that stand before it.
+        self.values = {}
+        self.velocities = {}
         for kind, columns in kinds.items():
             w = columns.stop - columns.start
-            start = torch.randn(classes, w, dtype=dtype,
-                                generator=torch.Generator().manual_seed(seed))
-            weight = (0.01 * start).expand(len(lrs), -1, -1).clone().to(device)  # (L, C, w)
-            self.values[kind] = weight, weight.new_zeros(weight.shape[:2])
-            self.velocities[kind] = tuple(map(torch.zeros_like, self.values[kind]))
+            generator = torch.Generator().manual_seed(seed)
+            start = 0.01 * torch.randn(classes, w, dtype=dtype, generator=generator)  # (C, w)
+            weight = start.expand(len(lrs), -1, -1).clone().to(device)  # (L, C, w)
+            bias = weight.new_zeros(weight.shape[:2])  # (L, C)
+            self.values[kind] = (weight, bias)
+            self.velocities[kind] = (torch.zeros_like(weight), torch.zeros_like(bias))
 
     def logits(self, kind, rows: Tensor) -> Tensor:
+        """Rows of features (B, (n + 1)*D) -> logits of all probes of this kind, (B, L, C)."""
+        # The L classifiers of C classes are one layer of L*C outputs: one large product of
+        # matrices is faster than L small ones.
         weight, bias = self.values[kind]
         part = rows[:, self.kinds[kind]]  # (B, w)
         flat = torch.addmm(bias.flatten(), part, weight.flatten(0, 1).T)  # (B, L*C)
@@ -72,50 +96,73 @@ class Probes:
     def step(self, rows: Tensor, labels: Tensor, factor: float = 1.0):
         """One step of SGD with momentum on the mean cross-entropy, at `factor` times the rates.
 
-        The gradient is written out: d loss / d logits = (softmax - one-hot) / B.
+        The gradient needs no autograd, which would keep the graphs of 52 probes. With logits
+        z = W x + b, p = softmax(z), label y, and the loss -log p_y averaged over B rows:
+
+            d loss / d z = (p - onehot(y)) / B
+            d loss / d W = (d loss / d z)' x
+            d loss / d b = d loss / d z, summed over the rows
+
+        Example: z = (0, 0, ln 2) has p = (.25, .25, .5). With y = 0 the gradient by z is
+        (-.75, .25, .5): the step against it raises the logit of class 0 and lowers the others.
         """
-        places = torch.arange(len(rows), device=rows.device)
+        row_numbers = torch.arange(len(rows), device=rows.device)
         for kind, (weight, bias) in self.values.items():
-            error = self.logits(kind, rows).softmax(-1)  # (B, L, C)
-            error[places, :, labels] -= 1
-            error /= len(rows)
-            slope = error.flatten(1).T @ rows[:, self.kinds[kind]]
-            slopes = slope.view_as(weight), error.sum(0)
-            for value, velocity, grad in zip((weight, bias), self.velocities[kind], slopes):
+            # d loss / d z: the softmax, less 1 at the label of each row, in every probe.
+            by_logits = self.logits(kind, rows).softmax(-1)  # (B, L, C)
+            by_logits[row_numbers, :, labels] -= 1
+            by_logits /= len(rows)
+
+            # d loss / d W and d loss / d b, again of all probes in one product: (L*C, B) times
+            # (B, w).
+            by_weight = by_logits.flatten(1).T @ rows[:, self.kinds[kind]]
+            gradients = (by_weight.view_as(weight), by_logits.sum(0))
+
+            # velocity <- momentum * velocity + gradient; value <- value - rate * velocity. The
+            # rates (L,) are given the dimensions of the value, so that each probe has its own.
+            for value, velocity, grad in zip((weight, bias), self.velocities[kind], gradients):
                 velocity.mul_(self.momentum).add_(grad)
                 rates = self.rates.view(-1, *[1] * (value.ndim - 1))
                 value.addcmul_(velocity, rates, value=-factor)
 
     @torch.no_grad()
     def predict(self, rows: Tensor, chunk: int = 1024) -> dict[tuple, Tensor]:
-        """(kind, learning rate) -> classes (n,). Rows may lie elsewhere; they come in
-        chunks.
+        """(kind, learning rate) -> predicted classes (n,), on the CPU.
+
+        rows (n, (n + 1)*D) may be on the CPU while the probes are on a GPU: `chunk` of them are
+        moved and worked through at a time.
         """
-        out = {}
+        predictions = {}
         for kind in self.kinds:
-            parts = [
-                self.logits(kind, part.to(self.rates.device)).argmax(-1).cpu()
-                for part in rows.split(chunk)]
-            out |= {(kind, lr): p for lr, p in zip(self.lrs, torch.cat(parts).unbind(1))}
-        return out
+            parts = []
+            for part in rows.split(chunk):
+                part = part.to(self.rates.device)
+                parts.append(self.logits(kind, part).argmax(-1).cpu())  # (chunk, L)
+            for lr, predicted in zip(self.lrs, torch.cat(parts).unbind(1)):
+                predictions[kind, lr] = predicted
+        return predictions
 
     def head(self, kind, lr: float) -> dict[str, Tensor]:
-        """One of them as the weight (C, w) and the bias (C) of a linear layer."""
+        """One probe as the weight (C, w) and the bias (C,) of a linear layer, on the CPU."""
         weight, bias = self.values[kind]
         i = self.lrs.index(lr)
         return {"weight": weight[i].cpu().clone(), "bias": bias[i].cpu().clone()}
 
 
-def real_accuracy(found: Tensor, names: list[str], file: str) -> float:
-    """ImageNet-ReaL: right is any of an image's labels; images without one do not count."""
+def real_accuracy(predicted: Tensor, names: list[str], file: str) -> float:
+    """ImageNet-ReaL: right is any of an image's labels; images without one do not count.
+
+    predicted (n,) are classes, names (n) the files. Beyer 2020. ValueError for another file.
+    """
+    # real.json is a list with the labels of each validation image, in the order of their
+    # numbers, which begin at 1: the first belongs to ILSVRC2012_val_00000001.
     try:
         truth = json.loads(Path(file).read_text())
         numbers = [int(re.search(r"_val_(\d{8})", name)[1]) - 1 for name in names]
-        right = [int(p) in truth[i] for p, i in zip(found, numbers) if truth[i]]
+        right = [int(p) in truth[i] for p, i in zip(predicted, numbers) if truth[i]]
     except (OSError, ValueError, TypeError, IndexError) as error:
-        raise ValueError(
-            f"--real_labels {file}: expected real.json, and images named ILSVRC2012_val_*: {error}"
-        ) from None
+        raise ValueError(f"--real_labels {file}: expected real.json, and images named "
+                         f"ILSVRC2012_val_*: {error}") from None
     return sum(right) / len(right)
 
 
@@ -126,12 +173,13 @@ def real_accuracy(found: Tensor, names: list[str], file: str) -> float:
 @dataclass
 class Config(protocol.Labelled, protocol.Config):
     # -- linear
-    protocol: Literal["dinov2", "dino"] = "dinov2"  # dinov2: 52 probes at once; dino: one
-    epochs: int = 0  # passes over --data; 0: 10, of --protocol dino 100
+    protocol: Literal["dinov2",
+                      "dino"] = "dinov2"  # whose grid of probes: 52 for DINOv2, one for DINO
+    epochs: int = 0  # passes over --data; 0: 10, or 100 with --protocol dino
     head: str = ""  # judge this linear head, a file or a released NAME_lc, and train none
     test_data: str = ""  # further images, judged by the probe that was best on --val_data
     real_labels: str = ""  # ImageNet-ReaL's real.json, for ImageNet's validation images
-    seed: int = 0  # of all that is drawn
+    seed: int = 0  # the seed of first weights, order of the images, and crops
 
 
 def run(extractor: Extractor) -> dict:
@@ -141,42 +189,41 @@ def run(extractor: Extractor) -> dict:
     the best of them on --val_data. dino: one rate; 4 blocks for ViT-S and smaller, else 1 block
     with the mean patch.
     """
-    config, process, model = extractor.config, extractor.process, extractor.model
+    config = extractor.config
+    process = extractor.process
+    model = extractor.model
     train = open_labelled(extractor)
     if config.head:
         return judge_head(extractor, train, open_head(config.head))
-
-    # Which inputs and learning rates are tried. A network with fewer blocks has fewer inputs,
-    # and a convnet one: the mean of its last map.
     val, labels = open_judged(extractor, train)
-    if config.protocol == "dinov2":
-        blocks, pools, lrs, epochs = (1, 4), (False, True), LRS, 10
-    elif model.embed_dim <= 384:
-        blocks, pools, lrs, epochs = (4,), (False,), (0.001,), 100
-    else:
-        blocks, pools, lrs, epochs = (1,), (True,), (0.001,), 100
-    depth = len(getattr(model, "blocks", [0]))
-    blocks = tuple(n for n in blocks if n <= depth) or (1,)
-    pools = pools if depth > 1 else (False,)
+    blocks, pools, lrs, epochs = grid(config, model)
     kinds = kinds_of_input(model.embed_dim, blocks, pools)
 
+    # The images that are judged have one fixed crop: their features are extracted once. The
+    # training images have another random crop in each pass, so theirs cannot be kept.
     read = Blocks(model, max(blocks))
     rows = extractor(val, f"linear{max(blocks)}-val_data", read)
     probes = sweep(extractor, train, read, kinds, lrs, epochs)
 
-    # Each process has trained some of the probes: their results are put together.
-    own_results = {name: accuracy(p, labels) for name, p in probes.predict(rows).items()}
+    # Each process has trained some of the probes: their results are put together. sorted():
+    # of several equally good ones every process has to choose the same.
+    own_results = {}
+    for name, predicted in probes.predict(rows).items():
+        own_results[name] = accuracy(predicted, labels)
     results = {}
     for part in process.all_gather(own_results):
         results |= part
     best = max(sorted(results), key=lambda name: results[name]["top1"])
     kind, lr = best
+    figures = results[best]
+
+    # Only the process that trained the best probe has its weights; the others send None.
     heads = process.all_gather(probes.head(kind, lr) if best in own_results else None)
     head = next(h for h in heads if h)
-    figures = results[best]
     if process.main:
         save_tensors(results_folder(config, "linear") / "head.pt", head)
 
+    # The table: a line for each learning rate, a column for each kind of input.
     epochs, batch, _ = training_steps(config, train, epochs)
     process.print(f"linear: {len(results)} probes, {epochs} epochs of random crops at "
                   f"{extractor.size} px, batch {batch}, {len(val):,d} images judged")
@@ -186,16 +233,44 @@ def run(extractor: Extractor) -> dict:
         process.print(f"  {rate:<8g}{cells}")
     process.print(f"  best: {title(kind)}, lr {lr:g}: {figures['top1']:.2%}, mean per class "
                   f"{figures['mean_per_class']:.2%}")
+    all_probes = {f"{title(k)}, lr {r:g}": v for (k, r), v in sorted(results.items())}
     out = {
         "linear": figures | {"blocks": kind[0], "avgpool": kind[1], "lr": lr},
-        "probes": {f"{title(k)}, lr {r:g}": v
-                   for (k, r), v in sorted(results.items())},
-        "protocol": f"{config.protocol}, {epochs} epochs, batch {batch}",
+        "probes": all_probes, "protocol": f"{config.protocol}, {epochs} epochs, batch {batch}",
         "headline": {"linear": figures["top1"]}}
-    # The best probe was chosen on --val_data: images that had no say in it judge it once more.
+
+    # The best of 52 probes on --val_data is a little too good there, because it was chosen by
+    # these very images. Images that had no part in the choice judge it once more.
     if config.test_data:
         out["test"] = judge_head(extractor, train, head, "test_data")["linear"]
     return out
+
+
+def grid(config: Config, model) -> tuple[tuple, tuple, tuple, int]:
+    """What is tried: (numbers of blocks, with the mean patch or not, learning rates,
+    epochs).
+    """
+    if config.protocol == "dinov2":
+        blocks = (1, 4)
+        pools = (False, True)
+        lrs = LRS
+        epochs = 10
+    else:
+        # DINO's code: four class tokens for ViT-S, whose width is 384; for wider networks the
+        # class token of the last block and the mean patch.
+        narrow = model.embed_dim <= 384
+        blocks = (4,) if narrow else (1,)
+        pools = (False,) if narrow else (True,)
+        lrs = (0.001,)
+        epochs = 100
+
+    # A network with fewer blocks has fewer inputs. A convnet has one: the mean of its last map
+    # takes the place of the class token, and there is no other mean.
+    depth = len(getattr(model, "blocks", [0]))
+    blocks = tuple(n for n in blocks if n <= depth) or (1,)
+    if depth <= 1:
+        pools = (False,)
+    return blocks, pools, lrs, epochs
 
 
 def title(kind: tuple[int, bool]) -> str:
@@ -207,12 +282,13 @@ def title(kind: tuple[int, bool]) -> str:
 
 def sweep(extractor: Extractor, train: Images, read: Blocks, kinds: dict, lrs,
           epochs: int) -> Probes:
-    """Train this process's share of the probes, on features that all processes make
-    together.
-    """
-    config, process = extractor.config, extractor.process
+    """Train this process's share of the probes; all processes make the features together."""
+    config = extractor.config
+    process = extractor.process
     _, batch, steps = training_steps(config, train, epochs)
     classes = 1 + max(train.labels)
+
+    # Of W processes this one takes every W-th learning rate, with all kinds of input.
     own_lrs = lrs[process.rank::process.world_size]
     probes = Probes(kinds, classes, own_lrs, process.device, seed=config.seed)
 
@@ -220,16 +296,20 @@ def sweep(extractor: Extractor, train: Images, read: Blocks, kinds: dict, lrs,
                            config.seed)
     report = Progress(f"linear, {len(kinds) * len(lrs)} probes", steps, process)
     for step, (crops, targets) in enumerate(batches):
+        # Each process runs the network on its share of the batch.
         with torch.no_grad(), autocast(config.precision, process.device):
             rows = read(crops).float()
-        rate = cosine(step, batch / 256, 0.0, steps)  # learning rates are for 256 images
-        probes.step(gather(rows, batch, process), gather(targets, batch, process), rate)
+
+        # Then each trains its probes on the whole batch. The factor of the learning rates falls
+        # along half a cosine from batch / 256, because LRS is for 256 images, to 0.
+        factor = cosine(step, batch / 256, 0.0, steps)
+        probes.step(gather(rows, batch, process), gather(targets, batch, process), factor)
         report(step + 1)
     return probes
 
 
 def open_head(what: str) -> dict:
-    """The tensors of --head; UsageError if it is no such file."""
+    """The tensors of --head; UsageError if it is not a file of tensors."""
     try:
         return read_head(what)
     except Exception as error:  # torch.load raises different exceptions for different damage
@@ -240,23 +320,31 @@ def open_head(what: str) -> dict:
 
 def judge_head(extractor: Extractor, train: Images, state: dict,
                flag: str = "val_data") -> dict:
-    """A linear head on other images. Where these have fewer classes, only those compete."""
-    config, process, model = extractor.config, extractor.process, extractor.model
+    """Judge one linear head on the images of `flag`; train none.
+
+    Where these images have fewer classes than the head, only those classes compete. UsageError
+    if the head does not fit the network or the classes.
+    """
+    config = extractor.config
+    process = extractor.process
+    model = extractor.model
     images, labels = open_judged(extractor, train, flag)
+
+    # On which tokens the head was trained follows from its number of columns.
     try:
         n, pool, weight, bias = released_head(state, model.embed_dim)
     except ValueError as error:
         raise UsageError(f"--head {config.head}: {error}") from None
     if len(bias) <= max(train.labels):
-        raise UsageError(
-            f"--head {config.head} knows {len(bias)} classes, --data has {1 + max(train.labels)}"
-        )
+        raise UsageError(f"--head {config.head} knows {len(bias)} classes, --data has "
+                         f"{1 + max(train.labels)}")
     rows = extractor(images, f"linear{n}-{flag}", Blocks(model, n))
     columns = kinds_of_input(model.embed_dim, (n,), (pool,))[n, pool]
     logits = rows[:, columns] @ weight.T + bias
 
-    # ImageNet-A and its like show a part of the classes: an answer outside them cannot be
-    # meant.
+    # ImageNet-A and similar sets have images of 200 of the 1,000 classes. An answer outside of
+    # them is known to be wrong, so the logits of absent classes are put out of the way. Without
+    # names of classes it is not known which are absent: then all compete.
     present = torch.zeros(len(bias), dtype=torch.bool)
     present[labels if images.classes and train.classes else slice(None)] = True
     predicted = logits.masked_fill(~present, -torch.inf).argmax(1)
@@ -264,15 +352,16 @@ def judge_head(extractor: Extractor, train: Images, state: dict,
     if config.real_labels:
         figures["real"] = real_accuracy(predicted, images.names, config.real_labels)
     listed = ",".join(f" {key} {value:.2%}" for key, value in figures.items())
-    process.print(
-        f"linear head on --{flag}, {len(images):,d} images of {int(present.sum())} classes:{listed}"
-    )
+    process.print(f"linear head on --{flag}, {len(images):,d} images of "
+                  f"{int(present.sum())} classes:{listed}")
     return {
         "linear": figures, "protocol": f"head {config.head}",
         "headline": {"linear": figures["top1"]}}
 
 
 if __name__ == "__main__":
+    # Ten clouds of points in the place of features of width 16: 1,000 to learn from, 200 to
+    # judge. Too small a rate does not get far in 400 steps, too large a rate does not settle.
     torch.manual_seed(0)
     centres = torch.randn(10, 5 * 16)
     labels = torch.arange(1200) % 10

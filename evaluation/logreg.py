@@ -1,10 +1,11 @@
-"""Logistic regression: a convex problem, so it has one answer, and we go there.
+"""Logistic regression: a linear classifier at the optimum of its objective, which is convex.
 
     features --> principal axes, each in its own units --> L-BFGS --> weight, bias
                  45 strengths of the penalty; a tenth of the images chooses
 
-Idea     With the optimum itself there is no learning rate or number of epochs to argue about:
-         what is left is the strength of the penalty, and held-out images choose that.
+Idea     A convex objective has one optimum, and no learning rate or number of epochs has a part
+         in it: what is left to choose is the strength of the penalty, and held-out images
+         choose that.
 Paper    DINOv2 sec. 7.2, and its released code
 Try      python -m evaluation.logreg            the path of the penalty on clouds of points
          python evaluate.py logreg --weights RUN
@@ -27,49 +28,88 @@ from evaluation.extract import accuracy
 from evaluation.protocol import Extractor, open_judged, open_labelled
 from machinery.clock import Progress
 
-PENALTIES = tuple(10**(-6 + 11 * i / 44)
-                  for i in range(45))  # C, inverse strengths, 1e-6 to 1e5
+# Values of C, from 1e-6 to 1e5 in equal ratios. C is the inverse of the penalty's strength, as
+# in scikit-learn: a small C is a strong penalty. These are DINOv2's.
+PENALTIES = tuple(10**(-6 + 11 * i / 44) for i in range(45))
 
 
 class Logistic:
-    """min over W, b of C * sum of cross-entropies + |W|^2 / 2, in the given precision.
+    """min over W, b of C * sum of cross-entropies + |W|^2 / 2, in the precision of `rows`.
 
-    L-BFGS crawls where columns are correlated or differ in size. So it works along the
-    principal axes of the features, each in units in which the curvature is about one: W = (u *
-    scale) axes'. The penalty stays that of W, and the optimum is the same. Centering is taken
-    up by b, which is not penalised.
+    rows (n, D), labels (n,) from 0 to classes - 1. What does not depend on C is done once, in
+    the constructor; `fit` then solves the problem for one C.
+
+    L-BFGS needs thousands of steps where columns are correlated or differ in size: the
+    objective then is a long and narrow valley. So it searches other variables u (C, D), in
+    which the valley is nearly round, and W is computed from them. With the mean m of the
+    features and their principal axes A (D, D), orthonormal columns, a row x becomes
+    t = (x - m) A, and
+
+        W = (u * scale) A'         so that the logits are  W (x - m) = (u * scale) t
+        |W|^2 = |u * scale|^2      A only turns: the penalty of W is that of u * scale
+        curvature along u_d  =  scale_d^2 * (variance_d / classes + penalty)  =  1
+
+    The last line: by a weight on t_d the second derivative of the cross-entropy is the mean of
+    p (1 - p) t_d^2, which is near variance_d / classes while answers are uniform, and that of
+    the penalty is constant. scale is the inverse root of their sum. Mixed derivatives are near
+    0, because the columns of t are uncorrelated. L-BFGS starts from the guess that the
+    curvature is the same in all directions, which is nearly true here. Counted for 1,000 rows
+    of 80 correlated columns: at C = 1e-5 it took 31 evaluations, where W itself took 2,313; at
+    C = .03 154, where W took more than 5,000. A weak penalty (C > 1) ends far from uniform
+    answers, and takes about 1,000.
+
+    Any W can be written in this way, so the optimum is the same. The mean that is taken off
+    changes the bias only, W (x - m) + b' = W x + (b' - W m), and the bias has no penalty.
     """
 
     def __init__(self, rows: Tensor, labels: Tensor, classes: int):
-        self.labels, self.classes = labels, classes
+        self.labels = labels
+        self.classes = classes
         self.mean = rows.mean(0)
         centered = rows - self.mean
+
+        # eigh: the axes are the eigenvectors of the covariance, the variances along them its
+        # eigenvalues. Rounding may give an eigenvalue of 0 as -1e-17: it is cut off at 0.
         variance, self.axes = torch.linalg.eigh(centered.T @ centered / len(rows))
-        self.variance, self.turned = variance.clamp(min=0), centered @ self.axes  # (n, D)
+        self.variance = variance.clamp(min=0)
+        self.turned = centered @ self.axes  # t of each row, (n, D)
 
     def fit(self, C: float, max_iter: int = 1000, tolerance: float = 1e-10):
-        """-> (weight (C, D), bias (C)) for raw rows."""
+        """The optimum for this C, for rows as they came: weight (classes, D), bias
+        (classes,).
+        """
         n, width = self.turned.shape
-        penalty = 1 / (C * n)  # per image: mean cross-entropy + penalty * |W|^2 / 2
-        scale = (self.variance / self.classes + penalty).rsqrt()
+
+        # Divided by C * n the objective is the mean cross-entropy + penalty * |W|^2 / 2, which
+        # has the same optimum, and numbers near 1 whatever C and n are.
+        penalty = 1 / (C * n)
+        scale = (self.variance / self.classes + penalty).rsqrt()  # (D,)
         u = self.turned.new_zeros(self.classes, width, requires_grad=True)
         bias = self.turned.new_zeros(self.classes, requires_grad=True)
-        chunk = max(1, 2**26 // self.classes)  # of rows: logits of half a GB in float64
+
+        # A million rows of 1,000 classes would be 8 GB of logits in float64. They are computed
+        # for some rows at a time: half a GB.
+        chunk = max(1, 2**26 // self.classes)
         optimizer = torch.optim.LBFGS([u, bias], max_iter=max_iter, max_eval=2 * max_iter,
                                       tolerance_grad=tolerance, tolerance_change=1e-14,
                                       history_size=10, line_search_fn="strong_wolfe")
 
         def loss():
+            """The objective at the present u and bias; leaves its gradient in them."""
             optimizer.zero_grad()
             total = penalty / 2 * (u * scale).square().sum()
             total.backward()
             for part, label in zip(self.turned.split(chunk), self.labels.split(chunk)):
-                some = F.cross_entropy(part @ (u * scale).T + bias, label, reduction="sum") / n
-                some.backward()
-                total = total + some.detach()
+                logits = part @ (u * scale).T + bias
+                share = F.cross_entropy(logits, label, reduction="sum") / n
+                share.backward()  # gradients of all shares add up; its logits are freed here
+                total = total + share.detach()
             return total.detach()
 
+        # One call is the whole search: L-BFGS evaluates `loss` as often as it needs to.
         optimizer.step(loss)
+
+        # Back from the turned, centred rows to those that came.
         weight = (u * scale).detach() @ self.axes.T
         return weight, bias.detach() - weight @ self.mean
 
@@ -81,7 +121,7 @@ class Logistic:
 @dataclass
 class Config(protocol.Labelled, protocol.Config):
     # -- logistic regression
-    seed: int = 0  # of the choice of the images that are held out
+    seed: int = 0  # the seed that chooses the images that are held out
 
 
 def run(extractor: Extractor) -> dict:
@@ -90,18 +130,23 @@ def run(extractor: Extractor) -> dict:
     A random tenth of --data chooses the strength, then all of it is fitted. Images are resized
     to the crop's size, so that nothing is cut off their short side.
     """
-    config, process = extractor.config, extractor.process
+    config = extractor.config
+    process = extractor.process
     train = open_labelled(extractor)
     val, labels = open_judged(extractor, train)
     classes = 1 + max(train.labels)
-    # Apple's GPUs have no float64: there the fit runs on the CPU.
+
+    # Apple's GPUs have no float64: there the fit runs on the CPU. The crop is as long as the
+    # short side of the resized image.
     device = torch.device("cpu") if process.device.type == "mps" else process.device
     whole = partial(center_crop, size=extractor.size, short=extractor.size)
     rows = extractor(train, "logreg-data", prepare=whole).double().to(device)
     val_rows = extractor(val, "logreg-val_data", prepare=whole).double().to(device)
     targets = torch.tensor(train.labels, device=device)
 
-    # Each process fits some of the strengths on nine tenths of the images.
+    # Each process fits some of the strengths on nine tenths of the images, and judges them on
+    # the last tenth. Weak penalties take longer than strong ones, so the strengths are dealt
+    # out in turn.
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))
     held_out, rest = order.to(device).tensor_split([max(1, len(rows) // 10)])
     problem = Logistic(rows[rest], targets[rest], classes)
@@ -116,7 +161,8 @@ def run(extractor: Extractor) -> dict:
     for part in process.all_gather(own_accuracies):
         accuracies |= part
 
-    # Of several equally good ones the strongest penalty is taken: it comes first.
+    # `max` takes the first of several equally good ones: the smallest C, the strongest penalty.
+    # With it all images are fitted once more, the held-out tenth included.
     best = max(sorted(accuracies), key=accuracies.get)
     weight, bias = Logistic(rows, targets, classes).fit(best)
     figures = accuracy((val_rows @ weight.T + bias).argmax(1), labels)
@@ -124,15 +170,16 @@ def run(extractor: Extractor) -> dict:
         f"logistic regression: {len(train):,d} images, a tenth chose C = {best:.2g} "
         f"({accuracies[best]:.2%} of them right)\n  {figures['top1']:.2%}, mean per class "
         f"{figures['mean_per_class']:.2%} of {len(val):,d} images")
+    chosen_by = {f"{C:.3g}": accuracies[C] for C in PENALTIES}
     return {
-        "logreg": figures | {"C": best},
-        "chosen_by": {f"{C:.3g}": accuracies[C]
-                      for C in PENALTIES},
+        "logreg": figures | {"C": best}, "chosen_by": chosen_by,
         "protocol": "L-BFGS in float64, 45 values of C, a tenth of --data held out to choose",
         "headline": {"logistic regression": figures["top1"]}}
 
 
 if __name__ == "__main__":
+    # Ten overlapping clouds of points: the weaker the penalty, the longer the weights, and
+    # beyond some length they fit the noise of the 1,000 points and not the 200 others.
     torch.manual_seed(0)
     centres = torch.randn(10, 5 * 16)
     labels = torch.arange(1200) % 10

@@ -1,16 +1,18 @@
-"""Protocol: what every evaluation starts from: a network, images, and their labels.
+"""Protocol: what every evaluation starts from, which is a network, images, and their labels.
 
     --weights --> Extractor(images) -> features (n, D), kept in --features_dir
     --data, --val_data --> images, labels in one numbering --> a task -> its figures
 
-Idea     A protocol file says what is done with features. How they are made, kept, and matched
-         with labels is the same for all, and stands here, as do the flags that all of them
-         share.
+Idea     The file of a protocol says what is done with features. How features are made, kept and
+         matched with labels is the same for all protocols and stands here, together with the
+         flags that all of them share.
 Paper    none
 Try      python evaluate.py knn --help
 Change   a flag for all protocols is one field of Config here, for one of them a field of its
          own
 Tests    pytest tests/evaluation/test_protocol.py
+
+Letters  n images, D width, b images of a batch on one process, C channels, H W pixels.
 """
 
 import hashlib
@@ -39,10 +41,10 @@ class NetworkConfig:
 
     # -- what to judge
     weights: str = "dino_vits16"  # the network: a run, a released name, a URL, or a file
-    data: str = "shapes"  # images to learn from or to search in: shapes, folder:PATH, CIFAR10, ...
+    data: str = "shapes"  # images to learn from or to search in: shapes, folder:PATH, CIFAR10
     data_root: str = "data"  # the folder where torchvision keeps its data sets
     download: bool = False  # let torchvision fetch the data set
-    image_size: int = 0  # side of the crop in pixels; 0: the size that the network was trained at
+    image_size: int = 0  # side of the crop in pixels; 0: what the network was trained at
     # -- machine
     batch_size: int = 128  # images at once, on all processes together
     device: str = "auto"  # auto | cpu | cuda | mps
@@ -57,7 +59,7 @@ class Config(NetworkConfig):
     """For protocols that work on features of a frozen network."""
 
     # -- features
-    features_dir: str = ""  # keep features in this folder, and take them from there the next time
+    features_dir: str = ""  # a folder to keep features in, and to take them from next time
 
 
 @dataclass
@@ -66,11 +68,11 @@ class Labelled:
 
     # -- labels
     val_data: str = "shapes:val"  # images with labels that are judged
-    class_mapping: str = ""  # lines "class in --val_data, class in --data", if they differ
+    class_mapping: str = ""  # a file of lines "class in --val_data, class in --data"
 
 
 def results_folder(config: NetworkConfig, task: str) -> Path:
-    """--output_dir, or evaluations/TASK; made where it is not."""
+    """--output_dir, or evaluations/TASK; the folder is created if it does not exist."""
     folder = Path(config.output_dir or f"evaluations/{task}")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -81,10 +83,14 @@ def results_folder(config: NetworkConfig, task: str) -> Path:
 
 
 class Extractor:
-    """The network of --weights, ready to be asked for the features of images."""
+    """The network of --weights: call it with images to get their features.
+
+    size is the side of the crops in pixels; sha256 identifies the weights.
+    """
 
     def __init__(self, config: NetworkConfig, process: Process):
-        # Imported here, because a training run judges with a network that it has already.
+        # Imported here, because a training run imports this file for the k-NN of its teacher, a
+        # network that it has already: it need not know how weights are read.
         from backbones.weights import load_backbone
 
         self.config = config
@@ -96,39 +102,50 @@ class Extractor:
                 f"--image_size {self.size} is smaller than one patch of {self.model.patch_size}"
             )
 
-        # Names and bytes of all tensors: kept features of another network are told by this.
+        # A hash over the names and the bytes of all tensors. Features that were kept on disk
+        # carry it, so that features of other weights are recognised, even of a run that has
+        # gone on training under the same name.
         digest = hashlib.sha256()
         for key, value in sorted(self.model.state_dict().items()):
             digest.update(key.encode() + value.cpu().numpy().tobytes())
         self.sha256 = digest.hexdigest()
 
     def open(self, flag: str) -> Images:
-        """The images of --data or its like, in the channels that the network wants."""
+        """The images of a flag such as "data", in the channels that the network expects."""
         config = self.config
         return open_images(getattr(config, flag), config.data_root, config.download,
                            f"--{flag}", self.model.pixels)
 
     def __call__(self, images: Images, name: str, read: nn.Module | None = None, prepare=None,
                  batch_size: int = 0) -> Tensor:
-        """Features (n, D) on the CPU.
+        """Features (n, D) float32 on the CPU, the same on all processes.
 
-        `read` stands in for the network, whose answer is the class token; `prepare` for the
-        centre crop. With --features_dir the features are kept there as `name`.
+        `read` is called in place of the network, whose answer is the class token; `prepare` in
+        place of the centre crop. With --features_dir the features are kept there as NAME.pt.
+        UsageError if a feature is not a number.
         """
-        config, process = self.config, self.process
-        # What the features depend on: kept ones are taken only if all of it is the same.
+        config = self.config
+        process = self.process
+
+        # What the features depend on. It is written beside them: features that are found on
+        # disk are taken only if all of it is the same as now.
         source = {
             "weights": self.sha256,
             "images": hashlib.sha256("\n".join(images.names).encode()).hexdigest(),
             "precision": config.precision, "protocol": f"{name}, {self.size} px"}
+
+        # The main process decides for all whether the file is there: on a network file system
+        # it may not be visible everywhere yet, and half of the processes would wait for the
+        # others for ever.
         file = Path(config.features_dir) / f"{name}.pt"
         if config.features_dir and process.broadcast(file.exists()):
             return self.reuse(file, source)
 
-        per_process = -(-config.batch_size // process.world_size)  # rounded up
+        # --batch_size is for all processes together: each has its share, rounded up.
+        per_process = -(-config.batch_size // process.world_size)
+        report = Progress(name, len(images), process)
         rows = extract(read or self.model, images, self.size, process, batch_size
-                       or per_process, config.num_workers, config.precision,
-                       Progress(name, len(images), process), prepare)
+                       or per_process, config.num_workers, config.precision, report, prepare)
         self.check(rows, images.names, f"--weights {config.weights}")
         if config.features_dir and process.main:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -136,18 +153,21 @@ class Extractor:
         return rows
 
     def reuse(self, file: Path, source: dict) -> Tensor:
-        """The rows of a file of kept features; UsageError if they are those of something
-        else.
-        """
+        """The rows of a file of kept features; UsageError if they are of another `source`."""
         from backbones.layouts import read_tensors
 
+        # The file may be damaged, or no file of ours: torch.load raises different exceptions
+        # for different damage.
         try:
             kept = read_tensors(file)
             kept_source = {key: kept[key] for key in source}
-        except Exception:  # torch.load raises different exceptions for different damage
+        except Exception:
             raise UsageError(
                 f"--features_dir: {file} holds no features that were kept there; delete it"
             ) from None
+
+        # Taking features of other weights or images in silence would give wrong figures, and
+        # overwriting them would lose what may have taken hours: the user has to decide.
         different = [key for key in source if kept_source[key] != source[key]]
         if different:
             key = different[0]
@@ -159,7 +179,9 @@ class Extractor:
         return kept["rows"]
 
     def check(self, rows: Tensor, names: list[str] | None, source: str):
-        """UsageError if a feature is NaN or infinite: every figure after it would be wrong."""
+        """UsageError if a feature is NaN or infinite, with the name of the first such image."""
+        # One NaN would spread: the mean of all features, a whitening or a gradient contain it,
+        # and every figure after it would be wrong.
         bad = (~rows.isfinite().all(1)).nonzero()[:, 0].tolist()
         if bad:
             raise UsageError(
@@ -182,14 +204,20 @@ def open_labelled(extractor: Extractor, flag: str = "data") -> Images:
 
 def open_judged(extractor: Extractor, train: Images,
                 flag: str = "val_data") -> tuple[Images, Tensor]:
-    """The images of --val_data, and their labels in the numbers of the images learned from."""
+    """(images of --val_data, their labels in the numbers of the classes of `train`).
+
+    UsageError if a class to be judged has no image to learn from.
+    """
+    # --class_mapping renames the classes of --val_data to those of --data: after that they are
+    # matched by name.
     config = extractor.config
     images = open_labelled(extractor, flag)
     if config.class_mapping:
         images = replace(images, classes=mapped_classes(config.class_mapping, flag, images))
     labels = same_labels(train, images)
 
-    # A class without an image to learn from could never be answered: better said at once.
+    # A class without an image to learn from could never be answered: every image of it would
+    # count as an error, and nobody would see why.
     missing = sorted(set(labels.tolist()) - set(train.labels))
     if missing:
         first = train.classes[missing[0]] if train.classes else missing[0]
@@ -199,9 +227,11 @@ def open_judged(extractor: Extractor, train: Images,
 
 
 def mapped_classes(file: str, flag: str, images: Images) -> list[str]:
-    """Names of the classes of `images`, replaced where the file of --class_mapping has a
-    line.
+    """The class names of `images`, each replaced where a line of --class_mapping has it.
+
+    UsageError if the file cannot be read, or if a line is not "judged name, learned name".
     """
+    # A line with another number of commas makes the unpacking below fail with ValueError.
     try:
         lines = [line for line in Path(file).read_text().splitlines() if line]
         names = {}
@@ -209,9 +239,8 @@ def mapped_classes(file: str, flag: str, images: Images) -> list[str]:
             judged_name, learned_name = line.split(",")
             names[judged_name.strip()] = learned_name.strip()
     except (OSError, ValueError) as error:
-        raise UsageError(
-            f"--class_mapping {file}: expected lines 'class in --{flag}, class in --data' ({error})"
-        ) from None
+        raise UsageError(f"--class_mapping {file}: expected lines 'class in --{flag}, "
+                         f"class in --data' ({error})") from None
     return [names.get(name, name) for name in images.classes or ()]
 
 
@@ -221,6 +250,8 @@ def mapped_classes(file: str, flag: str, images: Images) -> list[str]:
 
 def training_steps(config, images: Images, default_epochs: int) -> tuple[int, int, int]:
     """(passes over the images, images in a batch, steps): --epochs 0 stands for the default."""
+    # An incomplete batch at the end of a pass is left out: its images come in the next pass,
+    # whose order is another one.
     epochs = config.epochs or default_epochs
     batch = min(config.batch_size, len(images))
     return epochs, batch, epochs * (len(images) // batch)
@@ -233,17 +264,24 @@ def random_crops(images: Images, size: int, batch_size: int, steps: int, process
     Yields crops (b, C, size, size), normalised, and their labels (b,). A crop covers 8 to 100 %
     of its image. The batches, batch_size images on all processes together, are the same for any
     number of processes; `together` neighbours stay on one of them. An image that does not
-    decode raises: training replaces it by another image, which here would get the wrong label.
+    decode raises ValueError.
     """
 
     def shares():
+        # Every process draws the same whole batches, and takes its groups of neighbours from
+        # each. Example: a batch of 6, together 2 and 2 processes make the groups 01, 23, 45:
+        # process 0 gets 01 and 45, process 1 gets 23 and, to be as long, 01 once more.
         for keys in Sampler(len(images), batch_size, steps, seed=seed):
             groups = [keys[i:i + together] for i in range(0, len(keys), together)]
             yield [key for group in spread(groups, process) for key in group]
 
+    # Of MultiCrop's crops only one global crop is asked for, in its own colours: the classic
+    # RandomResizedCrop and horizontal flip.
     crop = MultiCrop(size, size, 1, 0, (0.08, 1.0), photometry="none")
     labels = torch.as_tensor(images.labels)
     for batch in training_loader(Views(images, crop, seed), shares(), num_workers):
+        # Self-supervised training replaces an image that does not decode by another one. Here
+        # the other image would be learned with the label of the broken one.
         if batch["broken"]:
             raise ValueError(f"--data: an image does not decode: {batch['broken'][0]}")
         pixels = batch["global_crops"][0].to(process.device)

@@ -5,9 +5,9 @@
     features of images (n, D) ---+                          ^
                                         which are right, which do not count
 
-Idea     A ranking has no threshold to choose: average precision is 1 when all that is right
-         comes before all that is wrong. Images that are too hard to call are junk: they are
-         passed over.
+Idea     A ranking needs no threshold: its average precision is 1 when all right images come
+         before all wrong ones. Images of which nobody can say whether they are right are junk:
+         they are taken out of the ranking, and neither help nor harm.
 Paper    DINO sec. 4.2.1; Radenovic 2018 (revisited Oxford and Paris)
 Try      python evaluate.py retrieval --weights RUN
 Change   how many of the first images mP@k looks at: FIRST_RANKS
@@ -42,39 +42,60 @@ FIRST_RANKS = (1, 5, 10)  # how many of the first images mP@k looks at
 
 
 def average_precision(ranks: Tensor) -> float:
-    """ranks: places (from 0, ascending, junk not counted) of all that is right.
+    """The area under the curve of precision over recall, in trapezoids. Radenovic 2018's code.
 
-    The area under precision over recall by trapezoids: mean of the precision just before and
-    just after each hit. Radenovic 2018's, older than the step-wise one, and a little lower.
+    ranks (r,): the places of all right images in the ranking, from 0, ascending, junk not
+    counted. Each hit raises the recall by 1 / r; over this width the area is the mean of the
+    precision just before and just after the hit. The usual definition takes the precision after
+    it alone, and is a little higher. Example with three right images, at the ranks 0, 1 and 4
+    (the ranking begins: right, right, wrong, wrong, right):
+
+        rank of the hit                             0      1      4
+        precision before: hits / images so far     (1)    1/1    2/4
+        precision after                            1/1    2/2    3/5
+        mean of the two                             1      1     .55
+        average precision                          (1 + 1 + .55) / 3 = .85
     """
+    # Float64, because the figures of two programs are compared to the last digit.
     ranks = ranks.double()
-    found = torch.arange(len(ranks), dtype=torch.float64)
-    before = torch.where(ranks > 0, found / ranks.clamp(min=1), 1.0)
-    after = (found + 1) / (ranks + 1)
+    hits_before = torch.arange(len(ranks), dtype=torch.float64)  # (r,)
+
+    # Before rank 0 there are no images: the precision 0/0 counts as 1.
+    before = torch.where(ranks > 0, hits_before / ranks.clamp(min=1), 1.0)  # (r,)
+    after = (hits_before + 1) / (ranks + 1)  # (r,)
     return ((before + after) / 2).mean().item()
 
 
 def score_ranking(similarities: Tensor, right: Tensor, junk: Tensor) -> list[float]:
     """One query: similarities (n,), right and junk (n,) bool -> [AP, P@1, P@5, P@10].
 
-    Ties keep the order of the images. nan where nothing is right: such a query is left out of
-    the means. P@k ends at the last right image, when that comes before k.
+    P@k is the share of right images among the first k. It ends at the last right image, if that
+    comes before k. Example: hits at the ranks 0, 1 and 4 give P@1 = 1/1, P@5 = 3/5, and P@10 =
+    3/5, too. nan where nothing is right: such a query is left out of the means.
     """
     if not right.any():
         return [float("nan")] * (1 + len(FIRST_RANKS))
+
+    # A stable sort keeps the order of the images where similarities are equal. Junk is taken
+    # out before the ranks are counted.
     order = similarities.argsort(descending=True, stable=True)
     order = order[~junk[order]]
     ranks = right[order].nonzero()[:, 0]
-    ends = [min(int(ranks[-1]) + 1, k) for k in FIRST_RANKS]
-    return [average_precision(ranks), *(int((ranks < end).sum()) / end for end in ends)]
+
+    scores = [average_precision(ranks)]
+    for k in FIRST_RANKS:
+        end = min(int(ranks[-1]) + 1, k)
+        scores.append(int((ranks < end).sum()) / end)
+    return scores
 
 
 def mean_scores(queries: Tensor, rows: Tensor, truth, process: Process) -> Tensor:
     """Means (4,) of score_ranking over the queries with an answer, ranking `rows` by cosine.
 
     queries (q, D), rows (n, D); truth: number of a query -> right and junk, (n,) bool each.
-    Each process judges its share of the queries.
+    Each process judges its share of the queries; all get the means.
     """
+    # Of unit vectors the product is the cosine.
     queries = F.normalize(queries, dim=1)
     rows = F.normalize(rows, dim=1)
     own_scores = []
@@ -91,14 +112,21 @@ def mean_scores(queries: Tensor, rows: Tensor, truth, process: Process) -> Tenso
 # ----------------------------------------------------------------------------------------------
 # What is right: files of ground truth
 
-HARMLESS = {  # all that lists, numbers and arrays are made of, by the numpy of any year
-    *(f"numpy.{core}.{name}" for core in ("core", "_core")
-      for name in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")),
-    "numpy.ndarray", "numpy.dtype", "_codecs.encode", "__builtin__.bytes", "builtins.bytes"}
+# What a pickle of lists, numbers and numpy's arrays asks for. numpy 2 has renamed numpy.core
+# to numpy._core: files of both kinds are read.
+HARMLESS = {
+    "numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct", "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar", "numpy.core.numeric._frombuffer",
+    "numpy._core.numeric._frombuffer", "_codecs.encode", "__builtin__.bytes", "builtins.bytes"}
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Lists, dictionaries, numbers and arrays: a pickle can ask for any function to be run."""
+    """Reads lists, dictionaries, numbers and arrays, and refuses everything else.
+
+    A pickle is a small program: it may name any function, which reading it then calls. A file
+    from the internet must not get to do that.
+    """
 
     def find_class(self, module, name):
         if f"{module}.{name}" not in HARMLESS:
@@ -107,21 +135,25 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def read_revisited(path: str | Path) -> dict:
-    """gnd_roxford5k.pkl, gnd_rparis6k.pkl: names of images (imlist) and of queries (qimlist),
-    and for each query its box (bbx) and lists of easy, hard and junk images (gnd). Runs
-    nothing.
+    """The ground truth of revisited Oxford or Paris: gnd_roxford5k.pkl or gnd_rparis6k.pkl.
+
+    imlist: names of the images; qimlist: names of the queries; gnd: for each query its box
+    (bbx) and the numbers of its easy, hard and junk images. ValueError for any other file.
     """
     try:
         with open(path, "rb") as file:
             truth = ArrayUnpickler(file, encoding="latin1").load()
-        queries, images, about = truth["qimlist"], truth["imlist"], truth["gnd"]
-        if len(queries) != len(about):
-            raise ValueError(f"{len(queries)} queries, but the truth about {len(about)}")
-        for each in about:
+        queries = truth["qimlist"]
+        images = truth["imlist"]
+        if len(queries) != len(truth["gnd"]):
+            raise ValueError(f"{len(queries)} queries, but the truth about {len(truth['gnd'])}")
+
+        # The lists become tensors, and each of their numbers must be that of an image.
+        for entry in truth["gnd"]:
             for part in ("easy", "hard", "junk"):
-                each[part] = torch.as_tensor(np.asarray(each[part], dtype=np.int64))
-                if len(each[part]
-                       ) and not 0 <= each[part].min() <= each[part].max() < len(images):
+                numbers = torch.as_tensor(np.asarray(entry[part], dtype=np.int64))
+                entry[part] = numbers
+                if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(images):
                     raise ValueError(f"a list of {part} images goes beyond the {len(images)}")
     except Exception as error:  # a pickle that is no pickle fails in any way
         raise ValueError(f"--ground_truth {path}: not the ground truth of revisited Oxford or "
@@ -129,26 +161,28 @@ def read_revisited(path: str | Path) -> dict:
     return truth
 
 
-# Which lists are right, and which are junk, at the three levels of difficulty. Radenovic 2018.
+# Level of difficulty -> the lists that are right, and the lists that are junk. Radenovic 2018.
+# At "hard" the easy images are junk: to find them would be no merit, and no mistake.
 LEVELS = {
     "easy": (("easy",), ("hard", "junk")), "medium": (("easy", "hard"), ("junk",)),
     "hard": (("hard",), ("easy", "junk"))}
 
 
-def relevance(about: dict, level: str, count: int) -> tuple[Tensor, Tensor]:
+def relevance(entry: dict, level: str, count: int) -> tuple[Tensor, Tensor]:
     """One entry of gnd -> right and junk, (count,) bool each."""
-    out = torch.zeros(2, count, dtype=torch.bool)
-    for row, parts in zip(out, LEVELS[level]):
+    right_and_junk = torch.zeros(2, count, dtype=torch.bool)
+    for row, parts in zip(right_and_junk, LEVELS[level]):
         for part in parts:
-            row[about[part]] = True
-    return out[0], out[1]
+            row[entry[part]] = True
+    return right_and_junk[0], right_and_junk[1]
 
 
 def read_groups(path: str | Path, names: list[str]) -> list[str]:
-    """A .csv with columns path and group -> the group of each name. Paths may be longer than
-    names.
+    """A .csv with the columns path and group -> the group of each of `names`.
 
-    Images of one group are right for each other.
+    Images of one group are right for each other. Paths may be longer than names: photos/a/1.jpg
+    in the file is the group of a/1.jpg. ValueError if the file cannot be read, or a name is not
+    in it.
     """
     try:
         with open(path, newline="") as file:
@@ -157,10 +191,13 @@ def read_groups(path: str | Path, names: list[str]) -> list[str]:
         raise ValueError(
             f"--groups {path}: expected a .csv file with the columns path and group "
             f"({error!s:.100})") from None
+    # Each path is entered with all of its endings: photos/a/1.jpg, a/1.jpg, 1.jpg. Where two
+    # paths end alike, the first one keeps the ending.
     groups = {}
     for path, group in rows:
         for i in range(len(path.parts)):
-            groups.setdefault(str(Path(*path.parts[i:])), group)
+            ending = str(Path(*path.parts[i:]))
+            groups.setdefault(ending, group)
     missing = [name for name in names if str(Path(name)) not in groups]
     if missing:
         raise ValueError(
@@ -179,21 +216,27 @@ class Config(protocol.Labelled, protocol.Config):
     ground_truth: str = ""  # gnd_roxford5k.pkl or gnd_rparis6k.pkl, about the images of --data
     groups: str = ""  # a .csv with the columns path,group: images of one group belong together
     multiscale: bool = False  # mean of the features at the scales 1, 1/sqrt(2), 1/2
-    crop_queries: bool = False  # --ground_truth: only the box of the query, as others than DINO do
+    crop_queries: bool = False  # for --ground_truth: cut queries to their boxes, unlike DINO
 
 
 class Scales(nn.Module):
-    """Mean of the class tokens at several sizes. DINO's retrieval."""
+    """Mean of the class tokens at several sizes: (B, C, H, W) -> (B, D). DINO's retrieval."""
 
     def __init__(self, model: nn.Module, scales: tuple[float, ...] = (1, 0.5**0.5, 0.5)):
         super().__init__()
-        self.model, self.scales = model, scales
+        self.model = model
+        self.scales = scales
 
     def forward(self, images: Tensor) -> Tensor:
-        sizes = [[max(self.model.patch_size, int(side * s)) for side in images.shape[-2:]]
-                 for s in self.scales]
-        views = [F.interpolate(images, size, mode="bilinear") for size in sizes]
-        return torch.stack([self.model(view) for view in views]).mean(0)
+        # No side becomes smaller than a patch, which is the least that the network takes.
+        height, width = images.shape[-2:]
+        least = self.model.patch_size
+        features = []
+        for scale in self.scales:
+            size = [max(least, int(height * scale)), max(least, int(width * scale))]
+            views = F.interpolate(images, size, mode="bilinear")
+            features.append(self.model(views))
+        return torch.stack(features).mean(0)
 
 
 def run(extractor: Extractor) -> dict:
@@ -203,15 +246,19 @@ def run(extractor: Extractor) -> dict:
     --ground_truth or --groups whole images of --data are looked for among each other; without,
     --val_data are looked for in --data, and images with the same label are right.
     """
-    config, process, model = extractor.config, extractor.process, extractor.model
+    config = extractor.config
+    process = extractor.process
+    model = extractor.model
     read = Scales(model) if config.multiscale else model
     name = "retrieval-multiscale" if config.multiscale else "retrieval"
 
     def whole_features(images, name):
-        """Features of whole images; each has its own shape, so they go one at a time."""
+        """Features of whole images. Each has its own shape, so they go one at a time."""
         whole = partial(fit_inside, longest=extractor.size)
         return extractor(images, f"{name}-whole", read, whole, batch_size=1)
 
+    # What is right is told by one of three sources. Each gives the means of the scores by name:
+    # three levels of difficulty, or one entry.
     if config.ground_truth:
         images = extractor.open("data")
         figures = revisited(config, images, whole_features, name, process)
@@ -238,22 +285,27 @@ def run(extractor: Extractor) -> dict:
 
         figures = {"labels": mean_scores(queries, rows, same_label, process)}
 
+    # The table, a line for each entry, and the same as a dictionary.
     columns = ("mAP", *(f"mP@{k}" for k in FIRST_RANKS))
     scales = ", three scales" if config.multiscale else ""
     process.print(f"retrieval: class token at {extractor.size} px{scales}")
     process.print(f"  {'':8s}" + "".join(f"{column:>8s}" for column in columns))
     for level, values in figures.items():
         process.print(f"  {level:8s}" + "".join(f"{v:8.2%}" for v in values.tolist()))
-    out = {level: dict(zip(columns, values.tolist())) for level, values in figures.items()}
+    scores = {level: dict(zip(columns, values.tolist())) for level, values in figures.items()}
+    headline = {f"retrieval mAP, {level}": values["mAP"] for level, values in scores.items()}
     return {
-        "retrieval": out, "protocol": f"cosine of class tokens, {name}",
-        "headline": {f"retrieval mAP, {level}": v["mAP"]
-                     for level, v in out.items()}}
+        "retrieval": scores, "protocol": f"cosine of class tokens, {name}",
+        "headline": headline}
 
 
 def revisited(config: Config, images: Images, whole_features, name: str,
               process: Process) -> dict:
-    """Level -> mean scores, by the ground truth of revisited Oxford or Paris."""
+    """Level -> mean scores, by the ground truth of revisited Oxford or Paris.
+
+    Images of the folder that are not in the ground truth are left out of the ranking.
+    """
+    # The ground truth knows images by their names without folder and ending.
     truth = read_revisited(config.ground_truth)
     numbers = {Path(n).stem: i for i, n in enumerate(images.names)}
     missing = [n for n in (*truth["imlist"], *truth["qimlist"]) if n not in numbers]
@@ -261,19 +313,23 @@ def revisited(config: Config, images: Images, whole_features, name: str,
         raise UsageError(
             f"--ground_truth {config.ground_truth}: {len(missing)} of its images are "
             f"not in --data {config.data}, the first {missing[0]}")
+
+    # A query is an image with a box around the building that is meant. DINO shows the whole
+    # image to the network; with --crop_queries only the box is shown.
     queried = images.subset(numbers[n] for n in truth["qimlist"])
     query_name = f"{name}-queries"
     if config.crop_queries:
-        boxes = [each["bbx"] for each in truth["gnd"]]
+        boxes = [entry["bbx"] for entry in truth["gnd"]]
         queried = replace(queried, read=partial(read_box, queried.read, boxes))
         query_name = f"{name}-boxes-queries"
     rows = whole_features(images.subset(numbers[n] for n in truth["imlist"]), f"{name}-data")
     queries = whole_features(queried, query_name)
 
+    # One ranking is judged at three levels: they differ in what is right and what is junk.
     figures = {}
     for level in LEVELS:
 
-        def at_this_level(i, level=level):
+        def at_this_level(i, level=level):  # as a default, because `level` goes on changing
             return relevance(truth["gnd"][i], level, len(rows))
 
         figures[level] = mean_scores(queries, rows, at_this_level, process)
@@ -282,5 +338,6 @@ def revisited(config: Config, images: Images, whole_features, name: str,
 
 def read_box(read, boxes, i: int) -> Tensor:
     """Image i cut to its box (left, top, right, bottom), which may reach beyond the image."""
+    # Of a box without width or height one row or column of pixels is left.
     left, top, right, bottom = (round(float(x)) for x in boxes[i])
     return read(i)[:, max(top, 0):max(bottom, top + 1), max(left, 0):max(right, left + 1)]

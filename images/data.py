@@ -1,16 +1,17 @@
-"""Data: images by name, in an order that can be taken up again anywhere.
+"""Data: images by name, in an order that can be taken up again at any step.
 
     "shapes" | "folder:PATH" | "shards:PATTERN" | a torchvision class   (--cache: decoded once)
                                    |
                   Images: read(i) -> (C, H, W), labels, names
                                    |
-    Sampler: (epoch, step, index) from the seed --> Views: read, crop, draw colours --> DataLoader
+    Sampler: (epoch, step, index) from the seed --> Views: read, crop, colours --> DataLoader
 
-Idea     Nothing random has a history. The order of an epoch follows from (seed, epoch), the
-         crops of an image from (seed, epoch, index). A resumed run starts counting at a later
-         step, with any number of workers, and another number of processes sees the same images
-         in turn.
-Paper    none; DINOv2's released loader reseeds itself on resume, which changes the order
+Idea     No random generator lives longer than one image or one pass over the data, so there is
+         no state of a generator to save. The order of a pass follows from (seed, epoch), the
+         crops of an image from (seed, epoch, index). A resumed run only begins to count at a
+         later step. With the same global batch, any number of workers and of processes sees the
+         same images in the same steps.
+Paper    none; DINOv2's released loader takes another seed on resume, which changes the order
 Try      python -m images.data [NAME ...]      what a data set holds, by name
 Change   a new data set is one function and one line in DATASETS
 Tests    pytest tests/images/test_data.py
@@ -40,121 +41,102 @@ from augment import RGB, Masking, MultiCrop, Pixels, collate, luma
 ARRAYS = (".npy",)  # (H, W), (C, H, W) or (H, W, C); integers, or floats from 0 to 1
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 
+# ----------------------------------------------------------------------------------------------
+# A set of images
+#
+# An `Images` goes to the workers of the DataLoader. Where these are started as new processes
+# (on macOS and Windows, and with Python 3.14 and later on Linux, too) it is sent to them by
+# pickle, which does not write the code of a function but its module and name. A lambda, or a
+# function within a function, cannot be found by its name. This is why the small functions
+# _read_part, _order_of_part, _read_path, _read_drawn, _read_torchvision, _read_shards and
+# _begin_worker stand at the top level of this file. What such a function has to know (the
+# folder, the names, the number of channels) is bound to it by functools.partial, which pickle
+# writes together with the name.
+
 
 @dataclass
 class Images:
-    """A set of images. `labels` is None where there are none; `names` tell the images apart."""
+    """A set of images that are read one by one, by their numbers 0, 1, 2, ..."""
 
-    name: str
-    read: Callable[[int], Tensor]  # index -> (C, H, W), see in_channels; raises if it cannot
-    names: list[str]
-    labels: list[int] | None = None
-    classes: list[str] | None = None
-    # Where reading in any order is slow: generator -> an order to read in. Else any
-    # permutation.
+    name: str  # of the data set, as in --data
+    read: Callable[[int], Tensor]  # number -> (C, H, W), see in_channels; raises if it cannot
+    names: list[str]  # one for each image: tells it apart from the others
+    labels: list[int] | None = None  # one for each image; None where there are none
+    classes: list[str] | None = None  # the name of each label
+    # Where reading in any order is slow: generator -> an order to read in. None stands for
+    # "any": then the Sampler takes a random permutation.
     order: Callable[[np.random.Generator], np.ndarray] | None = None
-    pixels: Pixels = RGB  # what a network will be fed them as
+    pixels: Pixels = RGB  # the channels, mean and spread that a network will be fed
 
     def __len__(self) -> int:
         return len(self.names)
 
     def subset(self, indices) -> "Images":
+        """The images of these numbers alone; they are numbered anew, from 0."""
         indices = [int(i) for i in indices]
-        return replace(self, read=partial(_read_through, self.read,
-                                          indices), names=[self.names[i] for i in indices],
-                       labels=self.labels and [self.labels[i] for i in indices],
-                       order=self.order and partial(_order_of_some, self.order, indices))
+        read = partial(_read_part, self.read, indices)
+        names = [self.names[i] for i in indices]
+        labels = self.labels and [self.labels[i] for i in indices]
+        order = self.order and partial(_order_of_part, self.order, indices)
+        return replace(self, read=read, names=names, labels=labels, order=order)
 
 
-def _read_through(read, indices, i):
+def _read_part(read, indices: list[int], i: int) -> Tensor:
     return read(indices[i])
 
 
-def _order_of_some(order, indices, rng):
+def _order_of_part(order, indices: list[int], rng: np.random.Generator) -> np.ndarray:
+    """The order of the whole set, less the images that are not in the part.
+
+    Example: the part has the images 1, 3 and 4 of five, which it calls 0, 1 and 2. The order of
+    the whole, 3 0 4 1 2, becomes 1 - 2 0 - in the part's numbers, and without the gaps 1 2 0.
+    """
     whole = order(rng)
-    new_index = np.full(len(whole), -1)
+    new_index = np.full(len(whole), -1)  # old number -> new number, -1 if not in the part
     new_index[indices] = np.arange(len(indices))
-    return new_index[whole][new_index[whole] >= 0]
+    renumbered = new_index[whole]
+    return renumbered[renumbered >= 0]
 
 
 # ----------------------------------------------------------------------------------------------
-# Files of any kind
-
-
-def in_channels(image: Tensor, channels: int) -> Tensor:
-    """(c, H, W), uint8 or floats from 0 to 1 -> (channels, H, W): uint8 if they are three, as
-    photographs come; else floats, which keep what a camera of 16 bits saw.
-    """
-    if len(image) == 1 and channels == 3:
-        image = image.expand(3, -1, -1)
-    if len(image) == 3 and channels == 1:
-        image = luma((image / 255 if image.dtype == torch.uint8 else image)[None])[0]
-    if len(image) != channels:
-        raise ValueError(f"{len(image)} channels, expected --in_chans {channels}")
-    if channels == 3:
-        return image if image.dtype == torch.uint8 else (image * 255).round().byte()
-    return image / 255 if image.dtype == torch.uint8 else image
-
-
-def from_array(array: np.ndarray, channels: int) -> Tensor:
-    """(H, W), (C, H, W) or (H, W, C) of integers, or of floats from 0 to 1 -> as
-    in_channels.
-    """
-    if array.ndim not in (2, 3) or not np.issubdtype(array.dtype, np.number):
-        raise ValueError(f"an array {array.shape} of {array.dtype}, expected an image")
-    first, last = array.shape[0], array.shape[-1]
-    if array.ndim == 3 and first != channels and (last == channels or last < first):
-        array = array.transpose(2, 0, 1)
-    if np.issubdtype(array.dtype, np.integer):
-        array = array / np.float32(np.iinfo(array.dtype).max)
-    image = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
-    if not (image.min() >= 0 and image.max() <= 1):
-        raise ValueError(f"values from {image.min():g} to {image.max():g}, expected 0 to 1, or "
-                         "integers of 8 or 16 bits")
-    return in_channels(image if image.ndim == 3 else image[None], channels)
-
-
-def read_file(file: Path | io.BytesIO, channels: int = 3) -> Tensor:
-    """Any image file, or a .npy -> (channels, H, W), turned upright as its EXIF says."""
-    with open(file, "rb") if isinstance(file, Path) else file as stream:
-        if stream.read(6) == b"\x93NUMPY":
-            stream.seek(0)
-            return from_array(np.load(stream, allow_pickle=False), channels)
-        with Image.open(stream) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits, in a type that may have more
-                return from_array(np.asarray(image) / np.float32(65535), channels)
-            if image.mode == "F" or (channels not in (1, 3)
-                                     and len(image.getbands()) == channels):
-                return from_array(np.asarray(image), channels)
-            return in_channels(pil_to_tensor(image.convert("RGB")), channels)
-
-
-def _read_path(root: Path, names: list[str], channels: int, i: int) -> Tensor:
-    return read_file(root / names[i], channels)
-
-
-# ----------------------------------------------------------------------------------------------
-# Data sets by name: argument, split, root, download, channels -> Images
+# Data sets by name
+#
+# Each function takes (argument, split, root, download, channels) and returns Images. Of
+# "folder:PATH:val", PATH is the argument and val the split; root and download are --data_root
+# and --download; channels are those that `read` has to give.
 
 
 def open_folder(argument: str, split: str, root: str, download: bool, channels: int) -> Images:
-    """folder:PATH. Where all images lie in folders, the first one is the label; else no
-    labels.
+    """folder:PATH, all images below a folder.
+
+    Where all of them lie in folders, of which there are two at least, the first folder on the
+    way to an image is its label; else there are no labels. The split is ignored: two splits are
+    two folders.
     """
     path = Path(argument).expanduser()
     if not argument or not path.is_dir():
         raise ValueError(f"folder:{argument}: there is no such folder")
-    files = sorted(
-        os.path.relpath(os.path.join(where, file), path)
-        for where, _, files in os.walk(path, followlinks=True) for file in files
-        if not file.startswith("."))
+
+    # Names are relative to the folder. So they, and what is chosen by them (see held_out), stay
+    # the same when the folder moves. They are sorted, because a file system lists files in an
+    # order of its own. Hidden files, such as the ._x.jpg of macOS, are no images.
+    files = []
+    for folder, _, file_names in os.walk(path, followlinks=True):
+        for file_name in file_names:
+            if not file_name.startswith("."):
+                files.append(os.path.relpath(os.path.join(folder, file_name), path))
+    files.sort()
+
+    # Arrays count only where there is no other image: beside photographs a .npy is more likely
+    # to be a depth map or a table of features.
     names = [name for name in files if name.lower().endswith(EXTENSIONS)]
     names = names or [name for name in files if name.lower().endswith(ARRAYS)]
     if not names:
         raise ValueError(f"folder:{argument}: found 0 images under it; expected "
                          f"{', '.join(EXTENSIONS + ARRAYS)} files, or folders of them")
     read = partial(_read_path, path, names, channels)
+
+    # The first part of cats/07.jpg is the class cats; the first part of 07.jpg is the file.
     tops = [Path(name).parts[0] for name in names]
     classes = sorted(set(tops))
     if any(top == name for top, name in zip(tops, names)) or len(classes) < 2:
@@ -164,6 +146,10 @@ def open_folder(argument: str, split: str, root: str, download: bool, channels: 
     return Images("folder", read, names, labels, classes)
 
 
+def _read_path(root: Path, names: list[str], channels: int, i: int) -> Tensor:
+    return read_file(root / names[i], channels)
+
+
 class _Drawn:
     """Draws each image of a world once and keeps it: drawing takes longer than cropping.
 
@@ -171,9 +157,13 @@ class _Drawn:
     """
 
     def __init__(self, world):
-        self.world, self.kept = world, {}
-        for i in range(len(world) if len(world) <= 10_000 else 0):
-            self(i)
+        self.world = world
+        self.kept = {}  # number -> image, of those that were drawn
+        # 10,000 images of 64 pixels take 120 MB. In a larger world each worker draws and keeps
+        # the images that it is asked for.
+        if len(world) <= 10_000:
+            for i in range(len(world)):
+                self(i)
 
     def __call__(self, i: int) -> Tensor:
         if i not in self.kept:
@@ -183,32 +173,32 @@ class _Drawn:
 
 @cache
 def _drawn(split: str, count: int | None) -> _Drawn:
+    """One object for each split and count, so that a program draws no world twice."""
     from images.shapes import Shapes  # the embedded world: other data sets do not need it
 
     return _Drawn(Shapes(split, count))
 
 
-def _converted(read, channels: int, i: int) -> Tensor:
-    return in_channels(read(i), channels)
-
-
 def open_shapes(argument: str, split: str, root: str, download: bool, channels: int) -> Images:
-    """shapes, or shapes:N for N images: the world of shapes.py."""
+    """shapes, or shapes:N for N images, drawn by shapes.py; train and val share no image."""
     if argument and not argument.isdigit():
         raise ValueError(f"shapes:{argument}: expected a number of images, or nothing")
     drawn = _drawn(split, int(argument or 0) or None)
     names = [f"{split}-{i:06d}" for i in range(len(drawn.world))]
-    return Images("shapes", partial(_converted, drawn, channels), names, drawn.world.labels,
+    return Images("shapes", partial(_read_drawn, drawn, channels), names, drawn.world.labels,
                   drawn.world.classes)
 
 
-def _read_torchvision(dataset, channels: int, i: int) -> Tensor:
-    return in_channels(pil_to_tensor(dataset[i][0].convert("RGB")), channels)
+def _read_drawn(drawn: _Drawn, channels: int, i: int) -> Tensor:
+    return in_channels(drawn(i), channels)
 
 
 def open_torchvision(argument: str, split: str, root: str, download: bool,
                      channels: int) -> Images:
     """Any classification set of torchvision, by its class name: CIFAR10, Flowers102, ..."""
+    # These classes have no common interface. Some are asked for a split by train=True, some by
+    # split="train", and some have no splits. A set that has no "val" has a "test": both are
+    # tried, in this order.
     cls = getattr(torchvision.datasets, argument)
     takes = inspect.signature(cls).parameters
     options = [{}]
@@ -217,27 +207,34 @@ def open_torchvision(argument: str, split: str, root: str, download: bool,
     elif "split" in takes:
         options = [{"split": s} for s in (["train"] if split == "train" else ["val", "test"])]
     more = {"download": download} if "download" in takes else {}
+
+    # The error of the first option is the one to show: the second is only a guess.
+    dataset = None
     errors = []
     for option in options:
         try:
             dataset = cls(root, **option, **more)
             break
-        except Exception as error:  # every set complains in its own way
+        except Exception as error:  # each class raises exceptions of its own kind
             errors.append(str(error).split("\n")[0])
-    else:
+    if dataset is None:
         raise ValueError(
             f"{argument} in --data_root {root}: {errors[0]} (--download fetches it)")
-    homes = [a for a in ("targets", "labels", "_labels", "y") if hasattr(dataset, a)]
-    labels = list(map(int, getattr(dataset, homes[0]))) if homes else None
-    if labels is None:
+
+    # Most classes keep their labels in a list, under one of these names. Otherwise each image
+    # has to be decoded once, to get the label that comes with it.
+    attributes = [a for a in ("targets", "labels", "_labels", "y") if hasattr(dataset, a)]
+    if attributes:
+        labels = list(map(int, getattr(dataset, attributes[0])))
+    else:
         labels = [int(dataset[i][1]) for i in range(len(dataset))]
     names = [f"{argument}-{split}-{i:07d}" for i in range(len(dataset))]
     return Images(argument, partial(_read_torchvision, dataset, channels), names, labels,
                   getattr(dataset, "classes", None))
 
 
-def _read_shards(shards, channels: int, i: int) -> Tensor:
-    return read_file(io.BytesIO(shards.bytes(i)), channels)
+def _read_torchvision(dataset, channels: int, i: int) -> Tensor:
+    return in_channels(pil_to_tensor(dataset[i][0].convert("RGB")), channels)
 
 
 def open_shards(argument: str, split: str, root: str, download: bool, channels: int) -> Images:
@@ -249,25 +246,40 @@ def open_shards(argument: str, split: str, root: str, download: bool, channels: 
                   shards.labels, shards.classes, shards.order)
 
 
+def _read_shards(shards, channels: int, i: int) -> Tensor:
+    return read_file(io.BytesIO(shards.read_bytes(i)), channels)
+
+
 DATASETS = {"shapes": open_shapes, "folder": open_folder, "shards": open_shards}
 
 
 def open_images(spec: str, root: str = "data", download: bool = False, flag: str = "--data",
                 pixels: Pixels = RGB) -> Images:
-    """NAME[:ARGUMENT][:val] -> Images. ValueError names the flag and the choices."""
-    body, _, tail = spec.rpartition(":")
-    spec, split = (body, tail) if body and tail in ("train", "val") else (spec, "train")
+    """NAME[:ARGUMENT][:train or :val] -> Images with these pixels.
+
+    ValueError names the flag and the choices. Examples: shapes:100:val is the name shapes, the
+    argument 100 and the split val; in folder:a:b the argument is a:b, because b is no split.
+    """
+    split = "train"
+    before, _, last = spec.rpartition(":")
+    if before and last in ("train", "val"):
+        spec = before
+        split = last
     name, _, argument = spec.partition(":")
     if name not in DATASETS and not inspect.isclass(getattr(torchvision.datasets, name, None)):
         raise ValueError(
             f"{flag} {spec!r}: choose from {', '.join(DATASETS)} (as in folder:PATH), "
             "or a torchvision class name such as CIFAR10")
+
     try:
         if name in DATASETS:
             images = DATASETS[name](argument, split, root, download, pixels.channels)
         else:
             images = open_torchvision(name, split, root, download, pixels.channels)
-        if pixels.channels != 3:  # whether it has them: better asked now than by the first batch
+        # Photographs have three channels, or are given them. Whether the images have another
+        # number is found out by reading one of them now, and not by a worker hours later. A
+        # file that is merely broken is no reason to stop: training replaces it (Views.read).
+        if pixels.channels != 3:
             with contextlib.suppress(OSError):
                 images.read(0)
     except ValueError as error:
@@ -276,31 +288,36 @@ def open_images(spec: str, root: str = "data", download: bool = False, flag: str
 
 
 def cached(images: Images, folder: str, side: int, num_workers: int = 0) -> Images:
-    """The same images from a store.Cache in `folder`, made where it is not; "": from the
-    source.
+    """The same images, read from a store.Cache in `folder`; it is built where there is none.
+
+    side: pixels of the short side of what is kept, 0 for the images as they are. An empty
+    `folder` means no cache: the images are returned unchanged.
     """
     if not folder:
         return images
+    if side < 0:
+        raise ValueError(f"--cache_side {side}: expected pixels, or 0 for images as they are")
 
+    # The counter overwrites its own line, which makes sense in a terminal and nowhere else.
     def report(done):
         if sys.stderr.isatty() and (done % 100 == 0 or done == len(images)):
             print(f"\r--cache: {done:,d} of {len(images):,d} images", end="", file=sys.stderr,
                   flush=True)
 
-    if side < 0:
-        raise ValueError(f"--cache_side {side}: expected pixels, or 0 for images as they are")
     try:
         from images import store  # a cache: few runs need one
 
-        cache = store.build(Path(folder), images.read, images.names, side, num_workers, report)
+        built = store.build(Path(folder), images.read, images.names, side, num_workers, report)
     except (ValueError, OSError) as error:
         raise ValueError(f"--cache {error}") from None
-    return replace(images, read=cache.read)
+    return replace(images, read=built.read)
 
 
 def held_out(name: str, share: int = 20) -> bool:
-    """One image in `share`, chosen by a hash of its name: the same ones whatever else is
-    there.
+    """Whether an image is kept back from training, to judge by: one in `share` is.
+
+    Chosen by a hash of its name. So it is the same images in every run, and adding or removing
+    files does not change what is held out of the others.
     """
     return zlib.crc32(name.encode()) % share == 0
 
@@ -310,17 +327,36 @@ def held_out(name: str, share: int = 20) -> bool:
 
 
 class Sampler:
-    """Batches of keys (epoch, step, index) for one process, from `start` up to `steps`.
+    """Batches of keys (epoch, step, index) for one process, from step `start` up to `steps`.
 
-    An epoch here is one pass over the data: floor(length / global batch) steps, the rest left
-    out. Step s of the pass takes the s-th global batch of its permutation, process r the r-th
-    slice. `order` draws the permutation (Images.order).
+    An epoch here is one pass over the data: floor(length / global batch) steps; the images that
+    are left over sit out this pass. Step s of a pass takes the s-th global batch of its
+    permutation, and process r the r-th slice of that. `order` draws the permutation
+    (Images.order).
+
+    Example: 10 images, batches of 2 on each of 2 processes. The global batch is 4, and a pass
+    has 10 // 4 = 2 steps. With seed 0 the permutations are
+
+        epoch 0    4 6 | 2 7 | 3 5 | 9 0 | 8 1        epoch 1    9 1 | 3 8 | 7 6 | 0 4 | 2 5
+
+        step 0    epoch 0    rank 0 gets 4 6    rank 1 gets 2 7
+        step 1    epoch 0    rank 0 gets 3 5    rank 1 gets 9 0    8 and 1 sit out this pass
+        step 2    epoch 1    rank 0 gets 9 1    rank 1 gets 3 8
+
+    So rank 1 yields [(0, 0, 2), (0, 0, 7)], then [(0, 1, 9), (0, 1, 0)], then [(1, 2, 3), ...].
+    One process with batches of 4 gets the same images in the same steps.
     """
 
     def __init__(self, length: int, batch_size: int, steps: int, start: int = 0, seed: int = 0,
                  rank: int = 0, world_size: int = 1, order=None):
-        self.length, self.batch_size, self.steps, self.start = length, batch_size, steps, start
-        self.seed, self.rank, self.global_batch = seed, rank, batch_size * world_size
+        self.length = length
+        self.batch_size = batch_size
+        self.steps = steps
+        self.start = start
+        self.seed = seed
+        self.rank = rank
+        self.global_batch = batch_size * world_size
+        # A lambda will do here: a sampler stays in the training process.
         self.order = order or (lambda rng: rng.permutation(length))
         self.steps_per_pass = length // self.global_batch
         if not self.steps_per_pass:
@@ -333,64 +369,188 @@ class Sampler:
         return self.steps - self.start
 
     def __iter__(self):
-        epoch, order = None, None
+        epoch = None
         for step in range(self.start, self.steps):
+            # Every process draws the whole permutation, from a generator that is made for this
+            # pass alone: nothing has to be exchanged, and a run that begins in the middle of a
+            # pass has the permutation that it would have had.
             if epoch != step // self.steps_per_pass:
                 epoch = step // self.steps_per_pass
                 order = self.order(np.random.default_rng([self.seed, epoch]))
+
+            # Where in the permutation the global batch of this step begins, and this process's
+            # slice within it.
             first = step % self.steps_per_pass * self.global_batch + self.rank * self.batch_size
             yield [(epoch, step, int(i)) for i in order[first:first + self.batch_size]]
 
 
 class Views(torch.utils.data.Dataset):
-    """Key (epoch, step, index) -> the crops of one image and the colours they will get."""
+    """Key (epoch, step, index) -> the crops of one image and the colours they will get.
+
+    The dictionary of augment.MultiCrop, and in it also `index`, `step` (augment.collate draws
+    the masks of a step from it) and `broken` (what could not be read).
+    """
 
     def __init__(self, images: Images, multi_crop: MultiCrop, seed: int = 0):
-        self.images, self.multi_crop, self.seed = images, multi_crop, seed
+        self.images = images
+        self.multi_crop = multi_crop
+        self.seed = seed
 
     def __getitem__(self, key: tuple[int, int, int]) -> dict:
         epoch, step, index = key
         image, broken = self.read(epoch, index)
+        # A generator of its own for each image and pass: whichever worker or process cuts the
+        # crops, and whatever it did before, they are the same.
         rng = np.random.default_rng([self.seed, epoch, index])
         return dict(self.multi_crop(image, rng), index=index, step=step, broken=broken)
 
     def read(self, epoch: int, index: int) -> tuple[Tensor, list[str]]:
-        """The image, or one chosen from the seed in place of a broken one, which is named."""
-        broken, others = [], np.random.default_rng([self.seed, epoch, index, 1])
+        """(image, broken): an image that cannot be read is replaced by another of the set.
+
+        broken: a line for each that failed, its name and the error. A batch stays full this
+        way, and one damaged file in millions does not end a run. RuntimeError when ten fail
+        in turn, because then the set is wrong rather than a file.
+        """
+        broken = []
+        # The 1 at the end makes this another generator than the one of the crops. What replaces
+        # an image follows from the seed, as all else does.
+        replacements = np.random.default_rng([self.seed, epoch, index, 1])
         for _ in range(10):
             try:
                 return self.images.read(index), broken
-            except Exception as error:  # whatever a decoder raises
+            except Exception as error:  # decoders raise exceptions of many kinds
                 broken.append(f"{self.images.names[index]}: {str(error).splitlines()[0]}")
-                index = int(others.integers(len(self.images)))
+                index = int(replacements.integers(len(self.images)))
         raise RuntimeError(f"ten images in a row do not decode, the last: {broken[-1]}")
 
 
 def _begin_worker(worker: int):
-    torch.set_num_threads(1)  # workers are the parallelism
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler of the process that made it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which will end it, after its last step
+    """What each worker of the loader does first."""
+    # The workers are processes that run side by side. If each of them also started as many
+    # threads as there are cores, they would hinder one another.
+    torch.set_num_threads(1)
+
+    # A worker that is forked inherits the signal handlers of the training process, which finish
+    # the step before they stop. SIGTERM has to end a worker at once. Ctrl-C in a terminal
+    # reaches the workers, too, and they ignore it: the training process may need their batches
+    # for its last step, and ends them afterwards.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def training_loader(views: Views, sampler: Sampler, num_workers: int, pin_memory: bool = False,
                     masking: Masking | None = None):
     """An iterator over the batches of augment.collate, from the sampler's start to its end."""
+    # Each worker prepares four batches ahead, so that one image that is slow to read does not
+    # hold up the device.
     return torch.utils.data.DataLoader(views, batch_sampler=sampler, num_workers=num_workers,
                                        collate_fn=partial(collate, masking=masking),
                                        pin_memory=pin_memory, worker_init_fn=_begin_worker,
                                        prefetch_factor=4 if num_workers else None)
 
 
+# ----------------------------------------------------------------------------------------------
+# Files of any kind: from what is in a file to the channels that a network takes
+#
+# Images of three channels are taken for photographs and kept as bytes (uint8) until they are on
+# the device: a quarter of the memory of floats. Images of any other number of channels may come
+# from a microscope or a satellite, with 16 bits a pixel. Bytes would cut them to 8, so they are
+# floats from 0 to 1.
+
+
+def read_file(file: Path | io.BytesIO, channels: int = 3) -> Tensor:
+    """Any image file, or a .npy -> (channels, H, W) as in_channels gives it.
+
+    It is turned upright as its EXIF says. ValueError for what is no image of these channels;
+    for a file that does not decode, what the decoder raises (mostly an OSError).
+    """
+    with open(file, "rb") if isinstance(file, Path) else file as stream:
+        # What a file is follows from its first bytes, because its name may be wrong or unknown.
+        if stream.read(6) == b"\x93NUMPY":
+            stream.seek(0)
+            # A pickle in an array could run code, so it is refused.
+            return from_array(np.load(stream, allow_pickle=False), channels)
+
+        with Image.open(stream) as image:
+            # A camera that was held sideways writes the image as its sensor saw it, and beside
+            # it how to turn it.
+            image = ImageOps.exif_transpose(image)
+
+            # The modes "I;16" and "I" hold 16 bits, the second one in integers of 32 bits. So
+            # they are divided by 65,535 and not by the largest number of their type; numbers
+            # that are larger still are refused by from_array.
+            if image.mode.startswith("I"):
+                return from_array(np.asarray(image) / np.float32(65535), channels)
+
+            # Mode "F" is floats. Four bands for a network of four channels are taken as they
+            # are; Pillow would take the fourth for transparency.
+            bands = len(image.getbands())
+            if image.mode == "F" or (channels not in (1, 3) and bands == channels):
+                return from_array(np.array(image), channels)
+
+            # Everything else is a picture: grey, palette, CMYK and transparency become RGB.
+            return in_channels(pil_to_tensor(image.convert("RGB")), channels)
+
+
+def from_array(array: np.ndarray, channels: int) -> Tensor:
+    """(H, W), (C, H, W) or (H, W, C) -> (channels, H, W) as in_channels gives it.
+
+    Numbers are integers, which are divided by the largest of their type, or floats from 0 to 1.
+    ValueError for anything else.
+    """
+    if array.ndim not in (2, 3) or not np.issubdtype(array.dtype, np.number):
+        raise ValueError(f"an array {array.shape} of {array.dtype}, expected an image")
+
+    # Channels come first, unless only the last axis has the number that is wanted, or the last
+    # axis is the shorter one: (20, 30, 5) is 5 channels of 20 x 30 pixels.
+    first = array.shape[0]
+    last = array.shape[-1]
+    if array.ndim == 3 and first != channels and (last == channels or last < first):
+        array = array.transpose(2, 0, 1)
+    if np.issubdtype(array.dtype, np.integer):
+        array = array / np.float32(np.iinfo(array.dtype).max)
+    image = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+
+    # Written so that NaN, for which every comparison is false, is refused as well.
+    if not (image.min() >= 0 and image.max() <= 1):
+        raise ValueError(f"values from {image.min():g} to {image.max():g}, expected 0 to 1, or "
+                         "integers of 8 or 16 bits")
+    return in_channels(image if image.ndim == 3 else image[None], channels)
+
+
+def in_channels(image: Tensor, channels: int) -> Tensor:
+    """(c, H, W), uint8 or floats from 0 to 1 -> (channels, H, W), in the type that suits.
+
+    Three channels are uint8, as photographs come; any other number is floats from 0 to 1, which
+    keep all 16 bits of a camera. A grey image becomes three equal channels, a colour image its
+    brightness (luma). ValueError where neither makes the number right.
+    """
+    if len(image) == 1 and channels == 3:
+        image = image.expand(3, -1, -1)
+    if len(image) == 3 and channels == 1:
+        image = luma(_as_floats(image)[None])[0]
+    if len(image) != channels:
+        raise ValueError(f"{len(image)} channels, expected --in_chans {channels}")
+    if channels != 3:
+        return _as_floats(image)
+    return image if image.dtype == torch.uint8 else (image * 255).round().byte()
+
+
+def _as_floats(image: Tensor) -> Tensor:
+    """Bytes from 0 to 255 as floats from 0 to 1; floats as they are."""
+    return image / 255 if image.dtype == torch.uint8 else image
+
+
 if __name__ == "__main__":
     for spec in sys.argv[1:] or ["shapes:100", "shapes:100:val"]:
         images = open_images(spec)
         kinds = f"{len(set(images.labels))} classes" if images.labels else "no labels"
-        print(
-            f"{spec}: {len(images):,d} images, {kinds}, the first {tuple(images.read(0).shape)}, "
-            f"{sum(map(held_out, images.names)):,d} of them held out by name")
-    print(
-        "step 0 of two processes with batch 3:",
-        *([i for *_, i in next(iter(Sampler(100, 3, 9, rank=r, world_size=2)))]
-          for r in (0, 1)))
-    print("step 0 of one process with batch 6:  ",
-          [i for _, _, i in next(iter(Sampler(100, 6, 9)))])
+        shape = tuple(images.read(0).shape)
+        by_name = sum(map(held_out, images.names))
+        print(f"{spec}: {len(images):,d} images, {kinds}, the first {shape}, "
+              f"{by_name:,d} of them held out by name")
+    of_two = [next(iter(Sampler(100, 3, 9, rank=rank, world_size=2))) for rank in (0, 1)]
+    of_one = next(iter(Sampler(100, 6, 9)))
+    print("step 0 of two processes with batch 3:",
+          *([i for _, _, i in keys] for keys in of_two))
+    print("step 0 of one process with batch 6:  ", [i for _, _, i in of_one])

@@ -4,7 +4,7 @@
 2. Every command in README, docs and docstrings is one its program understands; every test that the
    docs cite exists.
 3. Files import only what the house allows; nothing imports in a circle; what is imported when
-   train.py starts is few enough to be read.
+   train.py starts is few enough to be read, and so is what four typical tasks of a student need.
 4. Every file opens with the same slots, and what its slot "Change" names exists; no line is too
    long; no loose ends.
 5. Every demo runs, and says something.
@@ -136,8 +136,7 @@ def understand_evaluate(argv):
 
 
 def understand_visualize(argv):
-    assert argv[0] in ("attention", "curves")
-    parse(visualize.Config, argv[2:])
+    parse(visualize.FIGURES[argv[0]].flags, argv[2:])  # argv[1] is the photo or the run
 
 
 # A program or module -> what reads its command line, without running it.
@@ -320,7 +319,7 @@ def test_machinery_knows_nothing_of_the_method():
 
 
 def code_lines(path):
-    """How many lines hold code: neither blank, nor a comment, nor a docstring."""
+    """The numbers of the lines that hold code: neither blank, nor a comment, nor a docstring."""
     source = path.read_text()
     docstrings = set()
     for node in ast.walk(ast.parse(source)):
@@ -336,7 +335,7 @@ def code_lines(path):
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in not_code:
             lines |= set(range(token.start[0], token.end[0] + 1))
-    return len(lines - docstrings)
+    return lines - docstrings
 
 
 def test_what_starts_with_train_can_be_read():
@@ -348,13 +347,63 @@ def test_what_starts_with_train_can_be_read():
             closure.add(module)
             to_visit += start_up_imports(module)
     sizes = {
-        module: code_lines(MODULES[module])
+        module: len(code_lines(MODULES[module]))
         for module in closure
         if len(MODULES[module].read_text().splitlines()) > 3
     }
     listed = ", ".join(f"{module} {size}" for module, size in sorted(sizes.items()))
     assert len(sizes) <= 22, f"{len(sizes)} files: {listed}"
     assert sum(sizes.values()) <= 3000, f"{sum(sizes.values())} lines of code: {listed}"
+
+
+def names_of(node):
+    """What a statement defines: the name of a class or function, or what it assigns to."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = getattr(node, "targets", [getattr(node, "target", None)])
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def lines_of(path, name):
+    """The numbers of the lines of a function, a class, a table, or Class.member, decorators too."""
+    body = ast.parse(path.read_text()).body
+    for part in name.split("."):
+        matches = [node for node in body if part in names_of(node)]
+        assert len(matches) == 1, f"{path.name} defines {name} {len(matches)} times"
+        node = matches[0]
+        body = getattr(node, "body", [])
+    decorators = [decorator.lineno for decorator in getattr(node, "decorator_list", [])]
+    return set(range(min([node.lineno, *decorators]), node.end_lineno + 1))
+
+
+# A task of docs/results.md, "Four things a student wants to do" -> the most lines of code that it
+# may need.
+TASK_LIMITS = {
+    "change the centering": 100,
+    "add a loss": 100,
+    "add a data set": 54,
+    "see where the attention map comes from": 57,
+}
+
+
+def test_four_student_tasks_stay_small():
+    """The table says which functions, classes and tables a task needs; their lines are counted."""
+    text = (ROOT / "docs/results.md").read_text()
+    table = text[text.index("| task | open | edit |") :].split("\n\n")[0]
+    files, counted, task = {}, {}, ""
+    for row in table.splitlines()[2:]:
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        if cells[0]:  # a row without a task goes on with another file of the task above it
+            task = cells[0]
+            files[task], counted[task] = [int(cells[1])], 0
+        file, *names = re.findall(r"`([^`]+)`", cells[4])
+        files[task].append(file)
+        places = [lines_of(ROOT / file, name) for name in names]
+        counted[task] += len(code_lines(ROOT / file) & set().union(*places))
+    for task, (opened, *listed) in files.items():
+        assert opened == len(listed), f"{task}: {opened} files to open, but {listed}"
+    too_long = {task: n for task, n in counted.items() if n > TASK_LIMITS[task]}
+    assert set(counted) == set(TASK_LIMITS) and not too_long, f"lines of code: {counted}"
 
 
 # -- 4

@@ -26,103 +26,124 @@ from machinery.flags import UsageError, require
 from training.optim import OPTIMIZERS
 from vit import ARCHS, FFNS, POS_EMBED_RESIZE
 
+# Types of fields that would not fit on one line with their help. A Literal is a choice of
+# words.
+Range = tuple[float, float]  # the smallest and the largest value
+LrScaling = Literal["linear_256", "sqrt_1024", "none"]
+ClipMode = Literal["parameter", "network"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Parallel = Literal["ddp", "fsdp"]
+
 
 @dataclass
 class Config:
+    """All settings of a run. The comment beside a field is its help in `train.py --help`."""
+
     preset: str = ""
-    given: tuple[str, ...] = ()  # the flags named on the command line
+    given: tuple[str, ...] = ()  # names of the flags on the command line, set by flags.parse
     # -- data
     data: str = "shapes"  # shapes | folder:PATH | shards:PATTERN | a torchvision class
-    val_data: str = ""  # labelled images to judge with; empty: 5 % of --data held out by name
-    auto_scale: bool = False  # set what depends on the number of images and on the batch: SCALED
-    data_root: str = "data"  # where torchvision keeps its data sets
-    download: bool = False  # let torchvision fetch them
-    in_chans: int = 3  # channels of the images; unless 3: no colour operations, .npy or 16 bits fit
-    mean: tuple[float, ...] = ()  # of each channel, black 0, white 1; empty: ImageNet's
-    std: tuple[float, ...] = ()  # and its spread
-    cache: str = ""  # a folder for --data decoded once; changes crops a little
-    cache_side: int = 256  # pixels of the short side there, at most; 0: images as they are
+    val_data: str = ""  # labelled images to judge with; empty: 5 % of --data, held out by name
+    auto_scale: bool = False  # set recipes.SCALED by the number of images and the batch
+    data_root: str = "data"  # folder in which torchvision keeps its data sets
+    download: bool = False  # let torchvision download a data set that is not there
+    # Images of another number than 3 come as pictures of as many bands, or as .npy files. Their
+    # channels are no colours, so the colour changes leave hue and saturation alone.
+    in_chans: int = 3  # number of channels of the images
+    # The values of a pixel go from 0 (black) to 1 (white).
+    mean: tuple[float, ...] = ()  # mean of each channel; empty: ImageNet's
+    std: tuple[float, ...] = ()  # standard deviation of each channel; empty: ImageNet's
+    # Decoding large photographs can take longer than training on them. The cache keeps them
+    # shrunk, so crops are cut from fewer pixels and differ a little.
+    cache: str = ""  # folder that keeps the images of --data decoded; empty: no cache
+    cache_side: int = 256  # largest short side of a cached image in pixels; 0: any
     # -- start
-    init: str = ""  # weights to begin with: a run, a released name, a URL, or a file; empty: random
-    freeze_backbone_epochs: int = 0  # so long only the heads learn (with --init)
+    init: str = ""  # weights to begin with: run, released name, URL or file; empty: random
+    freeze_backbone_epochs: int = 0  # epochs in which only the heads learn (with --init)
     # -- network
-    arch: Literal[*ARCHS, *CONVNETS] = "vit_small"  # the backbone: a ViT or a convnet
-    patch_size: int = 16  # pixels; crops must be multiples of it
-    drop_path_rate: float = 0.1  # stochastic depth of the student's last block
-    drop_path_uniform: bool = False  # the same rate in all blocks instead of a ramp from 0
-    ffn_layer: Literal[*FFNS] = "mlp"  # what follows attention in each block
-    layerscale: float = 0.0  # start of a learned factor on each branch (DINOv2: 1e-5); 0: none
-    num_register_tokens: int = 0  # extra tokens that are nowhere in the image
-    pos_embed_resize: Literal[*POS_EMBED_RESIZE] = "offset"  # rule for other image sizes
+    arch: Literal[*ARCHS, *CONVNETS] = "vit_small"  # backbone: Vision Transformer or convnet
+    patch_size: int = 16  # side of a patch in pixels; crop sizes must be multiples of it
+    # Stochastic depth leaves a block out for some of the samples; the teacher never does.
+    drop_path_rate: float = 0.1  # rate of stochastic depth in the student's last block
+    drop_path_uniform: bool = False  # stochastic depth: one rate for all blocks, no ramp from 0
+    ffn_layer: Literal[*FFNS] = "mlp"  # feed-forward layer after the attention of each block
+    layerscale: float = 0.0  # first value of LayerScale's factors (DINOv2: 1e-5); 0: none
+    num_register_tokens: int = 0  # number of register tokens, which belong to no patch
+    # "offset" is the rule of DINO and DINOv2, "antialias" that of DINOv2 with registers.
+    pos_embed_resize: Literal[*POS_EMBED_RESIZE] = "offset"  # rule to resample positions
     # -- head
-    n_prototypes: int = 65536  # K, the size of the answer
-    head_hidden_dim: int = 2048  # width of the head's MLP
-    head_bottleneck_dim: int = 256  # width before the prototypes
-    head_nlayers: int = 3  # linear layers of the MLP
-    use_bn_in_head: bool = False  # BatchNorm in the head (convnets)
+    n_prototypes: int = 65536  # K of the class-token head, which patches share by default
+    head_hidden_dim: int = 2048  # width of the hidden layers of the heads
+    head_bottleneck_dim: int = 256  # width before the prototypes in the class-token head
+    head_nlayers: int = 3  # number of linear layers before the prototypes in the heads
+    use_bn_in_head: bool = False  # BatchNorm in the hidden layers of the heads (convnets)
     norm_last_layer: bool = True  # keep prototypes at length 1; False is better for small ViTs
-    separate_head: bool = False  # patches get a head of their own
-    ibot_n_prototypes: int = 65536  # its K
-    ibot_head_bottleneck_dim: int = 256  # its width before the prototypes
+    separate_head: bool = False  # give the patches a head of their own
+    ibot_n_prototypes: int = 65536  # K of the patch head (with --separate_head)
+    ibot_head_bottleneck_dim: int = 256  # width before the prototypes in the patch head
     # -- crops
-    global_crops_number: int = 2  # seen by teacher and student
-    global_crops_size: int = 224  # pixels
-    global_crops_scale: tuple[float, float] = (0.4, 1.0)  # share of the image's area
-    local_crops_number: int = 8  # seen by the student only
-    local_crops_size: int = 96  # pixels
-    local_crops_scale: tuple[float, float] = (0.05, 0.4)  # share of the image's area
-    photometry: Literal[*PHOTOMETRY] = "dino"  # colour augmentation
+    global_crops_number: int = 2  # number of global crops, which teacher and student see
+    global_crops_size: int = 224  # side of a global crop in pixels
+    global_crops_scale: Range = (0.4, 1.0)  # a global crop's share of the image: from, to
+    local_crops_number: int = 8  # number of local crops, which only the student sees
+    local_crops_size: int = 96  # side of a local crop in pixels
+    local_crops_scale: Range = (0.05, 0.4)  # a local crop's share of the image: from, to
+    photometry: Literal[*PHOTOMETRY] = "dino"  # table of colour changes for the crops
     # -- masks
-    mask_probability: float = 0.5  # share of global crops with hidden patches (--ibot_weight > 0)
-    mask_ratio: tuple[float, float] = (0.1, 0.5)  # share of patches hidden in those
-    mask_shape: Literal[*MASK_SHAPES] = "block"  # rectangles, or patches one by one
-    mask_min_patches: int = 4  # in a rectangle
+    mask_probability: float = 0.5  # share of the global crops with a mask (if --ibot_weight)
+    mask_ratio: Range = (0.1, 0.5)  # a mask's share of the patches: from, to
+    mask_shape: Literal[*MASK_SHAPES] = "block"  # masks of rectangles, or of single patches
+    mask_min_patches: int = 4  # smallest number of patches in a rectangle of a mask
     # -- loss
-    dino_weight: float = 1.0  # of the class tokens' loss
-    ibot_weight: float = 0.0  # of the hidden patches' loss (iBOT, DINOv2: 1)
-    koleo_weight: float = 0.0  # of the term that spreads images apart (DINOv2: 0.1)
-    centering: Literal[*CENTERING] = "ema"  # against one answer for all
-    center_momentum: float = 0.9  # of the EMA centre
+    dino_weight: float = 1.0  # weight of the DINO loss, on class tokens
+    ibot_weight: float = 0.0  # weight of the iBOT loss, on masked patches (iBOT, DINOv2: 1)
+    koleo_weight: float = 0.0  # weight of KoLeo, which spreads features apart (DINOv2: 0.1)
+    centering: Literal[*CENTERING] = "ema"  # what keeps the targets from being all the same
+    center_momentum: float = 0.9  # momentum of the EMA centre
     student_temp: float = 0.1  # softmax temperature of the student
-    teacher_temp: float = 0.04  # and of the teacher: lower is sharper
-    warmup_teacher_temp: float = 0.04  # its value at the start
-    warmup_teacher_temp_epochs: int = 0  # epochs to rise over
-    momentum_teacher: float = 0.996  # of the teacher's average, at the start
-    final_momentum_teacher: float = 1.0  # and at the end
+    teacher_temp: float = 0.04  # softmax temperature of the teacher; lower is sharper
+    warmup_teacher_temp: float = 0.04  # softmax temperature of the teacher at the start
+    warmup_teacher_temp_epochs: int = 0  # epochs from --warmup_teacher_temp to --teacher_temp
+    momentum_teacher: float = 0.996  # momentum of the teacher's average at the start
+    final_momentum_teacher: float = 1.0  # momentum of the teacher's average at the end
     # -- optimisation
-    epochs: int = 100  # passes over the data, or stretches of --epoch_length
-    epoch_length: int = 0  # steps an epoch; 0: what one pass over the data takes
-    batch_size_per_gpu: int = 64  # images per process
-    optimizer: Literal[*OPTIMIZERS] = "adamw"
-    lr: float = 5e-4  # peak, for the reference batch of --lr_scaling
-    lr_scaling: Literal["linear_256", "sqrt_1024", "none"] = "linear_256"  # lr * batch / 256
-    min_lr: float = 1e-6  # at the end
-    warmup_epochs: int = 10  # linear rise of the learning rate
-    weight_decay: float = 0.04  # at the start
-    weight_decay_end: float = 0.4  # at the end
-    layerwise_decay: float = 1.0  # factor on lr from each block to the one below
-    patch_embed_lr_mult: float = 1.0  # factor on lr of the patch embedding
-    clip_grad: float = 3.0  # largest gradient norm; 0: no clipping
-    clip_mode: Literal["parameter", "network"] = "parameter"  # each tensor, or each network
-    freeze_last_layer_epochs: int = 1  # the prototypes rest this long
-    seed: int = 0  # everything random follows from it
+    epochs: int = 100  # length of the run in epochs
+    epoch_length: int = 0  # steps of an epoch; 0: as many as one pass over the data takes
+    batch_size_per_gpu: int = 64  # images of a step on each process
+    optimizer: Literal[*OPTIMIZERS] = "adamw"  # what turns gradients into steps (convnets: sgd)
+    # The peak is computed from the batch of all processes together. Example: 5e-4 with 1,024
+    # images is a peak of 2e-3 by linear_256, and of 5e-4 by sqrt_1024 and by none.
+    lr: float = 5e-4  # peak learning rate for the reference batch of --lr_scaling
+    lr_scaling: LrScaling = "linear_256"  # lr * batch / 256 | lr * sqrt(batch / 1024) | lr
+    min_lr: float = 1e-6  # learning rate at the end
+    warmup_epochs: int = 10  # epochs in which the learning rate rises from 0 to its peak
+    weight_decay: float = 0.04  # weight decay at the start
+    weight_decay_end: float = 0.4  # weight decay at the end
+    layerwise_decay: float = 1.0  # factor on the learning rate from each block to the one below
+    patch_embed_lr_mult: float = 1.0  # further factor on the patch embedding's learning rate
+    clip_grad: float = 3.0  # largest norm of a gradient; 0: no clipping
+    clip_mode: ClipMode = "parameter"  # whose norm is clipped: each tensor's, or each network's
+    freeze_last_layer_epochs: int = 1  # epochs in which the prototypes stay as they are
+    seed: int = 0  # seed of everything that is random
     # -- machine
-    device: str = "auto"  # auto | cpu | cuda | mps
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of products; bf16 if fast
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # copies of the network, or one that is split
-    compile: bool | None = None  # fuse the blocks' kernels by torch.compile [on CUDA]
-    activation_checkpointing: bool = False  # less memory, a quarter more time
-    num_workers: int = 2  # loader processes
+    device: str = "auto"  # auto (a GPU, if there is one) | cpu | cuda | mps
+    precision: Precision = "auto"  # precision of matrix products; auto: bf16 where it is fast
+    # Only where several processes work together; process.shard explains fsdp.
+    parallel: Parallel = "ddp"  # ddp: a copy of the network on each process; fsdp: a part
+    compile: bool | None = None  # fuse the operations of a block by torch.compile [on CUDA]
+    activation_checkpointing: bool = False  # recompute activations: less memory, 1/4 slower
+    num_workers: int = 2  # processes that read and crop images, beside each training process
     # -- run
-    output_dir: str = ""  # the run; empty: runs/PRESET
-    resume: bool = True  # continue the run that is there; --no_resume starts anew
-    save_every: int = 500  # steps between checkpoints
-    keep: int = 2  # checkpoints kept
-    log_every: int = 20  # steps between log lines
-    knn_every: int = 10  # epochs between k-NN evaluations of the teacher; 0: first and last only
+    output_dir: str = ""  # directory of the run; empty: runs/PRESET
+    resume: bool = True  # continue the run that is in the directory; --no_resume starts anew
+    save_every: int = 500  # steps from one checkpoint to the next
+    keep: int = 2  # number of checkpoints to keep
+    log_every: int = 20  # steps from one log line to the next
+    knn_every: int = 10  # epochs from one k-NN evaluation to the next; 0: only first and last
 
     @property
     def pixels(self) -> Pixels:
+        """What the network takes for a pixel: channels, their means and standard deviations."""
         return pixels_of(self.in_chans, self.mean, self.std)
 
     @property
@@ -132,29 +153,31 @@ class Config:
 
     @property
     def learns_patches(self) -> bool:
-        """Whether there is an iBOT objective: a weight for it, and places to learn it at."""
+        """Whether there is an iBOT loss: a weight for it, and crops with a mask."""
         return self.ibot_weight > 0 and self.mask_probability > 0
 
     @property
     def hides_patches(self) -> bool:
-        """Whether the student has to guess what is at those places."""
+        """Whether the masked patches are hidden from the student. distill.py does not hide
+        them.
+        """
         return self.learns_patches
 
     @property
     def objectives(self) -> dict[str, int]:
-        """What is learned: "dino" (class tokens), "ibot" (patches) -> the number of
-        prototypes.
-        """
+        """What has targets: "dino" (class tokens), "ibot" (patches) -> number of prototypes."""
         prototypes = {}
         if self.dino_weight:
             prototypes["dino"] = self.n_prototypes
+
+        # Without a head of their own the patches go through the head of the class tokens.
         if self.learns_patches:
             own_head = self.separate_head
             prototypes["ibot"] = self.ibot_n_prototypes if own_head else self.n_prototypes
         return prototypes
 
     def masking(self, rank: int = 0) -> Masking | None:
-        """What draws the masks of process `rank`; None where only whole images are learned."""
+        """What draws the masks of process `rank`; None where there is no iBOT loss."""
         if not self.learns_patches:
             return None
         side = self.global_crops_size // self.patch_size
@@ -162,8 +185,9 @@ class Config:
                        self.mask_min_patches, self.seed, rank)
 
 
-# What --init brings along. The network and its heads are those of the weights, whatever a
-# preset says; the crops are, unless a preset or a flag says otherwise.
+# Which settings --init brings along (training/warmstart.py). The network and its heads are
+# those of the weights, whatever a preset says. The crops are, unless a preset or a flag says
+# otherwise.
 NETWORK = ("arch", "patch_size", "ffn_layer", "num_register_tokens", "layerscale",
            "pos_embed_resize")
 
@@ -174,30 +198,51 @@ HEADS = ("n_prototypes", "head_hidden_dim", "head_bottleneck_dim", "head_nlayers
 CROPS = ("in_chans", "mean", "std", "global_crops_size", "local_crops_size",
          "local_crops_number", "global_crops_scale", "local_crops_scale", "photometry")
 
-# Fields that do not change the result: a run may be continued with others.
+# Settings that do not change the result: a run may be continued with other values of them.
 NEUTRAL = {
     "output_dir", "given", "resume", "save_every", "log_every", "knn_every", "num_workers",
     "device", "data_root", "download", "compile", "parallel", "keep",
     "activation_checkpointing"}
 
+# ----------------------------------------------------------------------------------------------
+# config.json: a Config and its global batch, as a run keeps them
+
 
 def fits(value, kind) -> bool:
-    """Whether a value of JSON is of a field's type."""
-    origin, inside = typing.get_origin(kind), typing.get_args(kind)
+    """Whether a value that was read from JSON is of the type of a field.
+
+    Examples: [0.1, 0.5] fits tuple[float, float], [0.1] does not; 1 fits float, "1" and true do
+    not.
+    """
+    origin = typing.get_origin(kind)
+    inside = typing.get_args(kind)
     if origin is Literal:
         return value in inside
+
+    # JSON has lists where Python has tuples. tuple[float, ...] may have any length.
     if origin is tuple:
-        long = inside[-1] is Ellipsis or isinstance(value, list) and len(value) == len(inside)
-        return isinstance(value, list) and long and all(fits(v, inside[0]) for v in value)
-    if inside:  # a union
-        return any(fits(value, each) for each in inside)
-    return type(value) in (int, float) if kind is float else type(value) is kind
+        if not isinstance(value, list):
+            return False
+        any_length = inside[-1] is Ellipsis
+        return (any_length or len(value) == len(inside)) and all(
+            fits(part, inside[0]) for part in value)
+
+    if inside:  # a union, such as bool | None
+        return any(fits(value, member) for member in inside)
+
+    # JSON may write the float 1.0 as 1. The types are compared, because isinstance takes True
+    # for an int.
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind
 
 
 def read_config(file: Path) -> dict:
-    """config.json of a run, each field of its type; what the run did not know has its default.
+    """The fields of a run's config.json by name, and its global_batch.
 
-    ValueError for anything else: such a file may come from anywhere.
+    A field that the run did not know, because it is older than the field, has its default.
+    ValueError if the file is anything else, or a value is not of the type of its field: the
+    file may come from anywhere.
     """
     try:
         stored = json.loads(file.read_text())
@@ -208,6 +253,7 @@ def read_config(file: Path) -> dict:
                 raise ValueError(f"{name} is {stored[name]!r:.40}")
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: not the config.json of a run ({error})") from None
+
     stored = {name: tuple(v) if type(v) is list else v for name, v in stored.items()}
     return asdict(Config()) | stored
 
@@ -217,10 +263,31 @@ def read_config(file: Path) -> dict:
 
 
 def check(config: Config):
-    """Refuse what cannot work, in one sentence that names the flag."""
-    sizes = ["global_crops_size"] + ["local_crops_size"] * (config.local_crops_number > 0)
+    """Refuse what cannot work: UsageError with one sentence that names the flag.
+
+    Only what the settings alone can tell. What depends on the images or on a stored run is
+    refused where these are opened.
+    """
+    check_sizes(config)
+    check_pixels(config)
+    check_ranges(config)
+    check_losses(config)
+    check_parallel(config)
+    check_schedule(config)
+
+
+def check_sizes(config: Config):
+    """Refuses crops that are no whole number of patches, and counts and widths of 0."""
+    # Local crops may be left out; then their size does not matter. A convnet takes any size.
+    sizes = ["global_crops_size"]
+    if config.local_crops_number > 0:
+        sizes.append("local_crops_size")
+    p = 1 if config.convnet else config.patch_size
+
+    # The patch embedding is a convolution whose stride is the patch size. It would drop the
+    # rest of a crop without a word.
     for name in sizes:
-        size, p = getattr(config, name), 1 if config.convnet else config.patch_size
+        size = getattr(config, name)
         if p < 1 or size < p:
             raise UsageError(f"--{name} {size} is smaller than one patch of --patch_size {p}")
         if size % p:
@@ -230,22 +297,55 @@ def check(config: Config):
             "save_every", "log_every", "keep", "global_crops_number", "n_prototypes",
             "ibot_n_prototypes", "head_nlayers", "head_hidden_dim", "head_bottleneck_dim",
             "ibot_head_bottleneck_dim")
-    check_pixels(config)
+
+
+def check_pixels(config: Config):
+    """Refuses means and deviations that do not fit the channels, and channels without a use."""
+    # A pixel is divided by the standard deviation of its channel.
+    C = config.in_chans
+    require(config, lambda x: x >= 1, "at least 1", "in_chans")
+    require(config, lambda x: len(x) in (0, C), f"{C} numbers, as --in_chans", "mean", "std")
+    require(config, lambda x: all(v > 0 for v in x), "positive numbers", "std")
+
+    # A ViT is built for any number of channels. torchvision builds convnets for three only, and
+    # the cache stores three bytes for each pixel.
+    if C != 3 and config.convnet:
+        raise UsageError(
+            f"--in_chans {C}: torchvision's convnets begin with three channels; give a ViT")
+    if C != 3 and config.cache:
+        raise UsageError(f"--in_chans {C}: --cache keeps photographs, bytes of three channels")
+
+
+def check_ranges(config: Config):
+    """Refuses numbers that are outside of their interval."""
+    # Logits are divided by the temperatures.
     require(config, lambda x: x > 0, "a positive number", "teacher_temp", "warmup_teacher_temp",
             "student_temp")
     require(config, lambda x: 0 < x[0] <= x[1] <= 1, "0 < low <= high <= 1",
             "global_crops_scale", "local_crops_scale")
+
+    # Momenta and probabilities are shares. With a rate of 1 stochastic depth would drop every
+    # sample, and divide what is left by 0.
     require(config, lambda x: x <= 1, "at most 1", "momentum_teacher", "final_momentum_teacher",
             "center_momentum", "mask_probability")
     require(config, lambda x: x < 1, "below 1", "drop_path_rate")
     require(config, lambda x: 0 < x <= 1, "above 0, at most 1", "layerwise_decay")
-    weights = [
+
+
+def check_losses(config: Config):
+    """Refuses losses that have nothing to compare."""
+    # Every field NAME_weight is the weight of a loss, also those of distill.py. The iBOT loss
+    # needs masks as well, so it is asked by learns_patches.
+    other_weights = [
         value for name, value in vars(config).items()
         if name.endswith("_weight") and name != "ibot_weight"]
-    if not (any(weights) or config.learns_patches):
+    if not (any(other_weights) or config.learns_patches):
         raise UsageError(
             "--dino_weight 0 and no other loss: nothing to learn; give --ibot_weight "
             "(with --mask_probability) or --koleo_weight")
+
+    # The DINO loss never compares a view with itself, and KoLeo looks for the nearest other
+    # image on the same process.
     if config.dino_weight and config.global_crops_number + config.local_crops_number < 2:
         raise UsageError(
             "--global_crops_number 1 --local_crops_number 0: one view has no other to "
@@ -256,58 +356,25 @@ def check(config: Config):
             "give at least 2, or --koleo_weight 0")
     if config.learns_patches:
         check_masks(config)
-    if config.activation_checkpointing and config.convnet:
-        raise UsageError(
-            "--activation_checkpointing: BatchNorm would count each batch twice; give "
-            "a ViT, or a smaller --batch_size_per_gpu")
-    if config.freeze_backbone_epochs and not config.init:
-        raise UsageError(f"--freeze_backbone_epochs {config.freeze_backbone_epochs}: a random "
-                         "backbone has nothing to keep; give --init")
-    if config.freeze_backbone_epochs >= config.epochs:
-        raise UsageError(
-            f"--freeze_backbone_epochs {config.freeze_backbone_epochs} leaves nothing "
-            f"of --epochs {config.epochs}")
-    if config.parallel == "fsdp" and "WORLD_SIZE" not in os.environ:
-        raise UsageError(
-            "--parallel fsdp splits a network over processes: start it with torchrun "
-            "--nproc_per_node=N train.py ...")
-    if config.parallel == "fsdp" and (config.convnet or config.use_bn_in_head):
-        raise UsageError(
-            "--parallel fsdp: BatchNorm (--use_bn_in_head, convnets) has statistics "
-            "that no process owns; give --parallel ddp, or do without it")
-    if config.parallel == "fsdp" and config.optimizer != "adamw":
-        raise UsageError(
-            f"--parallel fsdp with --optimizer {config.optimizer}: it has no step on "
-            "split tensors; give --optimizer adamw, or --parallel ddp")
-    open_to_rules = config.auto_scale and "warmup_epochs" not in config.given
-    if config.warmup_epochs >= config.epochs and not open_to_rules:
-        raise UsageError(
-            f"--warmup_epochs {config.warmup_epochs} leaves nothing of --epochs {config.epochs}"
-        )
-
-
-def check_pixels(config: Config):
-    C = config.in_chans
-    require(config, lambda x: x >= 1, "at least 1", "in_chans")
-    require(config, lambda x: len(x) in (0, C), f"{C} numbers, as --in_chans", "mean", "std")
-    require(config, lambda x: all(v > 0 for v in x), "positive numbers", "std")
-    if C != 3 and config.convnet:
-        raise UsageError(
-            f"--in_chans {C}: torchvision's convnets begin with three channels; give a ViT")
-    if C != 3 and config.cache:
-        raise UsageError(f"--in_chans {C}: --cache keeps photographs, bytes of three channels")
 
 
 def check_masks(config: Config):
+    """Refuses masks that would hide nothing, or cannot be drawn."""
     if config.convnet:
         raise UsageError(
             f"--arch {config.arch} has no patches to hide: give a ViT, or --ibot_weight 0")
+
+    # The number of masked patches is rounded down. So with few patches and a small share even
+    # the largest mask could be empty, and there would be no iBOT loss.
     low, high = config.mask_ratio
     patches = (config.global_crops_size // config.patch_size)**2
     if not 0 <= low <= high <= 1 or int(patches * high) < 1:
         raise UsageError(
             f"--mask_ratio {low} {high}: expected 0 <= low <= high <= 1, and at least "
             f"one of the {patches} patches of a global crop")
+
+    # The same for the number of crops that get a mask. Example: two global crops of one image,
+    # at a probability of 0.4, are int(0.8) = 0 crops.
     crops = config.global_crops_number * config.batch_size_per_gpu
     if int(crops * config.mask_probability) < 1:
         raise UsageError(
@@ -316,3 +383,54 @@ def check_masks(config: Config):
     if not 1 <= config.mask_min_patches <= max(1, patches // 2):
         raise UsageError(f"--mask_min_patches {config.mask_min_patches}: expected 1 to "
                          f"{max(1, patches // 2)}, half of a global crop's {patches} patches")
+
+
+def check_parallel(config: Config):
+    """Refuses networks that cannot be computed twice, or not be split over processes."""
+    # Activation checkpointing computes a block a second time during the backward pass. Each
+    # time BatchNorm would add the batch to its running mean and variance.
+    if config.activation_checkpointing and config.convnet:
+        raise UsageError(
+            "--activation_checkpointing: BatchNorm would count each batch twice; give "
+            "a ViT, or a smaller --batch_size_per_gpu")
+
+    # torchrun sets WORLD_SIZE. Without it there is a single process.
+    if config.parallel == "fsdp" and "WORLD_SIZE" not in os.environ:
+        raise UsageError(
+            "--parallel fsdp splits a network over processes: start it with torchrun "
+            "--nproc_per_node=N train.py ...")
+
+    # FSDP splits parameters. The running mean and variance of BatchNorm are buffers: each
+    # process would keep its own, of the images that it has seen, and they would drift apart.
+    # (DDP sends those of the main process to all others.)
+    if config.parallel == "fsdp" and (config.convnet or config.use_bn_in_head):
+        raise UsageError(
+            "--parallel fsdp: BatchNorm (--use_bn_in_head, convnets) has statistics "
+            "that no process owns; give --parallel ddp, or do without it")
+
+    # AdamW changes each number by itself, so each process can change its part of a tensor. LARS
+    # needs the norm of the whole tensor, and torch's fused SGD does not take split ones.
+    if config.parallel == "fsdp" and config.optimizer != "adamw":
+        raise UsageError(
+            f"--parallel fsdp with --optimizer {config.optimizer}: it has no step on "
+            "split tensors; give --optimizer adamw, or --parallel ddp")
+
+
+def check_schedule(config: Config):
+    """Refuses phases at the start that would last as long as the run."""
+    if config.freeze_backbone_epochs and not config.init:
+        raise UsageError(f"--freeze_backbone_epochs {config.freeze_backbone_epochs}: a random "
+                         "backbone has nothing to keep; give --init")
+    if config.freeze_backbone_epochs >= config.epochs:
+        raise UsageError(
+            f"--freeze_backbone_epochs {config.freeze_backbone_epochs} leaves nothing "
+            f"of --epochs {config.epochs}")
+
+    # The learning rate falls after the warm-up only, so the run would end at its peak or before
+    # it. --auto_scale chooses a warm-up that fits, later, unless a flag has set it; train.py
+    # calls `check` once more after that.
+    set_by_auto_scale = config.auto_scale and "warmup_epochs" not in config.given
+    if config.warmup_epochs >= config.epochs and not set_by_auto_scale:
+        raise UsageError(
+            f"--warmup_epochs {config.warmup_epochs} leaves nothing of --epochs {config.epochs}"
+        )

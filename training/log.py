@@ -1,4 +1,4 @@
-"""Log: what the numbers of a step mean, and when they tell of an illness.
+"""Log: what the numbers of a step mean, and which of them show that training has failed.
 
     step 1200  dino 5.250 = H 4.810 + KL 0.440 (ln K 5.55, mean H 5.43)  rank 5 ...
                     |           |         |           |         |
@@ -6,12 +6,15 @@
                          teacher       still to    nothing   prototypes
                          leaves open   learn                 in use?
 
-Idea     The loss alone cannot tell learning from collapse: a cross-entropy is an entropy and a
-         divergence, and only the two apart show which of them is large.
+Idea     The loss alone cannot tell learning from collapse. A cross-entropy is the sum of an
+         entropy and a divergence: only the two apart show whether the teacher says nothing, or
+         the student has not learned yet what it says.
 Paper    DINO sec. 5.3 and fig. 7 (collapse); RankMe (Garrido 2023) for the effective rank
 Try      python train.py --epochs 1 --warmup_epochs 0 --log_every 5
 Change   another illness is one more branch in `diagnose`
 Tests    pytest tests/training/test_log.py
+
+Letters  n rows (views times images), K prototypes, M masked patches.
 """
 
 import math
@@ -36,6 +39,8 @@ def step_figures(means: dict, targets: dict, weights: Tensor | None, crops: int)
     means: the step's losses by name; targets: those of each objective, (n, K); weights (M,) of
     the masked patches; crops: how many global crops the batch has.
     """
+    # Entropy of each target, and entropy of their mean. Sharp targets that differ have a small
+    # first and a large second figure. Rows of padding (weight 0) do not count.
     figures = {}
     for name, target in targets.items():
         each, of_mean = entropies(target, weights if name == "ibot" else None)
@@ -44,7 +49,8 @@ def step_figures(means: dict, targets: dict, weights: Tensor | None, crops: int)
 
     # The iBOT loss is a mean over all global crops, also those without a mask. To be comparable
     # with the entropy of a target it is shown as a mean over the crops that have one: their
-    # weights add up to the number of these crops.
+    # weights add up to the number of these crops. Example: 4 crops, of which 2 are masked; a
+    # loss of 2.5 is shown as 2.5 * 4 / 2 = 5.
     if "ibot" in means:
         figures["ibot"] = means["ibot"] * crops / weights.sum()
     return figures
@@ -55,12 +61,17 @@ def step_figures(means: dict, targets: dict, weights: Tensor | None, crops: int)
 
 
 def diagnose(row: dict, config: Config) -> tuple[str, str] | None:
-    """(name, sentence with a remedy) if the targets show one of the three known illnesses."""
+    """(name, sentence with a remedy) if the targets show one of three failures, else None.
+
+    row: means of `step_figures` and of the losses, as LogWindow.read gives them.
+    """
+    # Uniform answers cost ln K, so entropies and losses are compared with it. Example with
+    # K = 256, ln K = 5.55: a healthy run has H 4.8, KL .4 and mean H 5.4.
     for term, prototypes in config.objectives.items():
         ln_k = math.log(prototypes)
         entropy = row[f"{term}_entropy"]
 
-        # Every target is the uniform distribution, and the student has learned to say so.
+        # Every target is the uniform distribution, and the student answers it exactly.
         if entropy > 0.99 * ln_k and row[f"{term}_kl"] < 0.01 * ln_k:
             return "uniform collapse", (
                 f"uniform collapse of {term}: every answer is 1/K (H is ln K); lower "
@@ -69,19 +80,20 @@ def diagnose(row: dict, config: Config) -> tuple[str, str] | None:
         # The targets are sharp, and the same for all images: their mean is sharp, too.
         if row[f"{term}_mean_entropy"] < 0.05 * ln_k:
             return "one prototype", (
-                f"one prototype of {term} answers for all images (entropy of the mean target near "
-                "0); use --centering ema or sinkhorn, or raise --teacher_temp")
+                f"one prototype of {term} answers for all images (entropy of the mean target "
+                "near 0); use --centering ema or sinkhorn, or raise --teacher_temp")
 
         # The targets tell images apart, but the student still answers as at its first step.
         if abs(row[term] - ln_k) < 0.01 * ln_k and entropy < 0.5 * ln_k:
             return "ignored teacher", (
-                f"the student ignores a teacher of {term} that has something to say (loss is ln K, "
-                "H is not); raise --lr, or lower --freeze_last_layer_epochs")
+                f"the student ignores a teacher of {term} that has something to say (loss is "
+                "ln K, H is not); raise --lr, or lower --freeze_last_layer_epochs")
     return None
 
 
 def log_line(row: dict, total: int, config: Config, clock: Clock) -> str:
     """One line for the terminal; README.md, "Reading the log", explains its fields."""
+    # Where the run is, and of each objective its loss with the two parts of it.
     parts = [f"step {row['step']:6d}/{total} {row['step'] / total:4.0%}"]
     for term, prototypes in config.objectives.items():
         parts.append(f"{term} {row[term]:.3f} = H {row[term + '_entropy']:.3f} + "
@@ -93,6 +105,7 @@ def log_line(row: dict, total: int, config: Config, clock: Clock) -> str:
         if name not in config.objectives and hasattr(config, f"{name}_weight"):
             parts.append(f"{name} {row[name]:.2f}")
 
+    # The features, the schedules, the machine.
     parts += [
         f"rank {row['rank']:.0f}", f"lr {row['lr']:.1e}", f"m {row['momentum']:.4f}",
         f"{row['images_per_second']:.0f} img/s", f"wait {clock.waiting:.0%}",
@@ -108,9 +121,10 @@ class LogWindow:
     def __init__(self, images: Images, config: Config):
         self.images = images
         self.config = config
-        self.steps = []
+        self.steps = []  # (step, indices of its images, names of broken ones, figures)
 
     def add(self, step: int, batch: dict, figures: dict):
+        """Keep the figures of a step, which may not be computed yet: nothing is read here."""
         self.steps.append((step, batch["index"], batch["broken"], figures))
 
     def read(self, totals: dict, images_seen: int) -> dict:
@@ -126,13 +140,16 @@ class LogWindow:
             torch.stack([figures[name].float() for name in names])
             for *_, figures in self.steps]).tolist()
 
+        # A step that was not finite ends the run. It is noticed here, some steps late, but
+        # nothing is lost: train_step has kept all weights as they were since.
         for (step, index, _, _), values in zip(self.steps, table):
             row = dict(zip(names, values))
             if not row["ok"]:
                 self.refuse(step, index, row)
 
         # A cross-entropy is H + KL: what the teacher leaves open, and what is still to be
-        # learned.
+        # learned. exp(entropy of the mean target) is the number of prototypes in use, as if all
+        # of them were used equally.
         means = {name: sum(column) / len(table) for name, column in zip(names, zip(*table))}
         for term in self.config.objectives:
             means[f"{term}_kl"] = means[term] - means[f"{term}_entropy"]
@@ -145,7 +162,8 @@ class LogWindow:
         return means
 
     def refuse(self, step: int, index: Tensor, row: dict):
-        """Name the step, the loss and the images of a step that was not finite."""
+        """UsageError with the step, the loss and the images of a step that was not finite."""
+        # Where all losses are finite, a gradient was not: it overflowed in the backward pass.
         losses = [name for name in row if hasattr(self.config, f"{name}_weight")] + ["loss"]
         ill = [name for name in losses if not math.isfinite(row[name])]
         what = f"the loss ({ill[0]})" if ill else "a gradient"
@@ -161,7 +179,8 @@ class LogWindow:
         for name in broken:
             print(f"replaced an image that does not decode: {name}", flush=True)
 
-        # All processes add up what they found, so that all of them stop together.
+        # All processes add up their numbers, so that all of them stop together. Three broken
+        # images are forgiven in any case: a run of a few images would else stop at the first.
         totals["broken"] += int(all_sum(torch.tensor(float(len(broken)), device=device)))
         if totals["broken"] > max(3, 0.01 * images_seen):
             raise UsageError(

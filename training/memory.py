@@ -1,8 +1,8 @@
-"""Memory: what a step will need, counted in a step that is imagined.
+"""Memory: what a step will need, counted in a step on tensors without data.
 
     student, batch --> shapes alone (FakeTensorMode) --> forward pass and losses
                                                               |
-                             what autograd would keep, weights, gradients, moments  --> GB, by part
+                          what autograd would keep, weights, gradients, moments --> GB, by part
 
 Idea     A run that does not fit should say so before it starts, and say which part is too
          large.
@@ -10,6 +10,8 @@ Paper    none
 Try      python -m bench plan dinov2_vitl14 --gpus 32
 Change   another part of the sum is one entry of `parts` in expected_memory
 Tests    pytest tests/training/test_memory.py
+
+Letters  G global crops of an image, B images of a process, M masked patches, K prototypes.
 """
 
 import math
@@ -31,11 +33,13 @@ def fake_step_inputs(student: nn.Module, config: Config, device: torch.device,
     memory, and operations on them take no time. masked: how many patches the heads are asked
     about; None: as many as the masks can hide at most.
     """
+    # The weights: autograd saves something for a layer only if its weights need a gradient.
     state = {}
     for name, x in (*student.named_parameters(), *student.named_buffers()):
         state[name] = torch.empty_like(x, device=device).requires_grad_(x.requires_grad)
 
-    # The crops of a batch, one tensor for each size.
+    # The crops of a batch, one tensor for each size. Local crops serve the loss of the class
+    # tokens alone: without it there are none.
     sizes = [(config.global_crops_number, config.global_crops_size)]
     if config.local_crops_number and config.dino_weight:
         sizes.append((config.local_crops_number, config.local_crops_size))
@@ -45,7 +49,8 @@ def fake_step_inputs(student: nn.Module, config: Config, device: torch.device,
         views.append(torch.empty(crops, config.in_chans, side, side, device=device))
     plan = student.backbone.draw_plan(views, torch.Generator())
 
-    # The masks. Distillation asks about patches but hides none of them from the student.
+    # The masks. Distillation asks about patches but hides none of them from the student. The
+    # values of the masks do not matter: how many patches there are decides about memory.
     masks = None
     mask_indices = None
     masking = config.masking()
@@ -59,13 +64,13 @@ def fake_step_inputs(student: nn.Module, config: Config, device: torch.device,
 
 
 def expected_memory(student: nn.Module, config: Config, process: Process) -> dict[str, float]:
-    """The peak memory of one process in GB, by part: it is reached when the backward pass
-    begins.
+    """The memory of one process in GB, by part, at its peak, the start of the backward pass.
 
     Runs the student and the losses on fake tensors and adds up what autograd saves for the
     backward pass. Temporary buffers are not counted. Compiled blocks save about a third less
     than this.
     """
+    # Every tensor that autograd saves during the forward pass is handed to `note`.
     G = config.global_crops_number
     B = config.batch_size_per_gpu
     saved = {}
@@ -77,6 +82,8 @@ def expected_memory(student: nn.Module, config: Config, process: Process) -> dic
         saved[storage._cdata] = storage
         return x
 
+    # The forward pass. "force_eager": compiling for fake tensors would take minutes. The
+    # student's own, real tensors are replaced by the fake ones in functional_call.
     with FakeTensorMode(allow_non_fake_inputs=True), torch.compiler.set_stance("force_eager"):
         state, arguments = fake_step_inputs(student, config, process.device)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
@@ -97,11 +104,14 @@ def expected_memory(student: nn.Module, config: Config, process: Process) -> dic
                     student_views = out[name].unflatten(0, (-1, B))
                     terms.append(view_pair_loss(teacher_views, student_views))
 
-        # Autograd saves the weights, too; they are counted below.
+        # Autograd saves the weights, too: a linear layer needs its weight to pass the gradient
+        # on. They are counted below, so they are left out here.
         weights = {x.untyped_storage()._cdata for x in state.values()}
         activations = sum(x.nbytes() for key, x in saved.items() if key not in weights)
         logits = sum(x.nbytes for name, x in out.items() if name in targets)
 
+    # What is there at every step. FSDP splits it over the processes. AdamW keeps two moments of
+    # each parameter; SGD and LARS keep one, the momentum.
     one_network = sum(p.nbytes for p in student.parameters())
     if config.parallel == "fsdp":
         one_network /= process.world_size

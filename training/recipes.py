@@ -3,9 +3,9 @@
     Config's defaults  <--  PRESETS[name]  <--  flags on the command line
     (DINO, ViT-S/16)        what differs        what you say wins
 
-Idea     A paper's recipe is a difference to another one. Read side by side, the presets show
-         what each run changed; the comment above tells hardware, time and result, or whose they
-         are.
+Idea     A recipe is written as its difference from another one. Read side by side, the presets
+         show what each paper changed. The comment above each tells the hardware, the time and
+         the result, and who has measured them.
 Paper    DINO A, iBOT 4.1, DINOv2 table 16; the READMEs and configurations of their code
 Try      python -m training.recipes      the presets, side by side
 Change   a new recipe is one entry in PRESETS
@@ -18,49 +18,81 @@ from dataclasses import replace
 from training.config import Config
 
 # ----------------------------------------------------------------------------------------------
-# Other data, other batches: the papers had a million images or more, a thousand of them a step
+# Other data, other batches
+#
+# The papers trained on a million images and more, a thousand or more of them in each step. With
+# --auto_scale the settings that depend on these numbers follow from those of your run.
 
 SCALED = ("momentum_teacher", "n_prototypes", "ibot_n_prototypes", "warmup_epochs", "lr",
           "lr_scaling", "local_crops_scale")
 
 
 def auto_scale(config: Config, images: int, batch: int) -> Config:
-    """--auto_scale: `config` for a set of `images`, `batch` of them a step over all processes.
+    """`config` with the fields of SCALED set for a set of `images`, `batch` of them in a step.
 
-    Sets the fields of SCALED that no flag named. docs/scaling.md has the table and what of it
-    was measured.
+    batch: of all processes together. A field that a flag has named stays as it is. The rules
+    are ours; docs/scaling.md has a table of what they give, and what of it was measured.
+
+    Example: 10,000 images, 64 in a step, 100 epochs. That is 156 steps an epoch, 15,600 in all.
+
+        momentum_teacher   the paper's average is 250 * 1024 / 64 = 4,000 steps long, a fortieth
+                           of this run is 390: 1 - 1 / 390 = 0.9974
+        n_prototypes       10,000 / 20 = 500, the nearest power of two is 512
+        lr                 2e-3 * sqrt(256 / 1024) = 1e-3, as the batch is below 256
+        local_crops_scale  0.05 * 100^0.35 = 0.25, and 0.35 more: from 0.25 to 0.60
+        warmup_epochs      100 / 10 = 10
     """
     steps = config.epochs * (config.epoch_length or max(images // batch, 1))
-    # The teacher averages the student's last 1 / (1 - m) steps: DINO's 250 steps of 1,024
-    # images, so as many images at any batch. A short run has no time for that: a fortieth of it
-    # at most.
-    memory = max(min(250 * 1024 / batch, steps / 40, 10_000), 10)
-    # A prototype needs images of its own: some twenty. Powers of two suit the hardware.
-    prototypes = min(max(2**round(math.log2(max(images, 1) / 20)), 256), 65536)
-    # Adam's step has the same length whatever the batch; a larger batch makes it surer, by the
-    # root of its size. Below 256 images it is time that is short: as sure as need be.
+
+    # A momentum m averages about the last 1 / (1 - m) steps. DINO's 0.996 makes 250 steps of
+    # 1,024 images, so we take as many images at any batch. A short run has no time for that:
+    # its average covers a fortieth of it at most, and 10 to 10,000 steps.
+    averaged_steps = max(min(250 * 1024 / batch, steps / 40, 10_000), 10)
+    momentum = round(1 - 1 / averaged_steps, 4)
+
+    # A prototype needs some images of its own: one for every twenty images. Matrices whose
+    # sides are powers of two are what the hardware multiplies fastest.
+    prototypes = 2**round(math.log2(max(images, 1) / 20))
+    prototypes = min(max(prototypes, 256), 65536)
+
+    # A step of Adam has the same length for every batch, but the gradient of a larger batch is
+    # more certain, by the root of its size, so it may be longer. Below 256 images it does not
+    # become shorter: a run on few images lacks steps more than it lacks certainty.
     lr = 2e-3 * math.sqrt(max(batch, 256) / 1024)
-    # To know a thing from a twentieth of its image takes millions of looks; fewer images mean
-    # fewer looks, and mostly smaller images: begin with a quarter.
-    low = min(max(0.05 * (1e6 / images)**0.35, 0.05), 0.25)
-    rules = dict(momentum_teacher=round(1 - 1 / memory, 4), n_prototypes=prototypes,
-                 ibot_n_prototypes=prototypes, lr=float(f"{lr:.2g}"), lr_scaling="none",
-                 warmup_epochs=min(max(config.epochs // 10, 1), config.epochs - 1),
-                 local_crops_scale=(round(low, 2), round(low + 0.35, 2)))
-    return replace(config, **{k: v for k, v in rules.items() if k not in config.given})
+
+    # To recognise an object by a twentieth of its image takes millions of views. Few images
+    # give fewer views, and mostly are small themselves: so local crops begin with up to a
+    # quarter.
+    smallest = 0.05 * (1e6 / images)**0.35
+    smallest = min(max(smallest, 0.05), 0.25)
+    local_crops = (round(smallest, 2), round(smallest + 0.35, 2))
+
+    # The learning rate rises over a tenth of the epochs, but over at least one, and has to
+    # leave one to fall.
+    warmup = min(max(config.epochs // 10, 1), config.epochs - 1)
+
+    values = dict(momentum_teacher=momentum, n_prototypes=prototypes,
+                  ibot_n_prototypes=prototypes, lr=float(f"{lr:.2g}"), lr_scaling="none",
+                  warmup_epochs=warmup, local_crops_scale=local_crops)
+    for name in config.given:
+        values.pop(name, None)
+    return replace(config, **values)
 
 
 # ----------------------------------------------------------------------------------------------
 # The papers, and the same at small scale
 
-# Small images and minutes instead of days: what follows from their number is --auto_scale's.
-# BatchNorm in the head keeps the first features apart until the teacher has learned to, and a
-# narrow bottleneck makes its first answers sharp: cosines spread as 1/sqrt(width).
+# Few small images, and minutes or hours in place of days. What depends on the number of images
+# is left to --auto_scale. Two settings of the head help a network over its first steps:
+# BatchNorm keeps the features of different images apart until the network has learned to, and a
+# narrow bottleneck makes the first targets sharp, because cosines of random vectors spread as
+# 1/sqrt(width): by 0.18 at a width of 32, and by 0.06 at 256.
 SMALL = dict(auto_scale=True, use_bn_in_head=True, head_bottleneck_dim=32, center_momentum=0.8,
              freeze_last_layer_epochs=0, weight_decay_end=0.1, drop_path_rate=0.0)
 
-# What the two later papers add, in the measure that a short run can bear: at a weight of 1 the
-# patches take over the features before there is anything in them to share.
+# What the two later papers add, with a smaller weight than theirs. At a weight of 1 a short run
+# learns to match patches before it has learned what is in the images, and ends lower
+# (docs/scaling.md).
 SMALL_IBOT = dict(ibot_weight=0.2, separate_head=True, ibot_head_bottleneck_dim=32)
 
 SMALL_DINOV2 = SMALL_IBOT | dict(koleo_weight=0.1, layerscale=1.0, num_register_tokens=2,
@@ -77,7 +109,8 @@ SHAPES = SMALL | dict(
     local_crops_size=25,
     local_crops_number=2,
     photometry="small",
-    # Many small steps: at 16 images a step the same images end 9 points lower (one seed).
+    # Small batches make many steps. With 16 images in a step, as many images seen end 9 points
+    # lower (measured with one seed).
     batch_size_per_gpu=8,
     epochs=4,
     knn_every=1)
@@ -91,8 +124,8 @@ IMAGENETTE = SMALL | dict(data="Imagenette", val_data="Imagenette:val", arch="vi
                           patch_size=16, global_crops_size=128, local_crops_size=64,
                           local_crops_number=6, batch_size_per_gpu=64, epochs=200)
 
-# DINOv2 on ImageNet-1k: iBOT and KoLeo on top of DINO, a deeper and steadier ViT. An epoch is
-# 1,250 steps whatever the data.
+# DINOv2 on ImageNet-1k adds iBOT and KoLeo to DINO, and takes a deeper ViT with LayerScale and
+# more stochastic depth. One epoch is 1,250 steps, whatever the number of images.
 DINOV2 = dict(data="ImageNet", val_data="ImageNet:val", arch="vit_large", layerscale=1e-5,
               drop_path_rate=0.3, drop_path_uniform=True, norm_last_layer=False,
               ibot_weight=1.0, koleo_weight=0.1, global_crops_scale=(0.32, 1.0),
@@ -101,8 +134,8 @@ DINOV2 = dict(data="ImageNet", val_data="ImageNet:val", arch="vit_large", layers
               lr_scaling="sqrt_1024", layerwise_decay=0.9, patch_embed_lr_mult=0.2,
               clip_mode="network")
 
-# What the released models have on top: Sinkhorn-Knopp, heads of their own, SwiGLU, a long
-# schedule.
+# What the released DINOv2 models have beyond that: Sinkhorn-Knopp in place of the EMA centre, a
+# head of their own for patches, more prototypes, SwiGLU, and a schedule of 625,000 steps.
 DINOV2_LONG = dict(patch_size=14, local_crops_size=98, ffn_layer="swiglu", drop_path_rate=0.4,
                    centering="sinkhorn", separate_head=True, n_prototypes=131072,
                    ibot_n_prototypes=131072, head_bottleneck_dim=384,
@@ -111,14 +144,15 @@ DINOV2_LONG = dict(patch_size=14, local_crops_size=98, ffn_layer="swiglu", drop_
                    batch_size_per_gpu=32)
 
 PRESETS = {
-    # The default. Two cores of a laptop's kind, 4 minutes (fp32: 5): k-NN 56.0 to 81.5, mean
-    # 69.9.
+    # The default. It takes 4 minutes on two CPU cores (5 in fp32). Over five seeds the k-NN
+    # accuracy is 56.0 to 81.5 %, 69.9 % on average.
     "shapes": SHAPES,
     "shapes_dino": SHAPES,
     "shapes_ibot": SHAPES | SMALL_IBOT,
-    # Steadier over seeds than DINO alone, which KoLeo keeps from features of few dimensions.
+    # This differs less from seed to seed than DINO alone, because KoLeo spreads the features
+    # over more dimensions.
     "shapes_dinov2": SHAPES | SMALL_DINOV2 | dict(ibot_weight=0.1),
-    # For one GPU; not yet measured.
+    # For one GPU. These have not been measured yet.
     "cifar10": CIFAR10,
     "cifar10_dino": CIFAR10,
     "cifar10_ibot": CIFAR10 | SMALL_IBOT,
@@ -127,103 +161,121 @@ PRESETS = {
     "imagenette_dino": IMAGENETTE,
     "imagenette_ibot": IMAGENETTE | SMALL_IBOT,
     "imagenette_dinov2": IMAGENETTE | SMALL_DINOV2,
-    # 8 GPUs of 64 images, 1.75 days on V100s: k-NN 69.3, linear 74.0 (the paper's code's
-    # README).
+    # The README of DINO's code: 8 V100 GPUs with 64 images each, 1.75 days; k-NN 69.3 %, linear
+    # 74.0 %. All other settings are the defaults of Config.
     "dino_vits16": dict(data="ImageNet", val_data="ImageNet:val"),
-    # 16 GPUs of 64, 2.6 days: k-NN 73.3, linear 76.0 (the README's).
+    # The README of DINO's code: 16 GPUs with 64 images each, 2.6 days; k-NN 73.3 %, linear
+    # 76.0 %.
     "dino_vits16_300ep": dict(data="ImageNet", val_data="ImageNet:val", epochs=300,
                               norm_last_layer=False, teacher_temp=0.07,
                               warmup_teacher_temp_epochs=30),
-    # The released weights. 16 GPUs of 64: k-NN 74.5, linear 77.0 (the README's).
+    # The released weights, 16 GPUs with 64 images each: k-NN 74.5 %, linear 77.0 % (README).
+    # The README does not list their settings; min_lr, clip_grad and precision are not verified,
+    # here and in the next two.
     "dino_vits16_800ep": dict(data="ImageNet", val_data="ImageNet:val", epochs=800,
                               norm_last_layer=False, teacher_temp=0.07,
                               warmup_teacher_temp_epochs=30, min_lr=1e-5, clip_grad=0.0,
                               local_crops_number=10, global_crops_scale=(0.25, 1.0),
                               local_crops_scale=(0.05, 0.25), precision="fp32"),
-    # 64 GPUs of 16: k-NN 78.3, linear 79.7 (the README's). Unstable in half precision.
+    # The released weights, 64 GPUs with 16 images each: k-NN 78.3 %, linear 79.7 % (README).
+    # With patches of 8 pixels training is unstable in half precision, say its authors.
     "dino_vits8": dict(data="ImageNet", val_data="ImageNet:val", patch_size=8, epochs=800,
                        norm_last_layer=False, batch_size_per_gpu=16, teacher_temp=0.07,
                        warmup_teacher_temp_epochs=30, min_lr=1e-5, local_crops_number=10,
                        global_crops_scale=(0.25, 1.0), local_crops_scale=(0.05, 0.25),
                        precision="fp32"),
-    # 32 GPUs of 32: k-NN 76.1, linear 78.2 (the README's).
+    # The released weights, 32 GPUs with 32 images each: k-NN 76.1 %, linear 78.2 % (README).
+    # Not verified either: epochs, lr, the warm-up of the temperature, freeze_last_layer_epochs.
     "dino_vitb16": dict(data="ImageNet", val_data="ImageNet:val", arch="vit_base", epochs=400,
                         lr=7.5e-4, batch_size_per_gpu=32, min_lr=2e-6, teacher_temp=0.07,
                         warmup_teacher_temp_epochs=50, clip_grad=0.3,
                         freeze_last_layer_epochs=3, local_crops_number=10,
                         global_crops_scale=(0.25, 1.0), local_crops_scale=(0.05, 0.25),
                         precision="fp32"),
-    # 8 GPUs of 64 (the README's recipe; its released weights, 800 epochs with LARS, have k-NN
-    # 67.5 and linear 75.3). A convnet likes SGD.
+    # The recipe of the README for 8 GPUs with 64 images each: SGD, which suits a convnet better
+    # than AdamW. The released weights are from another one, 800 epochs with LARS; k-NN 67.5 %,
+    # linear 75.3 %.
     "dino_resnet50": dict(data="ImageNet", val_data="ImageNet:val", arch="resnet50",
                           optimizer="sgd", lr=0.03, weight_decay=1e-4, weight_decay_end=1e-4,
                           global_crops_scale=(0.14, 1.0), local_crops_scale=(0.05, 0.14),
                           drop_path_rate=0.0),
-    # 16 GPUs of 64: k-NN 75.2, linear 77.9 (the README of iBOT's code).
+    # The README of iBOT's code: 16 GPUs with 64 images each; k-NN 75.2 %, linear 77.9 %.
     "ibot_vits16": dict(data="ImageNet", val_data="ImageNet:val", epochs=800,
                         norm_last_layer=False, teacher_temp=0.07, warmup_teacher_temp_epochs=30,
                         n_prototypes=8192, ibot_weight=1.0, mask_min_patches=16,
                         local_crops_number=10, global_crops_scale=(0.25, 1.0),
                         local_crops_scale=(0.05, 0.25)),
-    # 32 A100s of 64, about a day: k-NN 81.6, linear 82.9 (DINOv2's README).
+    # DINOv2's README: 32 A100 GPUs with 64 images each, about a day; k-NN 81.6 %, linear
+    # 82.9 %.
     "dinov2_vitl16_in1k": DINOV2,
-    # 96 A100s of 32, 3.3 days on ImageNet-22k: k-NN 82.0, linear 84.5 (DINOv2's README).
+    # DINOv2's README: 96 A100 GPUs with 32 images each, 3.3 days on ImageNet-22k; k-NN 82.0 %,
+    # linear 84.5 %.
     "dinov2_vitl14": DINOV2 | DINOV2_LONG,
-    # 256 A100s of 12, 22,000 GPU hours on LVD-142M, 142 million curated images (DINOv2 sec. 5).
+    # DINOv2 sec. 5: 256 A100 GPUs with 12 images each, 22,000 GPU hours on LVD-142M, 142
+    # million curated images.
     "dinov2_vitg14": dict(DINOV2 | DINOV2_LONG, arch="vit_giant2", batch_size_per_gpu=12),
-    # DINOv2 sec. 4, "adapting the resolution": the last 10,000 of 625,000 steps, every schedule
-    # pressed into them. The paper's lower learning rate is not known; this one is ours.
+    # DINOv2 sec. 4, "adapting the resolution": 10,000 more steps with large images at the end,
+    # in which every schedule runs once more from its start to its end. The paper says that the
+    # learning rate is lower, not how low; this one is ours.
     "hires": DINOV2
     | DINOV2_LONG
     | dict(init="runs/dinov2_vitl14", global_crops_size=518, epoch_length=1000, epochs=10,
            warmup_epochs=2, warmup_teacher_temp_epochs=1, freeze_last_layer_epochs=0, lr=5e-5,
            batch_size_per_gpu=8),
-    # Ours: released weights, or a run, on other images. Small steps, smaller below; new heads
-    # learn first, for random ones would tear down what the backbone knows.
+    # Ours: to continue with released weights, or those of a run, on other images. The learning
+    # rate is small, and smaller in low layers. The heads are new: they learn for one epoch
+    # while the backbone rests, because gradients through random heads would destroy what it
+    # knows.
     "continue": dict(init="dinov2_vits14", epochs=10, warmup_epochs=1, freeze_backbone_epochs=1,
                      lr=2e-4, lr_scaling="none", layerwise_decay=0.8, momentum_teacher=0.998,
                      n_prototypes=4096, koleo_weight=0.1, drop_path_rate=0.0,
                      weight_decay_end=0.04)}
 
 # ----------------------------------------------------------------------------------------------
-# The presets of distill.py: a small student, and a large teacher that has its own already
+# The presets of distill.py: a small student learns from a large teacher that is trained already
 
-# Table 16 of DINOv2: what differs from the teacher's recipe. 64 GPUs of 32 would be its batch.
+# DINOv2 table 16: what differs from the recipe of the teacher. Its batch of 2,048 images would
+# be 64 GPUs with 32 each.
 DISTILLED = (DINOV2
              | DINOV2_LONG
              | dict(teacher="runs/dinov2_vitg14", ffn_layer="mlp", drop_path_rate=0.0, lr=1e-3,
                     lr_scaling="none", freeze_last_layer_epochs=0, precision="fp16"))
 
-# In a short run: a teacher that is done learning can be sharper than it was, for nothing will
-# collapse, and the average need not become slower, for nobody learns from it.
+# For short runs. A teacher that does not learn any more cannot collapse, so its targets can be
+# sharper. The average of the student is not its teacher here but the result, so it need not
+# become slower and slower: its momentum stays at 0.98 in place of 1 at the end.
 SHARP = dict(teacher_temp=0.02, warmup_teacher_temp=0.02, final_momentum_teacher=0.98)
 
 DISTILLATION = {
-    # The default: a student of `python train.py`, half as wide.
+    # The default: its teacher is the result of `python train.py`, and the student is half as
+    # wide.
     "shapes_distill": SHAPES | SHARP | dict(teacher="runs/shapes", arch="vit_pico"),
-    # At 40 pixels, for two cores; the command for its teacher is in docs/distillation.md.
+    # For two CPU cores, with crops of 40 pixels. docs/distillation.md has the command that
+    # trains its teacher.
     "imagenette_distill": IMAGENETTE
     | SHARP
     | dict(teacher="runs/imagenette_small", arch="vit_pico", patch_size=5, global_crops_size=40,
            local_crops_size=20, local_crops_number=2, head_hidden_dim=512,
            batch_size_per_gpu=16, photometry="small", koleo_weight=0.1, epochs=6, knn_every=1),
-    # From ViT-g/14 on LVD-142M: 4,500, 5,300 and 8,000 A100 hours (DINOv2's model card), k-NN
-    # 79.0, 82.1 and 83.5, linear 81.1, 84.5 and 86.3 (its README).
+    # From a ViT-g/14 on LVD-142M. DINOv2's model card and README, for S, B and L: 4,500, 5,300
+    # and 8,000 hours on one A100; k-NN 79.0, 82.1 and 83.5 %; linear 81.1, 84.5 and 86.3 %.
     "dinov2_vits14_distill": DISTILLED | dict(arch="vit_small"),
     "dinov2_vitb14_distill": DISTILLED | dict(arch="vit_base"),
     "dinov2_vitl14_distill": DISTILLED | dict(arch="vit_large")}
 
 if __name__ == "__main__":
     for name, preset in PRESETS.items():
-        print(f"{name}\n    " + ", ".join(f"{k}={v}" for k, v in preset.items()))
-    print(
-        "\n--auto_scale, for 100 epochs\n   images  batch  momentum      K       lr  local crops"
-    )
+        settings = ", ".join(f"{field}={value}" for field, value in preset.items())
+        print(f"{name}\n    {settings}")
+
+    # What --auto_scale would choose, for a set that is no smaller than its batch.
+    print("\n--auto_scale, for 100 epochs")
+    print("   images  batch  momentum      K       lr  local crops")
     for images in (1_000, 10_000, 100_000, 1_000_000):
         for batch in (32, 256, 1024, 3072):
-            if batch <= images:
-                c = auto_scale(Config(), images, batch)
-                low, high = c.local_crops_scale
-                print(
-                    f"{images:9,d} {batch:6,d}  {c.momentum_teacher:8.4f} {c.n_prototypes:6,d}  "
-                    f"{c.lr:.1e}  {low:.2f}-{high:.2f}")
+            if batch > images:
+                continue
+            c = auto_scale(Config(), images, batch)
+            low, high = c.local_crops_scale
+            print(f"{images:9,d} {batch:6,d}  {c.momentum_teacher:8.4f} {c.n_prototypes:6,d}  "
+                  f"{c.lr:.1e}  {low:.2f}-{high:.2f}")

@@ -1,9 +1,10 @@
 """Run directory: what a run leaves behind, and whether this command continues it.
 
-    runs/PRESET/  config.json  metrics.jsonl  checkpoint/  teacher.pt  heads.pt  summary.json  code/
+    runs/PRESET/ config.json metrics.jsonl checkpoint/ teacher.pt heads.pt summary.json code/
 
-Idea     A run is its directory. The same command continues it, a command that would change its
-         result is refused with the flags that differ, and nothing is overwritten unasked.
+Idea     A run is its directory. The same command continues it; a command that would change its
+         result is refused, with the flags that differ; and nothing is overwritten unless
+         --no_resume says so.
 Paper    none
 Try      python train.py && python train.py      the second one says that the run is finished
 Change   a setting that may differ between two parts of one run is a name in NEUTRAL of
@@ -28,8 +29,7 @@ from training.recipes import SCALED, auto_scale
 
 
 def match_stored_run(config: Config, folder: Path, process: Process, images: int) -> Config:
-    """`config` as it continues the run in `folder`; UsageError with the flags that stand in the
-    way.
+    """`config` as it continues the run in `folder`; UsageError with the flags that differ.
 
     Where there is no run to continue, what was left open is settled here: --precision auto, and
     the settings of --auto_scale, for which the number of `images` must be known.
@@ -37,6 +37,8 @@ def match_stored_run(config: Config, folder: Path, process: Process, images: int
     stored_file = folder / "config.json"
     global_batch = config.batch_size_per_gpu * process.world_size
     config = dataclasses.replace(config)  # a copy: the caller's stays as it is
+
+    # A new run.
     if not (config.resume and stored_file.exists()):
         if config.auto_scale:
             config = auto_scale(config, images, global_batch)
@@ -54,6 +56,9 @@ def match_stored_run(config: Config, folder: Path, process: Process, images: int
         config.precision = stored["precision"]
 
     # The global batch decides what is learned; the number of processes that share it does not.
+    # Example: a run of 2 processes with 32 images each continues on 4 processes with 16 each,
+    # without another flag. A --batch_size_per_gpu other than the run's asks for another global
+    # batch, unless it comes to the same: 16 on 4 processes.
     if config.batch_size_per_gpu == stored["batch_size_per_gpu"]:
         global_batch = stored["global_batch"]
     if global_batch % process.world_size:
@@ -61,7 +66,8 @@ def match_stored_run(config: Config, folder: Path, process: Process, images: int
                          f"{process.world_size} processes")
     config.batch_size_per_gpu = global_batch // process.world_size
 
-    # Everything else has to be the same, except for what cannot change the result.
+    # Everything else has to be the same, except for what cannot change the result. A field that
+    # the run's config.json lacks has its default there (read_config).
     asked = dataclasses.asdict(config)
     may_differ = NEUTRAL | {"batch_size_per_gpu", "preset"}
     differences = []
@@ -80,9 +86,11 @@ def match_stored_run(config: Config, folder: Path, process: Process, images: int
 
 
 def create_run_dir(folder: Path, config: Config, process: Process):
-    """Write what a run directory holds from the start. A new run clears an old one of its
-    name.
+    """Write what a run directory holds from the start: its settings and its code.
+
+    With --no_resume an old run in the same place is removed first.
     """
+    # Only what a run has written is removed, by name: the folder may hold other files.
     if not config.resume:
         for name in ("checkpoint", "code"):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -92,6 +100,7 @@ def create_run_dir(folder: Path, config: Config, process: Process):
     if (folder / "config.json").exists():
         return
 
+    # The global batch is stored, because the number of processes is not a setting.
     stored = dataclasses.asdict(config)
     stored["global_batch"] = config.batch_size_per_gpu * process.world_size
     write_json(folder / "config.json", stored)
@@ -107,7 +116,8 @@ def create_run_dir(folder: Path, config: Config, process: Process):
 
 
 def finished(folder: Path, process: Process) -> dict:
-    """The summary of a run that has ended; says that there is nothing left to do."""
+    """The summary of a run that has ended; prints that there is nothing left to do."""
+    # Without images to judge with there is no k-NN in it.
     summary = json.loads((folder / "summary.json").read_text())
     result = ""
     if summary["knn"] is not None:
@@ -122,14 +132,18 @@ def finished(folder: Path, process: Process) -> dict:
 
 def record(folder: Path, row: dict, process: Process):
     """Append one row to metrics.jsonl, from the main process."""
+    # One write of one short line, so that a run that is killed leaves whole lines behind, but
+    # for the last one at most.
     if process.main:
         with open(folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 
 
 def forget_metrics_after(file: Path, step: int, process: Process):
-    """Drop rows of later steps than `step`: a run that was killed logged them after its
-    save.
+    """Drop the rows of metrics.jsonl after `step`.
+
+    A run that was killed may have logged steps after its last checkpoint. It takes these steps
+    once more, and would log them twice.
     """
     if not process.main or not file.exists():
         return

@@ -1,10 +1,11 @@
-"""Warm start: --init, a run that begins with weights that have learned already.
+"""Warm start: --init, a run that begins with trained weights instead of random ones.
 
     a run, a released name, a file --> settings of its network --> Config
-                                   --> tensors, positions resampled, channels inflated --> student
+                                   --> tensors; positions resampled, channels spread --> student
 
-Idea     The weights fix the network, so nobody repeats it in flags; the crops of a run come
-         along unless a flag or a preset says otherwise.
+Idea     Weights fit one network only, so its settings are read from them and need not be given
+         again as flags. The crops of a run are taken over, too, unless a flag or a preset says
+         otherwise.
 Paper    DINOv2 sec. 4, "adapting the resolution", is one use of it (the preset hires)
 Try      python train.py --init runs/shapes --output_dir runs/more --epochs 1 --warmup_epochs 0
 Change   what --init brings along: NETWORK, HEADS and CROPS in training/config.py
@@ -31,6 +32,7 @@ def init_settings(what: str | Path) -> dict:
     For a run of ours all that its config.json says; for anything else what can be read off the
     shapes of the tensors. ValueError if they are no network that Config can describe.
     """
+    # A run has written down everything; released weights have only their shapes.
     state, _ = read_backbone(what)
     config_file = run_config_file(weights_file(what))
     if config_file:
@@ -38,17 +40,21 @@ def init_settings(what: str | Path) -> dict:
     if is_resnet50(state):
         return dict(arch="resnet50")
 
-    found = architecture(state)
+    # --arch has names, but the tensors tell width and depth only: the name is looked up.
+    shape = architecture(state)
     for name, arch in ARCHS.items():
-        if (arch["embed_dim"], arch["depth"]) == (found["embed_dim"], found["depth"]):
+        if (arch["embed_dim"], arch["depth"]) == (shape["embed_dim"], shape["depth"]):
             break
     else:
-        raise ValueError(f"--init {what}: a ViT {found['embed_dim']} wide and {found['depth']} "
+        raise ValueError(f"--init {what}: a ViT {shape['embed_dim']} wide and {shape['depth']} "
                          "deep is none of vit.ARCHS")
+
+    # LayerScale: whether its factors exist is what counts. Their start of 1e-5 is not used,
+    # because they are loaded.
     fields = ("in_chans", "patch_size", "ffn_layer", "num_register_tokens", "pos_embed_resize")
-    settings = {field: found[field] for field in fields}
+    settings = {field: shape[field] for field in fields}
     settings["arch"] = name
-    settings["layerscale"] = 1e-5 if found["layerscale"] else 0.0
+    settings["layerscale"] = 1e-5 if shape["layerscale"] else 0.0
     return settings
 
 
@@ -59,22 +65,23 @@ def config_from_init(config: Config) -> Config:
     of the weights. The crops (config.CROPS) are, unless a flag or the preset says otherwise.
     """
     try:
-        known = init_settings(config.init)
+        settings = init_settings(config.init)
     except ValueError as error:
         raise UsageError(str(error).replace("--weights", "--init")) from None
 
-    # A flag that contradicts the weights is refused: silently ignoring it would be worse.
+    # A flag that contradicts the weights is refused: to ignore it silently would be worse, for
+    # the run would not be what its command says. Values of presets are replaced silently.
     fixed = [*NETWORK]
     if init_heads(config):
         fixed += HEADS
     contradictions = []
     for name in fixed:
         wanted = getattr(config, name)
-        if name in config.given and known.get(name, wanted) != wanted:
+        if name in config.given and settings.get(name, wanted) != wanted:
             contradictions.append(name)
     if contradictions:
         flags = [
-            f"--{name} {getattr(config, name)} (they have {known[name]})"
+            f"--{name} {getattr(config, name)} (they have {settings[name]})"
             for name in contradictions]
         way_out = ""
         if contradictions[0] in HEADS:
@@ -82,15 +89,17 @@ def config_from_init(config: Config) -> Config:
         raise UsageError(
             f"--init {config.init} fixes the network: leave out {', '.join(flags)}{way_out}")
 
-    # The rest of what the weights know is taken over, as if it had been given by flags.
+    # The other settings of the weights are taken over, as if they had been given by flags, so
+    # that --auto_scale does not change them.
     chosen = {*config.given, *(PRESETS | DISTILLATION).get(config.preset, ())}
     taken_over = {}
     for name in (*fixed, *CROPS):
-        if name in known and (name in fixed or name not in chosen):
-            taken_over[name] = known[name]
+        if name in settings and (name in fixed or name not in chosen):
+            taken_over[name] = settings[name]
     config = dataclasses.replace(config, **taken_over, given=(*config.given, *taken_over))
 
-    # A crop size that nobody chose is the default, rounded to whole patches of this network.
+    # A crop size that nobody chose is the default, rounded to whole patches of this network:
+    # local crops of 96 pixels become 98 for patches of 14.
     if not config.convnet:
         p = config.patch_size
         for name in ("global_crops_size", "local_crops_size"):
@@ -100,26 +109,31 @@ def config_from_init(config: Config) -> Config:
 
 
 def load_init(network: nn.Module, config: Config):
-    """Put the weights of --init into a train.Network: the backbone's, and heads that come
-    along.
+    """Put the weights of --init into a train.Network: those of its backbone, and its heads.
+
+    Heads stay random where there are none to load. ValueError if a tensor does not fit.
     """
     state, _ = read_backbone(config.init)
     backbone = network.backbone
     if not config.convnet:
-        # Images may have other channels or another size than those the weights have learned
-        # from.
+        # Images may have other channels or another size than those of the weights' own
+        # training: the patch embedding is spread over the channels, the table of positions is
+        # resampled.
         embed = "patch_embed.proj.weight"
         state[embed] = inflate(state[embed], config.in_chans)
         side = config.global_crops_size // config.patch_size
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], (side, side),
                                               config.pos_embed_resize)
-        # A mask token is needed where patches are masked, whether the weights had one or not.
+
+        # A mask token is needed where patches are masked, whether the weights have one or not:
+        # one too many is dropped, a missing one starts as in a new network.
         if backbone.mask_token is None:
             state.pop("mask_token", None)
         else:
             state.setdefault("mask_token", backbone.mask_token.detach())
     load_strictly(backbone, state, f"--init {config.init}")
 
+    # Of the heads those are loaded that this run has and that the other run had.
     heads = init_heads(config)
     for name, head in network.heads().items():
         if name in heads:
@@ -127,9 +141,7 @@ def load_init(network: nn.Module, config: Config):
 
 
 def init_heads(config: Config) -> dict[str, dict[str, Tensor]]:
-    """What heads.pt of the run --init holds: heads by name, and "centerings"; {} without a
-    run.
-    """
+    """Heads by name, and "centerings", from heads.pt of the run --init; {} if it is no run."""
     file = Path(config.init).expanduser() / "heads.pt"
     if not (config.init and file.exists()):
         return {}
