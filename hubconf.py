@@ -1,7 +1,7 @@
 """Hub: the released backbones and classifiers under their official names, for torch.hub.load.
 
-    torch.hub.load("OWNER/REPOSITORY", "dinov2_vits14_reg")                     --> the backbone
-    torch.hub.load("PATH", "dinov2_vits14_reg_lc", source="local", layers=4)    --> with its head
+    torch.hub.load("OWNER/REPOSITORY", "dinov2_vits14_reg")                     -> the backbone
+    torch.hub.load("PATH", "dinov2_vits14_reg_lc", source="local", layers=4)    -> with its head
 
 Idea     What others ask of Meta's repositories by name, they can ask of this one. It works in
          programs, too, whose own modules are called vit, augment or backbones.
@@ -50,11 +50,9 @@ def _is_ours(module) -> bool:
 
 @contextlib.contextmanager
 def _our_modules():
-    """Inside, `import vit` means the vit.py of this folder, whatever the caller has
-    imported.
-    """
-    # Aside with every module of the caller that has one of our names, or is in a package that
-    # has one. Ours that were loaded before come back, so that they are not loaded twice.
+    """Inside, `import vit` means the vit.py of this folder, whatever the caller has got."""
+    # Every module of the caller that has one of our names, or is in a package that has one, is
+    # put aside. Ours of an earlier call come back, so that they are not loaded twice.
     callers = {}
     for name, module in list(sys.modules.items()):
         if _top(name) in OUR_NAMES and not _is_ours(module):
@@ -63,10 +61,9 @@ def _our_modules():
     sys.path.insert(0, str(HERE))
     try:
         yield
-
-    # Back again, also after an error. If the caller has a package called backbones, our
-    # backbones.weights must not stay, or the caller would find it in its own package.
     finally:
+        # Also after an error. If the caller has a package called backbones, our
+        # backbones.weights must not stay, or the caller would find it in its own package.
         sys.path.remove(str(HERE))
         callers_tops = {_top(name) for name in callers}
         for name, module in list(sys.modules.items()):

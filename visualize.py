@@ -260,12 +260,16 @@ def draw_balance(axis, steps: list[dict], prototypes: dict[str, int]):
         axis.axhline(math.log(K), color="gray", ls=":", label=f"{hidden}ln K, all in use")
     axis.set_ylim(bottom=0)
     axis.set_ylabel("entropy of the mean target, nats")
+    if not prototypes:
+        axis.set_yticks([])
+        axis.set_ylabel("no prototypes, no entropy")
 
     # The rank is a number of directions and no entropy, so it gets an axis of its own at the
-    # right, in the colour of its curve.
+    # right, in the colour of its curve. A tenth of the height stays free above the curve.
+    ranks = [row["rank"] for row in steps]
     right = axis.twinx()
-    right.plot(x, [row["rank"] for row in steps], color="tab:green", label="effective rank")
-    right.set_ylim(bottom=0)
+    right.plot(x, ranks, color="tab:green")
+    right.set_ylim(0, 1.1 * max(ranks))
     right.set_ylabel("effective rank (green)", color="tab:green")
     right.tick_params(axis="y", labelcolor="tab:green")
     axis.set_title("balance: what is in use", fontsize=10)

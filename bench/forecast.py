@@ -199,7 +199,7 @@ def draw_growth(points: dict[str, list[dict]], path: Path) -> Path:
     # As many lines of four panels as hold everything that grows, and the legend.
     columns = 4
     lines = math.ceil((len(points) + 1) / columns)
-    fig, axes = plt.subplots(lines, columns, figsize=(14, 2.8 * lines), layout="constrained",
+    fig, axes = plt.subplots(lines, columns, figsize=(16, 2.8 * lines), layout="constrained",
                              squeeze=False)
     for axis, (name, rows) in zip(axes.flat, points.items()):
         x = [row["value"] for row in rows]

@@ -71,7 +71,8 @@ def cross(u, v):
 
 SILHOUETTES = {
     "disc": lambda u, v: np.hypot(u, v) - 0.85,  # the distance from the centre
-    "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.75,  # the larger of two distances
+    "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) -
+    0.75,  # the larger of two distances
     "triangle": lambda u, v: polygon(u, v, 3) * 0.9,  # flatter: softer edges
     "hexagon": lambda u, v: polygon(u, v, 6),
     "star": lambda u, v: petals(u, v, 5, 0.6),  # radius from 0.4 to 1
