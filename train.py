@@ -822,12 +822,17 @@ class Run:
 
         config = self.config
         visualize.draw_curves(self.folder)
+        if config.convnet:
+            return
+
+        # Photographs are enlarged to the side that is asked at; the embedded world is drawn anew.
+        # These images have a size of their own: compiling for eight of them does not pay.
+        side = visualize.page_side(config.global_crops_size, config.patch_size)
         order = np.random.default_rng(config.seed).permutation(len(self.val))
-        photos = [self.val.read(int(i)) for i in order[:8]]
-        if photos and not config.convnet:
-            # These images have a size of their own: compiling for eight of them does not pay.
+        photos = [self.val.read_at(int(i), round(side * 8 / 7)) for i in order[:8]]
+        if photos:
             with torch.compiler.set_stance("force_eager"):
-                visualize.draw_attention_page(self.whole, photos, config.global_crops_size,
+                visualize.draw_attention_page(self.whole, photos, side,
                                               self.folder / "attention.png", config.pixels)
 
 

@@ -135,6 +135,16 @@ def show(axis, picture: Tensor, title: str = "", **options):
     axis.axis("off")
 
 
+def show_map(axis, grid: Tensor, patch: int, title: str = ""):
+    """Draw a map (h, w) of attention, bright where there is much of it.
+
+    A few patches may get most of the attention. The brightest 2 % share one colour, so that the
+    rest can be told apart.
+    """
+    brightest = float(grid.flatten().quantile(0.98))
+    show(axis, enlarge(grid, patch), title, cmap="viridis", vmin=0, vmax=brightest)
+
+
 def draw_attention(model: VisionTransformer, image: Tensor, path: Path, block: int = -1,
                    share: float = 0.6, pixels: Pixels = RGB):
     """One image (C, H, W): every head, their mean, and the mask of the top mass of each."""
@@ -163,38 +173,63 @@ def draw_attention(model: VisionTransformer, image: Tensor, path: Path, block: i
         column = 1 + i % columns
         map_axis = axes[row, column]
         mask_axis = axes[row + 1, column]
-        show(map_axis, enlarge(grid, model.patch_size), name, cmap="viridis")
+        show_map(map_axis, grid, model.patch_size, name)
         show(mask_axis, masked(image, enlarge(mask, model.patch_size)), f"top {share:.0%}")
     fig.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(fig)
 
 
-def draw_attention_page(model: VisionTransformer, images: list[Tensor], size: int, path: Path,
-                        pixels: Pixels = RGB):
-    """Several images, one column each: the image, the mean of the heads, its top 60 %.
+def sharpest_head(attention: Tensor) -> int:
+    """The head whose attention is least spread over the patches: (B, nh, h, w) -> its number."""
+    shares = attention.flatten(2)  # (B, nh, h*w)
+    shares = shares / shares.sum(-1, keepdim=True)
+    spread = torch.special.entr(shares).sum(-1)  # (B, nh), in nats: ln(h*w) if all are equal
+    return int(spread.mean(0).argmin())
 
-    A training run draws it at its end, of images that were held out.
+
+def page_side(size: int, patch: int) -> int:
+    """The side in pixels at which a network that was trained at `size` is asked for its page.
+
+    A network of 40 pixels has 8 x 8 patches of 5: too few to see a shape in them. Its positions
+    can be resampled, so it is asked at six times its size, up to 480 pixels, in whole patches.
+    """
+    return max(size, min(6 * size, 480)) // patch * patch
+
+
+def draw_attention_page(model: VisionTransformer, images: list[Tensor], side: int, path: Path,
+                        pixels: Pixels = RGB):
+    """Several images, one column each: the image, the mean of the heads, the sharpest head.
+
+    A training run draws it at its end, of images that were held out, at `page_side` pixels.
     """
     plt = pyplot()
-    images = torch.stack([center_crop(image, size) for image in images])
+    images = torch.stack([center_crop(image, side) for image in images])
 
-    # The network may be anywhere, and in training mode: it is left as it was.
+    # The network may be anywhere, and in training mode: it is left as it was. One image at a
+    # time, because the weights of all pairs of tokens are large.
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    attention = class_attention(model, images.to(device), -1, pixels)  # (B, nh, h, w)
+    maps = [class_attention(model, image[None].to(device), -1, pixels) for image in images]
+    attention = torch.cat(maps).cpu()  # (B, nh, h, w)
     model.train(was_training)
-    maps = attention.mean(1).cpu()  # (B, h, w)
-    masks = top_mass(maps)
 
-    fig, axes = plt.subplots(3, len(images), figsize=(1.6 * len(images), 4.9), squeeze=False)
+    # Heads look for different things, some for the ground behind an object: their mean shows all
+    # of it, the least spread one mostly a thing or its edges.
+    head = sharpest_head(attention)
+    sharpest = attention[:, head]  # (B, h, w)
+    masks = top_mass(sharpest, 0.9)
+    fig, axes = plt.subplots(4, len(images), figsize=(1.6 * len(images), 6.5), squeeze=False)
     for i, image in enumerate(images):
         show(axes[0, i], picture(image))
-        show(axes[1, i], enlarge(maps[i], model.patch_size), cmap="viridis")
-        show(axes[2, i], masked(image, enlarge(masks[i], model.patch_size)))
+        show_map(axes[1, i], attention[i].mean(0), model.patch_size)
+        show_map(axes[2, i], sharpest[i], model.patch_size)
+        show(axes[3, i], masked(image, enlarge(masks[i], model.patch_size)))
 
     # One title for each row, over its first picture.
-    for axis, title in zip(axes[:, 0], ("image", "class token's attention", "top 60 % of it")):
+    titles = ("image", "attention of the class token, mean of heads",
+              f"head {head}, the sharpest", "the patches that get 90 % of it")
+    for axis, title in zip(axes[:, 0], titles):
         axis.set_title(title, fontsize=8, loc="left")
     fig.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(fig)

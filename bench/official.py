@@ -15,10 +15,11 @@ official code.
 With --data it is the loader: images a second and core, from files to coloured crops there, and
 to crops here, where the device colours them (`python -m bench data` tells both).
 
-Each side runs in a process of its own. The peak memory is that of a whole process; both codes
-have modules of the same names (utils, hubconf), of which a process can import only one; and a
-process has one setting for threads, allocator and process group. The two sides take turns, and
-the ratios are medians of those of pairs (bench/step.py says why).
+Each side runs in a process of its own. The system counts peak memory for a whole process, so
+two sides in one could not be told apart, and memory that the first has freed would serve the
+second. Also, either side changes its process: ours has the C library keep freed memory, the
+official one starts a process group. The two sides take turns, and the ratios are medians of
+those of pairs (bench/step.py says why).
 """
 
 import argparse
@@ -61,10 +62,9 @@ def our_step(precision: str):
     # The preset is the paper's recipe for a ViT-S/16; what is set here is the machine's part.
     process = Process(torch.device("cpu"))
     keep_freed_memory(process)  # as in training
-    settings = PRESETS["dino_vits16"] | {
-        "device": "cpu", "batch_size_per_gpu": B, "precision": resolve_precision(
-            precision, process.device)}
+    settings = PRESETS["dino_vits16"] | {"device": "cpu", "batch_size_per_gpu": B}
     config = Config(**settings)
+    config.precision = resolve_precision(precision, process.device)
     student, teacher = train.build(config, process)
     optimizer = OPTIMIZERS["adamw"](parameter_groups(student))
     learner = train.Learner(student, teacher, train.build_centerings(config), optimizer)
@@ -78,8 +78,8 @@ def our_step(precision: str):
         "photometry": torch.zeros(10, B, 8)}
 
     def step() -> float:
-        # Step 5 of 100,000, with epochs of 1,000 steps: the first epoch, in which the
-        # prototypes rest.
+        # Step 5 of 100,000, with epochs of 1,000 steps. In this first epoch the prototypes rest
+        # at a learning rate of 0, but AdamW does its work on them as on the other side.
         schedule = train.schedules(5, 1000, 100_000, config, process)
         return train.train_step(learner, batch, schedule, config, process)["loss"].item()
 
@@ -99,7 +99,7 @@ def official_step(precision: str):
                                      vits.DINOHead(384, 65536, False, True))
     teacher = utils.MultiCropWrapper(vits.vit_small(patch_size=16), vits.DINOHead(384, 65536))
     teacher.load_state_dict(student.state_dict())
-    teacher.requires_grad_(False)
+    teacher.requires_grad_(False)  # in this code the teacher's pass has no other no_grad
 
     # 10 crops; the teacher's temperature is 0.04 throughout, for 100 epochs.
     criterion = main_dino.DINOLoss(65536, 10, 0.04, 0.04, 0, 100)
@@ -107,12 +107,14 @@ def official_step(precision: str):
     images = [view for group in crops() for view in group]
 
     def step() -> float:
+        # The original sets the rate by a schedule at every step; which rate does not matter.
         for group in optimizer.param_groups:
             group["lr"] = 1e-6
+
         # The original's autocast is CUDA's; on a CPU this is its counterpart.
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             loss = criterion(student(images), teacher(images[:2]), 1)
-        value = loss.item()
+        value = loss.item()  # the original looks at the loss before it goes on
 
         optimizer.zero_grad()
         loss.backward()
@@ -156,9 +158,7 @@ def official_loader(folder: Path) -> float:
 
 
 def side(name: str, args) -> dict:
-    """What was measured of "ours" or "official": seconds and GB of a step, or a loader's
-    rate.
-    """
+    """What "ours" or "official" takes: seconds and GB of a step, or the rate of a loader."""
     if args.data:
         return {"images_per_second": official_loader(args.data)}
     step = our_step(args.precision) if name == "ours" else official_step(args.precision)
@@ -201,6 +201,7 @@ def read_flags() -> argparse.Namespace:
 
 def compare_loaders(args):
     """The official worker's rate, and below it the table of `python -m bench data`."""
+    # The same number of images, and as many rounds that are timed, as in official_loader.
     command = [
         sys.executable, "-m", "bench", "data", "dino_vits16", "--batch_size_per_gpu",
         str(PHOTOS), "--steps", "2", "--device", "cpu", "--data",

@@ -129,8 +129,8 @@ class Probes:
     def predict(self, rows: Tensor, chunk: int = 1024) -> dict[tuple, Tensor]:
         """(kind, learning rate) -> predicted classes (n,), on the CPU.
 
-        rows (n, (n + 1)*D) may be on the CPU while the probes are on a GPU: `chunk` of them are
-        moved and worked through at a time.
+        The rows may be on the CPU while the probes are on a GPU: `chunk` of them at a time are
+        moved and worked through.
         """
         predictions = {}
         for kind in self.kinds:

@@ -67,22 +67,33 @@ class Images:
     # "any": then the Sampler takes a random permutation.
     order: Callable[[np.random.Generator], np.ndarray] | None = None
     pixels: Pixels = RGB  # the channels, mean and spread that a network will be fed
+    # Where images are drawn: (number, side) -> the same picture, drawn with `side` pixels.
+    draw: Callable[[int, int], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def read_at(self, i: int, side: int) -> Tensor:
+        """Image i drawn with `side` pixels, if it can be drawn; else as `read` gives it."""
+        return self.draw(i, side) if self.draw else self.read(i)
 
     def subset(self, indices) -> "Images":
         """The images of these numbers alone; they are numbered anew, from 0."""
         indices = [int(i) for i in indices]
         read = partial(_read_part, self.read, indices)
+        draw = self.draw and partial(_draw_part, self.draw, indices)
         names = [self.names[i] for i in indices]
         labels = self.labels and [self.labels[i] for i in indices]
         order = self.order and partial(_order_of_part, self.order, indices)
-        return replace(self, read=read, names=names, labels=labels, order=order)
+        return replace(self, read=read, names=names, labels=labels, order=order, draw=draw)
 
 
 def _read_part(read, indices: list[int], i: int) -> Tensor:
     return read(indices[i])
+
+
+def _draw_part(draw, indices: list[int], i: int, side: int) -> Tensor:
+    return draw(indices[i], side)
 
 
 def _order_of_part(order, indices: list[int], rng: np.random.Generator) -> np.ndarray:
@@ -186,11 +197,18 @@ def open_shapes(argument: str, split: str, root: str, download: bool, channels: 
     drawn = _drawn(split, int(argument or 0) or None)
     names = [f"{split}-{i:06d}" for i in range(len(drawn.world))]
     return Images("shapes", partial(_read_drawn, drawn, channels), names, drawn.world.labels,
-                  drawn.world.classes)
+                  drawn.world.classes, draw=partial(_draw_scene, drawn.world, channels))
 
 
 def _read_drawn(drawn: _Drawn, channels: int, i: int) -> Tensor:
     return in_channels(drawn(i), channels)
+
+
+def _draw_scene(world, channels: int, i: int, side: int) -> Tensor:
+    from images.shapes import render
+
+    image, _, _ = render(world.scene(i), side)
+    return in_channels(torch.from_numpy(image), channels)
 
 
 def open_torchvision(argument: str, split: str, root: str, download: bool,

@@ -2,19 +2,21 @@
 1. The mask of the top mass is the smallest set of patches that holds it.
 2. Registers and the class token are left out of a map.
 3. The figures are drawn for any photo; misuse is one line, exit code 2.
+4. A run ends with a page at several times its size, and leaves its network as it was.
 """
 
 import pytest
 import torch
 
 import visualize
-from images.data import read_file
+from images.data import open_images, read_file
+from visualize import draw_attention_page, page_side, sharpest_head
 from vit import VisionTransformer
 
 
 def test_top_mass_is_the_smallest_set():
     torch.manual_seed(0)
-    for maps in (torch.rand(3, 4, 5), torch.rand(1, 7, 7) ** 8):
+    for maps in (torch.rand(3, 4, 5), torch.rand(1, 7, 7)**8):
         mask = visualize.top_mass(maps, 0.6)
         for a, m in zip(maps, mask):
             held = a[m].sum() / a.sum()
@@ -40,17 +42,10 @@ def test_photo(tmp_path, photos):
     assert read_file(out).float().std() > 10  # not an empty page
 
 
-@pytest.mark.parametrize(
-    "line, words",
-    [
-        ("", "usage"),
-        ("attention", "usage"),
-        ("attention x.jpg", "--weights"),
-        ("curves /none", "metrics"),
-        ("attention /none.jpg --weights W", "not a readable image"),
-        ("attention x --weights W --share 2", "--share"),
-    ],
-)
+@pytest.mark.parametrize("line, words", [
+    ("", "usage"), ("attention", "usage"), ("attention x.jpg", "--weights"),
+    ("curves /none", "metrics"), ("attention /none.jpg --weights W", "not a readable image"),
+    ("attention x --weights W --share 2", "--share")])
 def test_misuse(line, words, tmp_path, capsys):
     model = VisionTransformer(16, 8, embed_dim=64, depth=1, num_heads=1)
     torch.save(model.state_dict(), tmp_path / "b.pth")
@@ -60,3 +55,24 @@ def test_misuse(line, words, tmp_path, capsys):
     assert stop.value.code == 2
     assert words in error
     assert error.count("\n") == 1
+
+
+def test_the_page_is_asked_at_several_times_the_training_size():
+    assert page_side(40, 5) == 240 and page_side(96, 16) == 480
+    assert page_side(128, 14) == 476  # whole patches
+    assert page_side(518, 14) == 518  # never smaller than in training
+
+
+def test_the_sharpest_head_is_the_least_spread_one():
+    attention = torch.full((2, 3, 4, 4), 1 / 16)
+    attention[:, 1] = 0.0
+    attention[:, 1, 2, 3] = 1.0  # all of it on one patch
+    assert sharpest_head(attention) == 1
+
+
+def test_the_page_leaves_the_network_as_it_was(tmp_path):
+    model = VisionTransformer(16, 8, embed_dim=64, depth=1, num_heads=1).train()
+    images = open_images("shapes:2")
+    photos = [images.read_at(i, 110) for i in range(2)]
+    draw_attention_page(model, photos, 96, tmp_path / "page.png")
+    assert model.training and (tmp_path / "page.png").stat().st_size > 5_000

@@ -18,16 +18,8 @@ from torchvision.transforms.v2 import functional as TF
 
 import evaluate
 from augment import MultiCrop, pixels_of
-from images.data import (
-    DATASETS,
-    Images,
-    Sampler,
-    Views,
-    held_out,
-    open_images,
-    open_shapes,
-    training_loader,
-)
+from images.data import (DATASETS, Images, Sampler, Views, held_out, open_images, open_shapes,
+                         training_loader)
 
 
 def test_folder_with_classes(photos):
@@ -43,16 +35,11 @@ def test_flat_folder_has_no_labels(photos):
     assert len(images) == 12 and images.labels is None
 
 
-@pytest.mark.parametrize(
-    "spec, words",
-    [
-        ("folder:/nowhere", "no such folder"),
-        ("nothing", "choose from shapes, folder"),
-        ("shapes:many", "number of images"),
-        ("CIFAR10", "--data_root"),
-        ("folder:", "no such folder"),
-    ],
-)
+@pytest.mark.parametrize("spec, words", [("folder:/nowhere", "no such folder"),
+                                         ("nothing", "choose from shapes, folder"),
+                                         ("shapes:many", "number of images"),
+                                         ("CIFAR10", "--data_root"),
+                                         ("folder:", "no such folder")])
 def test_misses_are_explained(spec, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         open_images(spec, root=str(tmp_path))
@@ -119,7 +106,8 @@ def test_channels(tmp_path):
     with pytest.raises(ValueError, match="expected an image"):
         open_images(f"folder:{tmp_path}", pixels=pixels_of(5))
     Image.fromarray((array[..., :4] * 255).astype(np.uint8), "RGBA").save(tmp_path / "d.png")
-    images = open_images(f"folder:{tmp_path}", pixels=pixels_of(4))  # arrays: where nothing else is
+    images = open_images(f"folder:{tmp_path}",
+                         pixels=pixels_of(4))  # arrays: where nothing else is
     assert images.names == ["d.png"] and images.read(0).shape == (4, 20, 30)
     grey = open_images("shapes:8", pixels=pixels_of(1)).read(3)
     expected = TF.rgb_to_grayscale(open_images("shapes:8").read(3) / 255)
@@ -133,6 +121,7 @@ def test_more_than_sixteen_bits_are_refused(tmp_path):
 
 
 def test_sampler_resumes_and_shards():
+
     def keys(**how):
         return list(Sampler(50, steps=20, seed=5, **how))
 
@@ -167,6 +156,7 @@ def test_broken_images_are_replaced_and_named(photos):
 
 
 def test_nothing_but_broken_images_ends():
+
     def fails(i):
         raise OSError("no")
 
@@ -178,3 +168,14 @@ def test_nothing_but_broken_images_ends():
 def test_held_out_share():
     names = [f"{i}.jpg" for i in range(20000)]
     assert abs(np.mean([held_out(n) for n in names]) - 0.05) < 0.005
+
+
+def test_a_drawn_image_can_be_drawn_larger(photos):
+    world = open_images("shapes:10:val")
+    part = world.subset([3, 7])
+    large = part.read_at(1, 96)
+    assert large.shape == (3, 96, 96) and torch.equal(large, world.read_at(7, 96))
+    assert torch.equal(part.read_at(1, 64),
+                       part.read(1))  # at its own size it is the same picture
+    files = open_images(f"folder:{photos}")
+    assert torch.equal(files.read_at(0, 96), files.read(0))  # a file is what it is
