@@ -180,7 +180,9 @@ def draw_attention(model: VisionTransformer, image: Tensor, path: Path, block: i
 
 
 def sharpest_head(attention: Tensor) -> int:
-    """The head whose attention is least spread over the patches: (B, nh, h, w) -> its number."""
+    """The head whose attention is least spread over the patches: (B, nh, h, w) -> its
+    number.
+    """
     shares = attention.flatten(2)  # (B, nh, h*w)
     shares = shares / shares.sum(-1, keepdim=True)
     spread = torch.special.entr(shares).sum(-1)  # (B, nh), in nats: ln(h*w) if all are equal
@@ -214,8 +216,8 @@ def draw_attention_page(model: VisionTransformer, images: list[Tensor], side: in
     attention = torch.cat(maps).cpu()  # (B, nh, h, w)
     model.train(was_training)
 
-    # Heads look for different things, some for the ground behind an object: their mean shows all
-    # of it, the least spread one mostly a thing or its edges.
+    # Heads look for different things, some for the ground behind an object: their mean shows
+    # all of it, the least spread one mostly a thing or its edges.
     head = sharpest_head(attention)
     sharpest = attention[:, head]  # (B, h, w)
     masks = top_mass(sharpest, 0.9)

@@ -2,11 +2,12 @@
 
     TASK: step | data | eval | attention | probes | growth | plan  --> a table, and --json FILE
 
-Idea     One command for every question about cost; the task's file tells how it is measured.
+Idea     One command for every question about cost. This file reads the flags and chooses the
+         device; how something is measured is told in the file of its task.
 Paper    none
 Try      python -m bench step shapes --steps 3 --plain
          python -m bench plan dinov2_vitl14 --gpus 32 --kind h100
-Change   another benchmark is one function in a file of this folder and one line in TASKS
+Change   another benchmark is one function in a file of bench/ and one line in TASKS
 Tests    pytest tests/bench
 """
 
@@ -24,7 +25,9 @@ from machinery.process import Process, resolve_precision, start_process
 from training.config import check
 from training.recipes import PRESETS, auto_scale
 
-# The name of a benchmark -> the function that runs it, and the dataclass of its flags.
+# The name of a benchmark -> the function that runs it, and the dataclass of its flags. The
+# function is called with the configuration and the process, prints a table, and returns what
+# --json writes. The first line of its docstring is what --help says of it.
 TASKS = {
     "step": (time_step, StepConfig), "data": (time_input, InputConfig),
     "eval": (time_evaluation, EvaluationConfig), "attention": (time_attention, Config),
@@ -37,21 +40,29 @@ def overview() -> str:
     """What `python -m bench --help` prints: the tasks, and how to see the flags of one."""
     lines = [f"usage: {USAGE}", "", "TASK is one of"]
     for name, (function, _) in TASKS.items():
-        lines.append(f"  {name:10s} {function.__doc__.splitlines()[0]}")
+        about = (function.__doc__ or "").split("\n")[0]
+        lines.append(f"  {name:10s} {about}")
     lines += ["", "python -m bench TASK --help lists the flags of that task"]
     return "\n".join(lines)
 
 
 def read_flags(name: str, argv: list[str]) -> Config:
     """The configuration of a task; UsageError for numbers that mean nothing."""
-    presets = {"dino_vits16": PRESETS["dino_vits16"], **PRESETS}  # the first one is the default
+    # `parse` takes the first preset where none is named. What a step costs is asked of a
+    # paper's recipe more often than of the drawn shapes, which train.py begins with.
+    presets = {"dino_vits16": PRESETS["dino_vits16"], **PRESETS}
     config = parse(TASKS[name][1], argv, presets, USAGE.replace("TASK", name))
-    counts = [
-        field for field in ("steps", "gpus", "bank", "queries", "classes")
-        if hasattr(config, field)]
+
+    # Each task has some of these fields only.
+    counts = []
+    for field in ("steps", "gpus", "bank", "queries", "classes"):
+        if hasattr(config, field):
+            counts.append(field)
     require(config, lambda x: x >= 1, "at least 1", *counts)
     if hasattr(config, "utilisation"):
         require(config, lambda x: 0 < x <= 1, "above 0, at most 1", "utilisation")
+
+    # Asked now and not when the file is written, which may be hours later.
     if config.json and not Path(config.json).parent.is_dir():
         raise UsageError(f"--json {config.json}: there is no folder {Path(config.json).parent}")
     check(config)
@@ -69,32 +80,41 @@ def main(argv):
     name = argv[0]
     config = read_flags(name, argv[1:])
 
-    # A plan runs nothing: it needs no device, and keeps the precision of the machine it is
-    # about.
+    # A plan runs nothing. So it needs no device, and "auto" is not what this machine multiplies
+    # fastest in: plan decides that for the machine that it is about.
     is_plan = name == "plan"
     process = start_process("cpu" if is_plan else config.device)
     if not is_plan:
         config.precision = resolve_precision(config.precision, process.device)
+
+    # --auto_scale sets what depends on the number of images and on the batch of all processes:
+    # of all GPUs of a plan, else of the one process that is timed.
     if config.auto_scale:
         batch = config.batch_size_per_gpu * (config.gpus if is_plan else 1)
         with user_errors():
             config = auto_scale(config, images_of(config), batch)
+
+    # Seconds without the machine that they are from say nothing, so both the table and the
+    # file begin with it.
     about = {
         "task": name, "preset": config.preset, "device": device_name(process),
         "precision": config.precision, "batch_size_per_gpu": config.batch_size_per_gpu,
         "threads": torch.get_num_threads(), "torch": torch.__version__}
     if not is_plan:
         print("  ".join(f"{key} {value}" for key, value in about.items()))
+    run_task = TASKS[name][0]
     with user_errors():
-        result = about | TASKS[name][0](config, process)
+        result = about | run_task(config, process)
     if config.json:
         write_json(Path(config.json), result)
     return result
 
 
 def device_name(process: Process) -> str:
-    return torch.cuda.get_device_name(
-    ) if process.device.type == "cuda" else process.device.type
+    """The name of the GPU, such as "NVIDIA H100 80GB HBM3", or else cpu or mps."""
+    if process.device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return process.device.type
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def official_step(precision: str):
                                      vits.DINOHead(384, 65536, False, True))
     teacher = utils.MultiCropWrapper(vits.vit_small(patch_size=16), vits.DINOHead(384, 65536))
     teacher.load_state_dict(student.state_dict())
-    teacher.requires_grad_(False)  # in this code the teacher's pass has no other no_grad
+    teacher.requires_grad_(False)  # so that its forward pass keeps nothing for a backward one
 
     # 10 crops; the teacher's temperature is 0.04 throughout, for 100 epochs.
     criterion = main_dino.DINOLoss(65536, 10, 0.04, 0.04, 0, 100)
