@@ -8,7 +8,7 @@ Idea     What is measured and what is assumed are kept apart. growth runs a step
 Paper    none
 Try      python -m bench growth dino_vits16 --batch_size_per_gpu 2
          python -m bench plan dinov2_vitl14 --gpus 32 --kind h100
-Change   another GPU is one line in GPUS; another whole number of Config that grows is one line
+Change   another GPU is one line in GPUS; another flag that grows, a whole number, is one line
          in GROWTH
 Tests    pytest tests/bench/test_forecast.py
 

@@ -153,8 +153,8 @@ def seconds_of_input(images: Images, size: int, config: InputConfig) -> dict[str
             spent["plain"] = time.process_time() - begun + spent["decode"]
 
         if turn >= WARM_UP:
-            for name in spent:
-                seconds[name] += spent[name]
+            for name, duration in spent.items():
+                seconds[name] += duration
     return dict(seconds)
 
 

@@ -15,22 +15,9 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as TF
 
-from augment import (
-    MASK_SHAPES,
-    ORDERS,
-    PHOTOMETRY,
-    RGB,
-    SOLARIZE_THRESHOLD,
-    Masking,
-    MultiCrop,
-    center_crop,
-    collate,
-    crop_box,
-    draw_photometry,
-    normalise,
-    photometry,
-    pixels_of,
-)
+from augment import (MASK_SHAPES, ORDERS, PHOTOMETRY, RGB, SOLARIZE_THRESHOLD, Masking,
+                     MultiCrop, center_crop, collate, crop_box, draw_photometry, normalise,
+                     photometry, pixels_of)
 from machinery.process import keep_freed_memory, start_process
 
 
@@ -60,9 +47,8 @@ def draw(view, n, seed=0):
 
 @pytest.mark.parametrize("view", [0, 1, 2])
 def test_photometry_equals_torchvision(view):
-    crops = torch.randint(
-        0, 256, (48, 3, 24, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(view)
-    )
+    crops = torch.randint(0, 256, (48, 3, 24, 20), dtype=torch.uint8,
+                          generator=torch.Generator().manual_seed(view))
     params = draw(view, 48)
     params[:24, 0] = torch.arange(24)  # every order of the four jitters
     batched, looped = photometry(crops, params), one_by_one(crops, params)
@@ -75,21 +61,20 @@ def test_one_channel_has_no_colours():
     """Brightness, contrast, blur and solarize are torchvision's; the rest is left out."""
     crops, params, pixels = torch.rand(24, 1, 24, 20), draw(1, 24), pixels_of(1)
     params[:, 0] = torch.arange(24)
-    for i, (order, brightness, contrast, _, _, _, sigma, solarize) in enumerate(params.tolist()):
+    for i, (order, brightness, contrast, _, _, _, sigma,
+            solarize) in enumerate(params.tolist()):
         x = crops[i]
         for op in ORDERS[int(order)]:
             x = {
                 0: lambda y: TF.adjust_brightness(y, brightness),
-                1: lambda y: TF.adjust_contrast(y, contrast),
-            }.get(op, lambda y: y)(x)
+                1: lambda y: TF.adjust_contrast(y, contrast)}.get(op, lambda y: y)(x)
         if sigma:
             x = TF.gaussian_blur(x, [9, 9], [sigma, sigma])
         if solarize:
             x = TF.solarize(x, SOLARIZE_THRESHOLD)
         expected = TF.normalize(x, *pixels)
         torch.testing.assert_close(
-            photometry(crops[i : i + 1], params[i : i + 1], pixels)[0], expected, rtol=0, atol=1e-4
-        )
+            photometry(crops[i:i + 1], params[i:i + 1], pixels)[0], expected, rtol=0, atol=1e-4)
     five = photometry(torch.rand(24, 5, 24, 20), params, pixels_of(5, (0.5,) * 5, (1.0,) * 5))
     assert five.shape == (24, 5, 24, 20) and five.abs().max() <= 0.5
 
@@ -98,7 +83,7 @@ def test_a_pixel_does_not_depend_on_the_batch():
     crops = torch.randint(0, 256, (40, 3, 96, 96), dtype=torch.uint8)
     params = draw(1, 40)
     together = photometry(crops, params)
-    alone = torch.cat([photometry(crops[i : i + 1], params[i : i + 1]) for i in range(40)])
+    alone = torch.cat([photometry(crops[i:i + 1], params[i:i + 1]) for i in range(40)])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
@@ -117,7 +102,8 @@ def test_crop_boxes():
         areas.append(h * w / 4800)
     assert 0.18 < min(areas) and max(areas) < 0.52
     assert abs(np.mean(areas) - 0.35) < 0.01  # uniform in area
-    top, left, h, w = crop_box(10, 400, (0.9, 1.0), rng.random((10, 4)))  # nothing fits: centred
+    top, left, h, w = crop_box(10, 400, (0.9, 1.0), rng.random(
+        (10, 4)))  # nothing fits: centred
     assert (h, w) == (10, 13) and left == (400 - 13) // 2
 
 
@@ -125,19 +111,14 @@ def test_views_follow_from_the_generator():
     image = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
     crops = MultiCrop(32, 16, 2, 3)
     one, same, other = (crops(image, np.random.default_rng([0, 0, s])) for s in (1, 1, 2))
-    assert one["global_crops"].shape == (2, 3, 32, 32) and one["local_crops"].shape == (
-        3,
-        3,
-        16,
-        16,
-    )
+    assert one["global_crops"].shape == (2, 3, 32, 32) and one["local_crops"].shape == (3, 3,
+                                                                                        16, 16)
     assert one["photometry"].shape == (5, 8)
     assert all(torch.equal(one[k], same[k]) for k in one)
     assert not torch.equal(one["global_crops"], other["global_crops"])
     batch = collate([dict(one, index=4), dict(other, index=7)])
-    assert torch.equal(
-        batch["global_crops"][:, 1], other["global_crops"]
-    )  # (G, B, ...): crop-major
+    assert torch.equal(batch["global_crops"][:, 1],
+                       other["global_crops"])  # (G, B, ...): crop-major
     assert batch["index"].tolist() == [4, 7]
     assert MultiCrop(32, 16, 2, 0)(image, np.random.default_rng(0))["local_crops"].shape[0] == 0
 
@@ -146,12 +127,8 @@ def test_views_follow_from_the_generator():
 def test_chances(view):
     params = draw(view, 4000)
     chance = {k: v[view] for k, v in PHOTOMETRY["dino"].items() if k != "strength"}
-    happened = dict(
-        jitter=params[:, 0] >= 0,
-        gray=params[:, 5] > 0,
-        blur=params[:, 6] > 0,
-        solarize=params[:, 7] > 0,
-    )
+    happened = dict(jitter=params[:, 0] >= 0, gray=params[:, 5] > 0, blur=params[:, 6] > 0,
+                    solarize=params[:, 7] > 0)
     for name, p in chance.items():
         assert abs(happened[name].float().mean().item() - p) < 0.03, name
     assert params[:, 1].min() >= 0.6 and params[:, 1].max() <= 1.4

@@ -17,19 +17,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import (
-    TINY,
-    finish,
-    heads_of,
-    killed_in_step,
-    metrics_of,
-    same_tensors,
-    saved,
-    start,
-    teacher_of,
-    views_of,
-    without_figures,
-)
+from conftest import (TINY, finish, heads_of, killed_in_step, metrics_of, same_tensors, saved,
+                      start, teacher_of, views_of, without_figures)
 
 import distill
 import train
@@ -50,13 +39,8 @@ HEADS = "--ibot_weight 1 --separate_head --ibot_n_prototypes 24 --drop_path_rate
 STUDENT = ["shapes_distill", *TINY[1:], *HEADS[:2], "--drop_path_rate", "0", "--clip_grad", "0"]
 CLS, PATCHES = "x_norm_clstoken", "x_norm_patchtokens"
 SCHEDULE = {
-    "lr": 0.01,
-    "last_layer_lr": 0.01,
-    "weight_decay": 0.1,
-    "momentum": 0.9,
-    "teacher_temp": 0.05,
-    "generator": None,
-}
+    "lr": 0.01, "last_layer_lr": 0.01, "weight_decay": 0.1, "momentum": 0.9,
+    "teacher_temp": 0.05, "generator": None}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +71,8 @@ def batch_of(config, indices, step=0):
 
 def learner_of(student, teacher, centerings):
     optimizer = OPTIMIZERS["adamw"](parameter_groups(student))
-    return train.Learner(student, teacher, centerings, optimizer, move_teacher=distill.move_average)
+    return train.Learner(student, teacher, centerings, optimizer,
+                         move_teacher=distill.move_average)
 
 
 # -- one step
@@ -121,8 +106,7 @@ def test_a_step_is_the_papers(tokens, centering, teacher):
         at_masks = [tokens[PATCHES][mask] for tokens, mask in zip(large_tokens, masks)]
         answers = {
             "dino": torch.cat([large.dino_head(tokens[CLS]) for tokens in large_tokens]),
-            "ibot": large.ibot_head(torch.cat(at_masks)),
-        }
+            "ibot": large.ibot_head(torch.cat(at_masks))}
     small_tokens = [small.backbone.forward_features(x) for x in views]
 
     def targets(name):
@@ -157,7 +141,8 @@ def test_a_step_is_the_papers(tokens, centering, teacher):
     loss.backward()
     for (name, p), exact in zip(student.named_parameters(), small.parameters()):
         if p.requires_grad:
-            torch.testing.assert_close(p.grad.double(), exact.grad, rtol=2e-3, atol=2e-5, msg=name)
+            torch.testing.assert_close(p.grad.double(), exact.grad, rtol=2e-3, atol=2e-5,
+                                       msg=name)
     parameters = zip(both.parameters(), average.parameters(), student.parameters())
     for new, old, of_student in parameters:
         expected = 0.9 * old + 0.1 * of_student.double()
@@ -184,8 +169,8 @@ def test_a_teacher_stays_as_it_is(teacher):
     batches = [batch_of(config, range(4 * i, 4 * i + 4), i) for i in range(5)]
     with torch.no_grad():  # what it says of each batch, once and for all
         means = [
-            frozen([torch.cat(views_of(batch)[:2])])["dino"].double().mean(0) for batch in batches
-        ]
+            frozen([torch.cat(views_of(batch)[:2])])["dino"].double().mean(0)
+            for batch in batches]
     center = torch.zeros(32).double()
     average = {k: v.double().clone() for k, v in student.state_dict().items()}
     for step in range(100):
@@ -202,9 +187,8 @@ def test_a_teacher_stays_as_it_is(teacher):
     torch.testing.assert_close(centerings["dino"].center.double(), center, rtol=1e-4, atol=1e-6)
     for name, value in both.state_dict().items():
         if "num_batches" not in name:  # of 100 steps, each rounded
-            torch.testing.assert_close(
-                value.double(), average[name], rtol=1e-4, atol=1e-5, msg=name
-            )
+            torch.testing.assert_close(value.double(), average[name], rtol=1e-4, atol=1e-5,
+                                       msg=name)
     assert not any("frozen" in name for name in both.state_dict())
 
 
@@ -226,10 +210,8 @@ def test_nothing_is_hidden(teacher):
 
 
 def test_killed_and_resumed_equals_uninterrupted(teacher, tmp_path, quick_runs):
-    whole, broken = (
-        config_of(teacher, "--output_dir", str(tmp_path / name), "--auto_scale")
-        for name in ("whole", "broken")
-    )
+    whole, broken = (config_of(teacher, "--output_dir", str(tmp_path / name), "--auto_scale")
+                     for name in ("whole", "broken"))
     summary = distill.run(whole)
     with killed_in_step(11):  # the last save was after step 8
         distill.run(broken)
@@ -246,7 +228,8 @@ def test_killed_and_resumed_equals_uninterrupted(teacher, tmp_path, quick_runs):
     stored = json.loads((tmp_path / "whole/config.json").read_text())
     assert stored["teacher"] == str(teacher)
     assert stored["ibot_n_prototypes"] == 24
-    again = config_of(tmp_path / "whole", "--output_dir", str(tmp_path / "again"), "--epochs", "1")
+    again = config_of(tmp_path / "whole", "--output_dir", str(tmp_path / "again"), "--epochs",
+                      "1")
     assert distill.run(again)["steps"] == 8
 
 
@@ -281,10 +264,8 @@ def run_as_rank(rank, teacher, folder):
     for parallel in ("ddp", "fsdp"):
         results[parallel] = one_step(config_of(teacher, "--parallel", parallel), process)
     dist.barrier()
-    flags = (
-        f"--parallel fsdp --data shapes:32 --val_data shapes:32:val --epochs 1 "
-        f"--train_teacher_heads_epochs 1 --output_dir {folder}/run"
-    ).split()
+    flags = (f"--parallel fsdp --data shapes:32 --val_data shapes:32:val --epochs 1 "
+             f"--train_teacher_heads_epochs 1 --output_dir {folder}/run").split()
     with without_figures():
         results["run"] = distill.run(config_of(teacher / "teacher.pt", *flags))
     torch.save(results, f"{folder}/{rank}.pt")
@@ -304,9 +285,8 @@ def test_two_processes_are_one(teacher, tmp_path):
                 assert set(state) == set(state_of_two)
                 for k in state:
                     # Sums are in another order, and the step is large on purpose.
-                    torch.testing.assert_close(
-                        state[k], state_of_two[k], rtol=1e-4, atol=2e-6, msg=k
-                    )
+                    torch.testing.assert_close(state[k], state_of_two[k], rtol=1e-4, atol=2e-6,
+                                               msg=k)
         assert results["run"]["steps"] == 2
         assert not results["run"]["collapsed"]
 
@@ -328,10 +308,9 @@ def test_heads_first(backbone_file, tmp_path, capsys):
 
     The student's first weights (--init) are no matter of these heads.
     """
-    config = config_of(
-        backbone_file, "--train_teacher_heads_epochs", "1", "--epochs", "1",
-        "--output_dir", str(tmp_path / "run"), "--n_prototypes", "40", "--init", str(backbone_file),
-    )  # fmt: skip
+    config = config_of(backbone_file, "--train_teacher_heads_epochs", "1", "--epochs", "1",
+                       "--output_dir", str(tmp_path / "run"), "--n_prototypes", "40", "--init",
+                       str(backbone_file))
     distill.run(config)
     heads_run = tmp_path / "run/teacher_heads"
     assert same_tensors(torch.load(backbone_file, weights_only=True), teacher_of(heads_run))
@@ -350,8 +329,7 @@ def test_heads_first(backbone_file, tmp_path, capsys):
 def test_features_alone(distance, backbone_file, tmp_path):
     flags = (
         "--dino_weight 0 --ibot_weight 0 --class_feature_weight 1 --patch_feature_weight 0.5 "
-        f"--feature_distance {distance} --epochs 4 --output_dir {tmp_path / 'run'}"
-    ).split()
+        f"--feature_distance {distance} --epochs 4 --output_dir {tmp_path / 'run'}").split()
     config, student, both = networks_of(config_of(backbone_file, *flags))
     small, large = (copy.deepcopy(x).double() for x in (student, both.frozen[0]))
     batch = batch_of(config, range(6))
@@ -359,13 +337,14 @@ def test_features_alone(distance, backbone_file, tmp_path):
     figures = train.train_step(learner_of(student, both, {}), batch, SCHEDULE, config, CPU)
 
     views = torch.cat(views_of(batch)).double()
-    small_tokens, large_tokens = (net.backbone.forward_features(views) for net in (small, large))
+    small_tokens, large_tokens = (net.backbone.forward_features(views)
+                                  for net in (small, large))
     loss = 0.0
     for key, name, weight in ((CLS, "class", 1), (PATCHES, "patch", 0.5)):
         a = getattr(small, f"{name}_feature_map")(small_tokens[key])
         b = large_tokens[key].detach()
         if distance == "mse":
-            distances = ((a - b) ** 2).mean(-1)
+            distances = ((a - b)**2).mean(-1)
         else:
             distances = 1 - (a * b).sum(-1) / a.norm(dim=-1) / b.norm(dim=-1)
         loss = loss + weight * distances.mean()
@@ -379,8 +358,7 @@ def test_a_run_that_matches_features_learns(backbone_file, tmp_path):
     """A whole run without heads, its figures and expected memory included."""
     flags = (
         "--dino_weight 0 --ibot_weight 0 --class_feature_weight 1 --patch_feature_weight 0.5 "
-        f"--epochs 4 --output_dir {tmp_path / 'run'}"
-    ).split()
+        f"--epochs 4 --output_dir {tmp_path / 'run'}").split()
     distill.run(config_of(backbone_file, *flags))
     rows = [row for row in metrics_of(tmp_path / "run") if "loss" in row]
     assert rows[-1]["class_feature"] < rows[0]["class_feature"] < 1.1
@@ -403,29 +381,25 @@ def test_the_student_is_shown_what_its_teacher_wants(tmp_path):
     model = VisionTransformer(24, 8, 1, **ARCHS["vit_pico"])
     torch.save(model.state_dict(), tmp_path / "grey.pth")
     line = f"--teacher {tmp_path}/grey.pth --dino_weight 0 --ibot_weight 0 --class_feature_weight 1"
-    config, _ = distill.open_teacher(parse(distill.Config, [*STUDENT, *line.split()], DISTILLATION))
+    config, _ = distill.open_teacher(
+        parse(distill.Config, [*STUDENT, *line.split()], DISTILLATION))
     assert (config.in_chans, config.pixels) == (1, pixels_of(1))
 
 
-@pytest.mark.parametrize(
-    "line, words",
-    [
-        ("--teacher=", "--teacher .: no teacher.pt in it"),
-        ("--teacher nowhere", "--teacher nowhere"),
-        ("--teacher FILE", "--train_teacher_heads_epochs"),
-        ("--n_prototypes 16", "16 prototypes are asked for dino"),
-        ("--ibot_n_prototypes 16", "has 24"),
-        ("--no_separate_head", "32 prototypes are asked for ibot"),
-        ("--patch_size 4 --mask_min_patches 1", "--patch_size 4"),
-        ("--patch_size 4 --ibot_weight 0 --global_crops_size 20", "--global_crops_size 20"),
-        ("--global_crops_size 25", "--global_crops_size 25"),
-        ("--arch resnet18 --ibot_weight 0 --patch_feature_weight 1", "--patch_feature_weight 0"),
-        ("--dino_weight 0 --ibot_weight 0", "nothing to learn"),
-        ("--patch_tokens some", "--patch_tokens"),
-        ("--in_chans 1", "leave them to --teacher"),
-        ("--class_feature_weight -1", "--class_feature_weight"),
-    ],
-)
+@pytest.mark.parametrize("line, words", [
+    ("--teacher=", "--teacher .: no teacher.pt in it"),
+    ("--teacher nowhere", "--teacher nowhere"),
+    ("--teacher FILE", "--train_teacher_heads_epochs"),
+    ("--n_prototypes 16", "16 prototypes are asked for dino"),
+    ("--ibot_n_prototypes 16", "has 24"),
+    ("--no_separate_head", "32 prototypes are asked for ibot"),
+    ("--patch_size 4 --mask_min_patches 1", "--patch_size 4"),
+    ("--patch_size 4 --ibot_weight 0 --global_crops_size 20", "--global_crops_size 20"),
+    ("--global_crops_size 25", "--global_crops_size 25"),
+    ("--arch resnet18 --ibot_weight 0 --patch_feature_weight 1", "--patch_feature_weight 0"),
+    ("--dino_weight 0 --ibot_weight 0", "nothing to learn"),
+    ("--patch_tokens some", "--patch_tokens"), ("--in_chans 1", "leave them to --teacher"),
+    ("--class_feature_weight -1", "--class_feature_weight")])
 def test_misuse(line, words, teacher, backbone_file, tmp_path, capsys):
     line = line.replace("FILE", str(backbone_file))
     run = tmp_path / "run"
@@ -448,25 +422,11 @@ def test_presets():
         assert config.drop_path_rate == 0
     # DINOv2 table 16
     expected = {
-        "ffn_layer": "mlp",
-        "layerscale": 1e-5,
-        "drop_path_rate": 0.0,
-        "lr": 1e-3,
-        "lr_scaling": "none",
-        "weight_decay": 0.04,
-        "weight_decay_end": 0.2,
-        "epochs": 500,
-        "epoch_length": 1250,
-        "warmup_epochs": 80,
-        "momentum_teacher": 0.994,
-        "patch_size": 14,
-        "precision": "fp16",
-        "centering": "sinkhorn",
-        "patch_tokens": "all",
-        "koleo_weight": 0.1,
-        "ibot_weight": 1.0,
-        "n_prototypes": 131072,
-    }
+        "ffn_layer": "mlp", "layerscale": 1e-5, "drop_path_rate": 0.0, "lr": 1e-3,
+        "lr_scaling": "none", "weight_decay": 0.04, "weight_decay_end": 0.2, "epochs": 500,
+        "epoch_length": 1250, "warmup_epochs": 80, "momentum_teacher": 0.994, "patch_size": 14,
+        "precision": "fp16", "centering": "sinkhorn", "patch_tokens": "all",
+        "koleo_weight": 0.1, "ibot_weight": 1.0, "n_prototypes": 131072}
     for size, arch in (("s", "vit_small"), ("b", "vit_base"), ("l", "vit_large")):
         config = distill.Config(**DISTILLATION[f"dinov2_vit{size}14_distill"])
         assert {k: getattr(config, k) for k in expected} == expected

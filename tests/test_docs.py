@@ -53,7 +53,6 @@ FILES = {str(path.relative_to(ROOT)): path for path in MODULES.values()}
 SLOTTED = [name for name in FILES if not name.endswith("__init__.py")]
 SLOTTED.remove("bench/official.py")
 
-
 # -- 1
 
 
@@ -104,7 +103,7 @@ def stands_in(name, files):
 
 def test_what_to_add_stands_where_the_readme_says():
     text = (ROOT / "README.md").read_text()
-    table = text[text.index("| I want to add") :].split("\n\n")[0]
+    table = text[text.index("| I want to add"):].split("\n\n")[0]
     rows = [row.strip("|").split("|") for row in table.splitlines()[2:]]
     assert len(rows) > 15
     for what, where, places in rows:
@@ -141,13 +140,10 @@ def understand_visualize(argv):
 
 # A program or module -> what reads its command line, without running it.
 PARSERS = {
-    "train.py": train.read_flags,
-    "distill.py": lambda argv: train.read_flags(argv, distill.Config, DISTILLATION, "distill.py"),
-    "evaluate.py": understand_evaluate,
-    "visualize.py": understand_visualize,
-    "bench": understand_bench,
-    "backbones": understand_backbones,
-}
+    "train.py": train.read_flags, "distill.py": lambda argv: train.read_flags(
+        argv, distill.Config, DISTILLATION, "distill.py"), "evaluate.py": understand_evaluate,
+    "visualize.py": understand_visualize, "bench": understand_bench,
+    "backbones": understand_backbones}
 # What prose writes in the place of a word of a certain kind -> such a word.
 PLACEHOLDERS = {"PRESET": "shapes", "TASK": "knn", "N": "1", "W": "1"}
 
@@ -186,7 +182,7 @@ def test_commands_are_understood():
                 assert program in MODULES
             else:
                 program = next(word for word in words if word.endswith(".py"))
-                argv = words[words.index(program) + 1 :]
+                argv = words[words.index(program) + 1:]
                 assert (ROOT / program).exists()
             if program in PARSERS and "--help" not in argv:
                 PARSERS[program](argv)
@@ -226,8 +222,7 @@ MAY_IMPORT = {
     "evaluate": BELOW_PROGRAMS,
     "visualize": BELOW_PROGRAMS,
     "hubconf": {"backbones"},
-    "bench": BELOW_PROGRAMS | {"train", "distill", "evaluate", "visualize"},
-}
+    "bench": BELOW_PROGRAMS | {"train", "distill", "evaluate", "visualize"}}
 
 
 def imports_of(path):
@@ -282,12 +277,14 @@ def test_imports_of_others(name):
             draws = place == "demo" or place.startswith("draw") or place == "pyplot"
             assert draws, f"{name} imports matplotlib where nothing is drawn (in: {place})"
         elif place == "top":
-            assert package in {"torch", "torchvision", "numpy", "PIL"}, f"{name} imports {package}"
+            assert package in {"torch", "torchvision", "numpy",
+                               "PIL"}, f"{name} imports {package}"
 
 
 def start_up_imports(module):
     """The modules of ours that Python runs when it imports this one."""
-    return {name for name, place in imports_of(MODULES[module]) if place == "top"} & set(MODULES)
+    return {name
+            for name, place in imports_of(MODULES[module]) if place == "top"} & set(MODULES)
 
 
 def test_nothing_imports_in_a_circle():
@@ -323,14 +320,11 @@ def code_lines(path):
     source = path.read_text()
     docstrings = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
-            node
-        ):
+        if isinstance(node,
+                      (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
             docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    not_code = (
-        tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
-        tokenize.ENDMARKER,
-    )  # fmt: skip
+    not_code = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT,
+                tokenize.DEDENT, tokenize.ENDMARKER)
     lines = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in not_code:
@@ -348,9 +342,7 @@ def test_what_starts_with_train_can_be_read():
             to_visit += start_up_imports(module)
     sizes = {
         module: len(code_lines(MODULES[module]))
-        for module in closure
-        if len(MODULES[module].read_text().splitlines()) > 3
-    }
+        for module in closure if len(MODULES[module].read_text().splitlines()) > 3}
     listed = ", ".join(f"{module} {size}" for module, size in sorted(sizes.items()))
     assert len(sizes) <= 22, f"{len(sizes)} files: {listed}"
     assert sum(sizes.values()) <= 3000, f"{sum(sizes.values())} lines of code: {listed}"
@@ -379,17 +371,14 @@ def lines_of(path, name):
 # A task of docs/results.md, "Four things a student wants to do" -> the most lines of code that it
 # may need.
 TASK_LIMITS = {
-    "change the centering": 100,
-    "add a loss": 100,
-    "add a data set": 54,
-    "see where the attention map comes from": 57,
-}
+    "change the centering": 100, "add a loss": 100, "add a data set": 54,
+    "see where the attention map comes from": 57}
 
 
 def test_four_student_tasks_stay_small():
     """The table says which functions, classes and tables a task needs; their lines are counted."""
     text = (ROOT / "docs/results.md").read_text()
-    table = text[text.index("| task | open | edit |") :].split("\n\n")[0]
+    table = text[text.index("| task | open | edit |"):].split("\n\n")[0]
     files, counted, task = {}, {}, ""
     for row in table.splitlines()[2:]:
         cells = [cell.strip() for cell in row.strip("|").split("|")]
@@ -470,22 +459,16 @@ def test_no_line_is_too_long():
     files = [*FILES.values(), *(ROOT / "tests").rglob("*.py"), ROOT / "bench/gpu.sh"]
     files.append(ROOT / ".ci/run")
     too_long = [
-        f"{file.relative_to(ROOT)}:{number}"
-        for file in files
-        for number, line in enumerate(file.read_text().splitlines(), 1)
-        if len(line) > 100
-    ]
+        f"{file.relative_to(ROOT)}:{number}" for file in files
+        for number, line in enumerate(file.read_text().splitlines(), 1) if len(line) > 100]
     assert not too_long, f"lines over 100 columns: {too_long}"
 
 
 # -- 5
 
 DEMOS = [
-    module
-    for module, path in MODULES.items()
-    if '__name__ == "__main__"' in path.read_text()
-    and module not in PROGRAMS
-    and module != "bench.official"  # which needs the official code
+    module for module, path in MODULES.items() if '__name__ == "__main__"' in path.read_text()
+    and module not in PROGRAMS and module != "bench.official"  # which needs the official code
 ]
 ARGUMENTS = {"bench.__main__": ["--help"]}
 
@@ -513,19 +496,10 @@ def test_demos_run(module, tmp_path, monkeypatch, capsys):
 SHAPE = re.compile(r"#\s*\(([^()]*)\)")
 
 TRACED = [
-    "vit.py",
-    "heads.py",
-    "losses.py",
-    "augment.py",
-    "backbones/classifier.py",
-    "evaluation/extract.py",
-    "evaluation/knn.py",
-    "evaluation/linear.py",
-    "evaluation/logreg.py",
-    "evaluation/protocol.py",
-    "evaluation/retrieval.py",
-    "evaluation/copies.py",
-]
+    "vit.py", "heads.py", "losses.py", "augment.py", "backbones/classifier.py",
+    "evaluation/extract.py", "evaluation/knn.py", "evaluation/linear.py",
+    "evaluation/logreg.py", "evaluation/protocol.py", "evaluation/retrieval.py",
+    "evaluation/copies.py"]
 
 
 def commented_assignments(name):
@@ -609,10 +583,8 @@ class Tracer:
 def run_the_network():
     from vit import VisionTransformer, inflate, resize_pos_embed
 
-    model = VisionTransformer(
-        32, 8, embed_dim=64, depth=2, num_heads=1, num_register_tokens=2, mask_token=True,
-        drop_path_rate=0.5,
-    )  # fmt: skip
+    model = VisionTransformer(32, 8, embed_dim=64, depth=2, num_heads=1, num_register_tokens=2,
+                              mask_token=True, drop_path_rate=0.5)
     images = torch.randn(3, 3, 24, 32)
     views = [images, torch.randn(5, 3, 16, 16)]
     model(views, plan=model.draw_plan(views, torch.Generator()))
@@ -689,10 +661,8 @@ def test_shape_comments_are_true():
     finally:
         sys.settrace(None)
     assert not tracer.wrong, tracer.wrong
-    promised = {
-        (str(FILES[name]), statement[0])
-        for name in TRACED
-        for statement in commented_assignments(name).values()
-    }
+    promised = {(str(FILES[name]), statement[0])
+                for name in TRACED
+                for statement in commented_assignments(name).values()}
     not_run = sorted(f"{Path(file).name}:{line}" for file, line in promised - tracer.checked)
     assert len(not_run) <= 0.2 * len(promised), f"of {len(promised)} not run: {not_run}"

@@ -34,10 +34,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # -- all tasks, on one process and on two
 
-SMALL = (
-    "--data shapes:37 --val_data shapes:23:val --nb_knn 1 5 --n_per_class 1 2 --n_tries 2 "
-    "--epochs 2 --n_originals 5"
-)
+SMALL = ("--data shapes:37 --val_data shapes:23:val --nb_knn 1 5 --n_per_class 1 2 --n_tries 2 "
+         "--epochs 2 --n_originals 5")
 FEW = logreg.PENALTIES[8:28:4]  # some strengths of the penalty, where all 45 would take a while
 
 
@@ -103,7 +101,8 @@ def names_in(module):
     """(the NAMEs of config.NAME, all words in quotes) in the source of a module."""
     attributes, words = set(), set()
     for node in ast.walk(ast.parse(inspect.getsource(module))):
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] == "config":
+        if isinstance(node, ast.Attribute) and ast.unparse(
+                node.value).split(".")[-1] == "config":
             attributes.add(node.attr)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             words.add(node.value)
@@ -127,7 +126,8 @@ def test_another_tasks_flag_is_refused(flag, capsys):
     with pytest.raises(SystemExit) as stop:
         evaluate.main(["knn", flag, "1"])
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and f"there is no flag {flag}" in error and error.count("\n") == 1
+    assert stop.value.code == 2 and f"there is no flag {flag}" in error and error.count(
+        "\n") == 1
 
 
 @pytest.mark.parametrize("name", [*evaluate.TASKS, "all"])
@@ -208,46 +208,31 @@ def test_a_line_in_tasks_is_a_task(small_backbone, tmp_path, monkeypatch, capsys
 # -- misuse
 
 
-@pytest.mark.parametrize(
-    "line, words",
-    [
-        ("", "choose from knn, linear"),
-        ("classify", "choose from"),
-        ("knn --weights /none", "no such file"),
-        ("knn --data folder:FLAT --val_data shapes:10:val", "needs labels"),
-        ("linear --val_data folder:FLAT", "--val_data folder"),
-        ("knn --nb_knn 0", "--nb_knn"),
-        ("knn --n_per_class 3", "smallest class of --data has 2"),
-        ("logreg --data shapes:5 --val_data shapes:20:val", "no image of 5 classes"),
-        ("knn --val_data folder:PHOTOS", "has classes that --data has not: cats, dogs"),
-        ("knn --image_size 4", "--image_size"),
-        ("knn --weights NAN", "no numbers"),
-        ("linear --head WEIGHTS", "weight and the bias"),
-        ("linear --head /none", "--head"),
-        ("linear --class_mapping /none", "--class_mapping"),
-        ("retrieval --groups /none", "--groups"),
-        ("retrieval --ground_truth /none", "--ground_truth"),
-        ("copies --n_originals 0", "--n_originals"),
-        ("knn --temperature 0", "--temperature 0"),
-        ("linear --epochs -1", "--epochs: -1"),
-        ("finetune --batch_size 0", "--batch_size 0"),
-        ("finetune --mixup -1", "--mixup: -1"),
-        ("finetune --label_smoothing 2", "--label_smoothing 2"),
-        ("features --output x.txt", "--output"),
-        ("all --label_smoothing 2", "--label_smoothing 2"),
-        ("all --temperature 0", "--temperature 0"),
-    ],
-)
+@pytest.mark.parametrize("line, words", [
+    ("", "choose from knn, linear"), ("classify", "choose from"),
+    ("knn --weights /none", "no such file"),
+    ("knn --data folder:FLAT --val_data shapes:10:val", "needs labels"),
+    ("linear --val_data folder:FLAT", "--val_data folder"), ("knn --nb_knn 0", "--nb_knn"),
+    ("knn --n_per_class 3", "smallest class of --data has 2"),
+    ("logreg --data shapes:5 --val_data shapes:20:val", "no image of 5 classes"),
+    ("knn --val_data folder:PHOTOS", "has classes that --data has not: cats, dogs"),
+    ("knn --image_size 4", "--image_size"), ("knn --weights NAN", "no numbers"),
+    ("linear --head WEIGHTS", "weight and the bias"), ("linear --head /none", "--head"),
+    ("linear --class_mapping /none", "--class_mapping"),
+    ("retrieval --groups /none", "--groups"),
+    ("retrieval --ground_truth /none", "--ground_truth"),
+    ("copies --n_originals 0", "--n_originals"), ("knn --temperature 0", "--temperature 0"),
+    ("linear --epochs -1", "--epochs: -1"), ("finetune --batch_size 0", "--batch_size 0"),
+    ("finetune --mixup -1", "--mixup: -1"),
+    ("finetune --label_smoothing 2", "--label_smoothing 2"),
+    ("features --output x.txt", "--output"), ("all --label_smoothing 2", "--label_smoothing 2"),
+    ("all --temperature 0", "--temperature 0")])
 def test_misuse(line, words, small_backbone, photos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     not_numbers = {k: v * torch.nan for k, v in torch.load(small_backbone).items()}
     torch.save(not_numbers, tmp_path / "nan.pth")
-    for name, path in (
-        ("WEIGHTS", small_backbone),
-        ("NAN", tmp_path / "nan.pth"),
-        ("FLAT", photos / "cats"),
-        ("PHOTOS", photos),
-    ):
+    for name, path in (("WEIGHTS", small_backbone), ("NAN", tmp_path / "nan.pth"),
+                       ("FLAT", photos / "cats"), ("PHOTOS", photos)):
         line = line.replace(name, str(path))
     task, *flags = line.split() or [""]
     usual = ["--weights", small_backbone, "--data", "shapes:20", "--num_workers", "0"]

@@ -11,14 +11,9 @@ from torch.nn.utils.parametrizations import weight_norm
 from heads import DINOHead, Prototypes
 
 
-@pytest.mark.parametrize(
-    "dim, bottleneck, k, expected",
-    [
-        (384, 256, 65536, 22_352_128),
-        (1024, 256, 65536, 23_662_848),
-        (1024, 384, 131072, 57_545_088),
-    ],
-)
+@pytest.mark.parametrize("dim, bottleneck, k, expected", [(384, 256, 65536, 22_352_128),
+                                                          (1024, 256, 65536, 23_662_848),
+                                                          (1024, 384, 131072, 57_545_088)])
 def test_parameters(dim, bottleneck, k, expected):
     with torch.device("meta"):
         head = DINOHead(dim, k, bottleneck_dim=bottleneck)
@@ -27,15 +22,8 @@ def test_parameters(dim, bottleneck, k, expected):
 
 def test_keys():
     assert set(DINOHead(8, 16, 8, 4).state_dict()) == {
-        "mlp.0.weight",
-        "mlp.0.bias",
-        "mlp.2.weight",
-        "mlp.2.bias",
-        "mlp.4.weight",
-        "mlp.4.bias",
-        "last_layer.weight_g",
-        "last_layer.weight_v",
-    }
+        "mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias", "mlp.4.weight",
+        "mlp.4.bias", "last_layer.weight_g", "last_layer.weight_v"}
     bn = DINOHead(8, 16, 8, 4, use_bn=True).state_dict()
     assert {"mlp.1.running_mean", "mlp.4.running_mean", "mlp.6.weight"} <= set(bn)
     assert "mlp.weight" in DINOHead(8, 16, 8, 4, nlayers=1).state_dict()
@@ -62,15 +50,14 @@ def test_weight_norm_equals_torch():
     torch.testing.assert_close(prototypes(x), linear(x))
     prototypes(x).pow(2).sum().backward()
     linear(x).pow(2).sum().backward()
-    torch.testing.assert_close(
-        prototypes.weight_v.grad, linear.parametrizations.weight.original1.grad
-    )
-    torch.testing.assert_close(
-        prototypes.weight_g.grad, linear.parametrizations.weight.original0.grad
-    )
+    torch.testing.assert_close(prototypes.weight_v.grad,
+                               linear.parametrizations.weight.original1.grad)
+    torch.testing.assert_close(prototypes.weight_g.grad,
+                               linear.parametrizations.weight.original0.grad)
 
 
 def test_frozen_gain():
     frozen = {n for n, p in DINOHead(8, 16, 8, 4).named_parameters() if not p.requires_grad}
     assert frozen == {"last_layer.weight_g"}
-    assert all(p.requires_grad for p in DINOHead(8, 16, 8, 4, norm_last_layer=False).parameters())
+    assert all(p.requires_grad
+               for p in DINOHead(8, 16, 8, 4, norm_last_layer=False).parameters())

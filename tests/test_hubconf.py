@@ -150,11 +150,9 @@ def test_the_first_names():
     assert model.patch_size == 8 and model.embed_dim == 384
 
 
-HEADS = [
-    ("dino_vits16", 4, "dino_deitsmall16_pretrain/dino_deitsmall16_linearweights.pth", 4),
-    ("dinov2_vits14", 1, "dinov2_vits14/dinov2_vits14_linear_head.pth", 2),
-    ("dinov2_vits14_reg", 4, "dinov2_vits14/dinov2_vits14_reg4_linear4_head.pth", 5),
-]
+HEADS = [("dino_vits16", 4, "dino_deitsmall16_pretrain/dino_deitsmall16_linearweights.pth", 4),
+         ("dinov2_vits14", 1, "dinov2_vits14/dinov2_vits14_linear_head.pth", 2),
+         ("dinov2_vits14_reg", 4, "dinov2_vits14/dinov2_vits14_reg4_linear4_head.pth", 5)]
 
 
 @pytest.mark.parametrize("name, layers, file, columns", HEADS)

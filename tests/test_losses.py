@@ -18,18 +18,8 @@ import pytest
 import torch
 
 import losses
-from losses import (
-    CENTERING,
-    EMACenter,
-    NoCenter,
-    SinkhornKnopp,
-    effective_rank,
-    entropies,
-    koleo_loss,
-    make_targets,
-    patch_loss,
-    view_pair_loss,
-)
+from losses import (CENTERING, EMACenter, NoCenter, SinkhornKnopp, effective_rank, entropies,
+                    koleo_loss, make_targets, patch_loss, view_pair_loss)
 
 
 def naive_dino(student, teacher, center, student_temp, teacher_temp):
@@ -158,7 +148,8 @@ def test_sinkhorn(n, K, temp):
     centering = SinkhornKnopp(K)
     targets = make_targets(logits, temp, centering(logits, temp))
     # float32 against float64; the exponents reach 25
-    torch.testing.assert_close(targets.double(), naive_sinkhorn(logits, temp), rtol=2e-4, atol=1e-7)
+    torch.testing.assert_close(targets.double(), naive_sinkhorn(logits, temp), rtol=2e-4,
+                               atol=1e-7)
     padded = torch.cat([logits, 5 * torch.randn(4, K)])
     bias = centering(padded, temp, torch.arange(n + 4) < n)
     torch.testing.assert_close(make_targets(logits, temp, bias), targets, rtol=1e-4, atol=1e-7)
@@ -200,9 +191,8 @@ def test_koleo_against_the_loop():
     features = torch.randn(9, 6).double().requires_grad_()
     copied = features.detach().clone().requires_grad_()
     unit = [x / x.norm() for x in copied]
-    expected = sum(
-        -min((x - y).norm() for j, y in enumerate(unit) if j != i).log() for i, x in enumerate(unit)
-    ) / len(unit)
+    expected = sum(-min((x - y).norm() for j, y in enumerate(unit) if j != i).log()
+                   for i, x in enumerate(unit)) / len(unit)
     loss = koleo_loss(features)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
     loss.backward()

@@ -22,79 +22,47 @@ def count(model):
     return sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize(
-    "arch, patch, expected",
-    [
-        ("vit_tiny", 16, 5_524_416),
-        ("vit_tiny", 8, 5_526_720),
-        ("vit_small", 16, 21_665_664),
-        ("vit_small", 8, 21_670_272),
-        ("vit_base", 16, 85_798_656),
-        ("vit_base", 8, 85_807_872),
-    ],
-)
+@pytest.mark.parametrize("arch, patch, expected", [("vit_tiny", 16, 5_524_416),
+                                                   ("vit_tiny", 8, 5_526_720),
+                                                   ("vit_small", 16, 21_665_664),
+                                                   ("vit_small", 8, 21_670_272),
+                                                   ("vit_base", 16, 85_798_656),
+                                                   ("vit_base", 8, 85_807_872)])
 def test_parameters_of_dino(arch, patch, expected):
     with torch.device("meta"):
         assert count(VisionTransformer(224, patch, **ARCHS[arch])) == expected
 
 
-@pytest.mark.parametrize(
-    "arch, ffn, registers, expected",
-    [
-        ("vit_small", "mlp", 0, 22_056_576),
-        ("vit_small", "mlp", 4, 22_058_112),
-        ("vit_base", "mlp", 0, 86_580_480),
-        ("vit_base", "mlp", 4, 86_583_552),
-        ("vit_large", "mlp", 0, 304_368_640),
-        ("vit_large", "mlp", 4, 304_372_736),
-        ("vit_large", "swiglu", 0, 304_794_880),
-        ("vit_giant2", "swiglu", 0, 1_136_480_768),
-        ("vit_giant2", "swiglu", 4, 1_136_486_912),
-    ],
-)
+@pytest.mark.parametrize("arch, ffn, registers, expected", [
+    ("vit_small", "mlp", 0, 22_056_576), ("vit_small", "mlp", 4, 22_058_112),
+    ("vit_base", "mlp", 0, 86_580_480), ("vit_base", "mlp", 4, 86_583_552),
+    ("vit_large", "mlp", 0, 304_368_640), ("vit_large", "mlp", 4, 304_372_736),
+    ("vit_large", "swiglu", 0, 304_794_880), ("vit_giant2", "swiglu", 0, 1_136_480_768),
+    ("vit_giant2", "swiglu", 4, 1_136_486_912)])
 def test_parameters_of_dinov2(arch, ffn, registers, expected):
     with torch.device("meta"):
-        model = VisionTransformer(
-            518,
-            14,
-            ffn_layer=ffn,
-            layerscale=1e-5,
-            mask_token=True,
-            num_register_tokens=registers,
-            **ARCHS[arch],
-        )
+        model = VisionTransformer(518, 14, ffn_layer=ffn, layerscale=1e-5, mask_token=True,
+                                  num_register_tokens=registers, **ARCHS[arch])
     assert count(model) == expected
 
 
 def test_keys_are_the_official_ones():
     keys = set(VisionTransformer(**ARCHS["vit_small"]).state_dict())
     block = [
-        "norm1.weight",
-        "norm1.bias",
-        "attn.qkv.weight",
-        "attn.qkv.bias",
-        "attn.proj.weight",
-        "attn.proj.bias",
-        "norm2.weight",
-        "norm2.bias",
-        "mlp.fc1.weight",
-        "mlp.fc1.bias",
-        "mlp.fc2.weight",
-        "mlp.fc2.bias",
-    ]
+        "norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight",
+        "attn.proj.bias", "norm2.weight", "norm2.bias", "mlp.fc1.weight", "mlp.fc1.bias",
+        "mlp.fc2.weight", "mlp.fc2.bias"]
     expected = {
-        "cls_token",
-        "pos_embed",
-        "patch_embed.proj.weight",
-        "patch_embed.proj.bias",
-        "norm.weight",
-        "norm.bias",
-    } | {f"blocks.{i}.{k}" for i in range(12) for k in block}
+        "cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias",
+        "norm.weight", "norm.bias"} | {f"blocks.{i}.{k}"
+                                       for i in range(12)
+                                       for k in block}
     assert keys == expected and len(keys) == 150
     v2 = VisionTransformer(layerscale=1.0, mask_token=True, **ARCHS["vit_small"]).state_dict()
     assert set(v2) - keys == {"mask_token"} | {
-        f"blocks.{i}.ls{j}.gamma" for i in range(12) for j in (1, 2)
-    }
+        f"blocks.{i}.ls{j}.gamma"
+        for i in range(12)
+        for j in (1, 2)}
 
 
 def test_packed_equals_separate_forwards():
@@ -121,7 +89,7 @@ def test_attention_reproduces_the_fast_path(block):
     with torch.no_grad():
         attention = model.get_attention(images, block)
         x = model.prepare_tokens(images).flatten(0, 1)
-        for layer in model.blocks[: block % 2]:
+        for layer in model.blocks[:block % 2]:
             x = layer(x, ((2, 17),))
         layer = model.blocks[block]
         fast = layer.attn(layer.norm1(x), ((2, 17),)).view(2, 17, -1)
@@ -143,11 +111,8 @@ def test_positions_follow_the_two_rules():
         for j in range(int(at) - 1, int(at) + 3):
             t = abs(at - j)
             a = -0.75
-            w = (
-                ((a + 2) * t**3 - (a + 3) * t**2 + 1)
-                if t <= 1
-                else (a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a)
-            )
+            w = (((a + 2) * t**3 - (a + 3) * t**2 + 1) if t <= 1 else
+                 (a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a))
             rows[i, min(max(j, 0), 13)] += w
     grid = table[0, 1:].view(14, 14, 4)
     by_hand = torch.einsum("ia,jb,abd->ijd", rows, rows, grid).reshape(1, 36, 4)
@@ -155,8 +120,7 @@ def test_positions_follow_the_two_rules():
     torch.testing.assert_close(offset[:, 1:], by_hand, rtol=1e-4, atol=1e-5)
     antialias = resize_pos_embed(table, (6, 6), "antialias")[:, 1:]
     expected = F.interpolate(
-        grid.permute(2, 0, 1)[None], size=(6, 6), mode="bicubic", antialias=True
-    )
+        grid.permute(2, 0, 1)[None], size=(6, 6), mode="bicubic", antialias=True)
     torch.testing.assert_close(antialias, expected.flatten(2).transpose(1, 2))
     assert (antialias - offset[:, 1:]).abs().mean() > 0.1  # the rules are not interchangeable
     # as many patches as stored, but another shape: resampled all the same
@@ -166,15 +130,14 @@ def test_positions_follow_the_two_rules():
 @pytest.mark.parametrize("side", [976, 1840, 1952])
 def test_sizes_that_once_lost_a_row(side):
     table = torch.zeros(1, 1 + 14 * 14, 1)
-    assert (
-        resize_pos_embed(table, (side // 16, side // 16), "offset").shape[1]
-        == 1 + (side // 16) ** 2
-    )
+    assert (resize_pos_embed(table, (side // 16, side // 16), "offset").shape[1] == 1 +
+            (side // 16)**2)
 
 
 def test_stochastic_depth_against_a_loop():
     torch.manual_seed(0)
-    model = VisionTransformer(16, 8, drop_path_rate=0.5, drop_path_uniform=True, **SMALL).double()
+    model = VisionTransformer(16, 8, drop_path_rate=0.5, drop_path_uniform=True,
+                              **SMALL).double()
     crops = [torch.randn(4, 3, 16, 16).double(), torch.randn(7, 3, 8, 8).double()]
     plan = model.draw_plan(crops, torch.Generator().manual_seed(3))
     assert [k.groups for k in plan[0]] == [((2, 5), (3, 2))] * 2
@@ -186,20 +149,18 @@ def test_stochastic_depth_against_a_loop():
             for branch, keep in zip((block.attend, block.feed), keeps):
                 b, k = len(x), keep.groups[g][0]
                 kept = {
-                    int(r - starts[g]) // n for r in keep.rows if starts[g] <= r < starts[g] + b * n
-                }
+                    int(r - starts[g]) // n
+                    for r in keep.rows if starts[g] <= r < starts[g] + b * n}
                 assert len(kept) == k
-                x = torch.stack(
-                    [
-                        x[i] + (b / k) * branch(x[i], ((1, n),)) if i in kept else x[i]
-                        for i in range(b)
-                    ]
-                )
+                x = torch.stack([
+                    x[i] + (b / k) * branch(x[i], ((1, n),)) if i in kept else x[i]
+                    for i in range(b)])
         # b / kept is a float32 in the plan
         torch.testing.assert_close(out[g], model.norm(x)[:, 0], rtol=1e-6, atol=1e-6)
 
 
 def test_plan_is_reproducible_and_ramps():
+
     def plan(seed):
         return drop_path_plan([0.0, 0.05, 0.5], ((8, 3),), torch.Generator().manual_seed(seed))
 
@@ -238,9 +199,8 @@ def test_intermediate_layers():
     model = VisionTransformer(32, 8, num_register_tokens=1, **SMALL).eval()
     images = torch.randn(2, 3, 32, 24)
     with torch.no_grad():
-        ((grid, cls),) = model.get_intermediate_layers(
-            images, 1, reshape=True, return_class_token=True
-        )
+        ((grid, cls),) = model.get_intermediate_layers(images, 1, reshape=True,
+                                                       return_class_token=True)
         out = model.forward_features(images)
         raw = model.get_intermediate_layers(images, [0, 2], norm=False)
     assert grid.shape == (2, 64, 4, 3)
@@ -269,12 +229,8 @@ def test_activation_checkpointing_keeps_less_and_changes_nothing():
         model.zero_grad()
         out.square().sum().backward()
         results.append(
-            (
-                out,
-                sum(x.untyped_storage().nbytes() for x in kept.values()),
-                [p.grad.clone() for p in model.parameters()],
-            )
-        )
+            (out, sum(x.untyped_storage().nbytes()
+                      for x in kept.values()), [p.grad.clone() for p in model.parameters()]))
     (a, much, grads), (b, little, same) = results
     assert torch.equal(a, b) and all(map(torch.equal, grads, same))
     assert little < much / 3

@@ -50,8 +50,7 @@ def test_released_heads():
 FILES = [
     ("dino_vits16", 4, "dino/dino_deitsmall16_pretrain/dino_deitsmall16_linearweights.pth"),
     ("dinov2_vits14", 1, "dinov2/dinov2_vits14/dinov2_vits14_linear_head.pth"),
-    ("dinov2_vits14_reg", 4, "dinov2/dinov2_vits14/dinov2_vits14_reg4_linear4_head.pth"),
-]
+    ("dinov2_vits14_reg", 4, "dinov2/dinov2_vits14/dinov2_vits14_reg4_linear4_head.pth")]
 
 
 @pytest.mark.parametrize("name, layers, file", FILES)

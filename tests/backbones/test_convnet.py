@@ -66,9 +66,8 @@ def test_a_convnet_trains_and_resumes(tiny, tmp_path, photos, capsys):
     with killed_in_step(7):
         train.run(parts)
     train.run(parts)
-    a, b = (
-        torch.load(tmp_path / name / "teacher.pt", weights_only=True) for name in ("whole", "parts")
-    )
+    a, b = (torch.load(tmp_path / name / "teacher.pt", weights_only=True)
+            for name in ("whole", "parts"))
     assert "features.0.1.running_mean" in a and all(torch.equal(a[k], b[k]) for k in a)
     model = load_backbone(tmp_path / "whole")
     assert isinstance(model, ConvNet) and model.img_size == 24
@@ -84,6 +83,8 @@ def test_a_convnet_trains_and_resumes(tiny, tmp_path, photos, capsys):
 
 @pytest.mark.usefixtures("quick_runs")
 def test_a_convnet_has_no_patches_to_hide(tiny, tmp_path):
-    flags = [*tiny, "--arch", "resnet18", "--ibot_weight", "1", "--output_dir", str(tmp_path / "r")]
+    flags = [
+        *tiny, "--arch", "resnet18", "--ibot_weight", "1", "--output_dir",
+        str(tmp_path / "r")]
     with pytest.raises(UsageError, match="--arch resnet18 has no patches"):
         train.run(parse(Config, flags, PRESETS))

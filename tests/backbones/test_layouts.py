@@ -30,31 +30,31 @@ def as_training(state):
 
 
 def as_chunks(state):
+
     def with_chunk(match):
         return f"blocks.{int(match[1]) // 2}.{match[1]}"
 
-    network = {re.sub(r"^blocks\.(\d+)", with_chunk, key): value for key, value in state.items()}
+    network = {
+        re.sub(r"^blocks\.(\d+)", with_chunk, key): value
+        for key, value in state.items()}
     network = {f"backbone.{key}": value for key, value in network.items()}
     return {"teacher": network | {"dino_head.last_layer.weight_g": torch.ones(2, 1)}}
 
 
 def as_ibot(state):
-    return {"state_dict": {"masked_embed" if k == "mask_token" else k: v for k, v in state.items()}}
+    return {
+        "state_dict": {"masked_embed" if k == "mask_token" else k: v
+                       for k, v in state.items()}}
 
 
 def as_hf_vit(state):
     """transformers' ViTModel, which holds DINO."""
     names = {
-        "pos_embed": "embeddings.position_embeddings",
-        "cls_token": "embeddings.cls_token",
+        "pos_embed": "embeddings.position_embeddings", "cls_token": "embeddings.cls_token",
         "patch_embed.proj": "embeddings.patch_embeddings.projection",
-        "norm1": "layernorm_before",
-        "norm2": "layernorm_after",
-        "mlp.fc1": "intermediate.dense",
-        "mlp.fc2": "output.dense",
-        "attn.proj": "attention.output.dense",
-        "blocks": "encoder.layer",
-    }
+        "norm1": "layernorm_before", "norm2": "layernorm_after",
+        "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
+        "attn.proj": "attention.output.dense", "blocks": "encoder.layer"}
     out = {"pooler.dense.weight": torch.zeros(2, 2)}
     for key, value in state.items():
         key = "layernorm" + key[4:] if key.startswith("norm.") else key
@@ -80,17 +80,10 @@ def as_timm(state):
     return out
 
 
-@pytest.mark.parametrize(
-    "write, kind",
-    [
-        (as_training, KINDS[0]),
-        (as_chunks, dict(KINDS[1], depth=4)),
-        (as_ibot, KINDS[1]),
-        (as_hf_vit, KINDS[0]),
-        (as_timm, KINDS[1]),
-        (as_timm, KINDS[2]),
-    ],
-)
+@pytest.mark.parametrize("write, kind", [(as_training, KINDS[0]),
+                                         (as_chunks, dict(KINDS[1], depth=4)),
+                                         (as_ibot, KINDS[1]), (as_hf_vit, KINDS[0]),
+                                         (as_timm, KINDS[1]), (as_timm, KINDS[2])])
 def test_layouts_of_others(write, kind, tmp_path):
     torch.manual_seed(0)
     model = VisionTransformer(32, 8, **kind).eval()
@@ -115,17 +108,20 @@ def test_export_and_back(kind, to, tmp_path):
         with torch.no_grad():
             assert torch.equal(model(images), loaded(images))
     if to == "official":
-        assert read_backbone(tmp_path / "out.safetensors")[0].keys() == model.state_dict().keys()
+        assert read_backbone(tmp_path
+                             / "out.safetensors")[0].keys() == model.state_dict().keys()
 
 
 def test_only_a_vision_transformer_has_hugging_faces_names():
-    with pytest.raises(ValueError, match="--to hf: expected a Vision Transformer.* conv1.weight"):
+    with pytest.raises(ValueError,
+                       match="--to hf: expected a Vision Transformer.* conv1.weight"):
         to_hf({"conv1.weight": torch.zeros(2, 3, 7, 7)})
 
 
 def test_safetensors_are_checked(tmp_path):
     file = tmp_path / "a.safetensors"
-    state = {"half": torch.randn(3).bfloat16(), "none": torch.zeros(0, 2), "one": torch.tensor(2.0)}
+    state = {
+        "half": torch.randn(3).bfloat16(), "none": torch.zeros(0, 2), "one": torch.tensor(2.0)}
     write_safetensors(file, state)
     assert all(torch.equal(v, state[k]) for k, v in read_safetensors(file).items())
     whole = file.read_bytes()

@@ -27,17 +27,8 @@ MODELS_MD = Path(__file__).parents[2] / "docs/models.md"
 KINDS = [
     dict(embed_dim=128, depth=2, num_heads=2),
     dict(embed_dim=64, depth=3, num_heads=1, layerscale=1e-5, mask_token=True),
-    dict(
-        embed_dim=192,
-        depth=1,
-        num_heads=3,
-        layerscale=1.0,
-        mask_token=True,
-        ffn_layer="swiglu",
-        num_register_tokens=4,
-        pos_embed_resize="antialias",
-    ),
-]
+    dict(embed_dim=192, depth=1, num_heads=3, layerscale=1.0, mask_token=True,
+         ffn_layer="swiglu", num_register_tokens=4, pos_embed_resize="antialias")]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -86,6 +77,7 @@ def test_the_difference_is_readable(tmp_path):
 
 
 class Evil:
+
     def __reduce__(self):
         return (print, ("code ran",))
 
@@ -105,17 +97,11 @@ def test_a_name_that_is_none():
 # -- what was released
 
 COUNTS = {  # parameters and tensors of what was released
-    "dino_vits16": (21_665_664, 150),
-    "dino_vits8": (21_670_272, 150),
-    "dino_vitb16": (85_798_656, 150),
-    "dino_vitb8": (85_807_872, 150),
-    "dino_resnet50": (23_508_032, 318),
-    "dinov2_vits14": (22_056_576, 175),
-    "dinov2_vitb14": (86_580_480, 175),
-    "dinov2_vitl14": (304_368_640, 343),
-    "dinov2_vitg14": (1_136_480_768, 567),
-    "dinov2_vitg14_reg": (1_136_486_912, 568),
-}
+    "dino_vits16": (21_665_664, 150), "dino_vits8": (21_670_272, 150),
+    "dino_vitb16": (85_798_656, 150), "dino_vitb8": (85_807_872, 150),
+    "dino_resnet50": (23_508_032, 318), "dinov2_vits14": (22_056_576, 175),
+    "dinov2_vitb14": (86_580_480, 175), "dinov2_vitl14": (304_368_640, 343),
+    "dinov2_vitg14": (1_136_480_768, 567), "dinov2_vitg14_reg": (1_136_486_912, 568)}
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -171,7 +157,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", str(len(whole)))
         self.end_headers()
-        self.wfile.write(whole[: len(whole) // 2] if "half" in self.path else whole)
+        self.wfile.write(whole[:len(whole) // 2] if "half" in self.path else whole)
 
     def log_message(self, *_):
         pass
@@ -210,17 +196,11 @@ def test_the_program_tells_what_is_in_a_file(tmp_path, capsys):
     assert "num_register_tokens 4" in printed and "ffn_layer swiglu" in printed
 
 
-@pytest.mark.parametrize(
-    "line, words",
-    [
-        ("/none.pth", "no such file"),
-        ("export", "usage: python -m backbones"),
-        ("--help", "usage: python -m backbones"),
-        ("export FILE --to timm", "--to: invalid choice"),
-        ("export FILE --output /none/out.pth", "--output /none/out.pth: there is no folder /none"),
-        ("export FILE --out x.pth", "there is no flag --out; did you mean --output?"),
-    ],
-)
+@pytest.mark.parametrize("line, words", [
+    ("/none.pth", "no such file"), ("export", "usage: python -m backbones"),
+    ("--help", "usage: python -m backbones"), ("export FILE --to timm", "--to: invalid choice"),
+    ("export FILE --output /none/out.pth", "--output /none/out.pth: there is no folder /none"),
+    ("export FILE --out x.pth", "there is no flag --out; did you mean --output?")])
 def test_misuse_of_the_program(line, words, tmp_path, capsys):
     torch.save(VisionTransformer(32, 8, **KINDS[0]).state_dict(), tmp_path / "backbone.pth")
     with pytest.raises(SystemExit) as stop:

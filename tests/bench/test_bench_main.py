@@ -20,7 +20,6 @@ from bench.__main__ import TASKS, main
 
 ROOT = Path(bench.__main__.__file__).resolve().parents[1]
 
-
 # -- 1
 
 
@@ -35,8 +34,7 @@ def add_line(file: Path, table: str, entry: str):
 NEW_ENTRIES = {
     ("__main__.py", "TASKS"): '"hello": (lambda config, process: {"hello": config.steps}, Config)',
     ("forecast.py", "GPUS"): '"b300": (2500e12, 288)',
-    ("plain.py", "IDEAS"): '"slow_ema": {"train.ema_update": ema_one_by_one}',
-}
+    ("plain.py", "IDEAS"): '"slow_ema": {"train.ema_update": ema_one_by_one}'}
 USE_THEM = f"""
 from bench.__main__ import main
 assert main(["hello", "shapes", "--device", "cpu", "--steps", "5"])["hello"] == 5
@@ -57,13 +55,9 @@ def test_one_line_is_a_new_entry(tmp_path):
     for (file, table), entry in NEW_ENTRIES.items():
         add_line(tmp_path / "bench" / file, table, entry)
     # Modules are looked for in the working directory first, then where PYTHONPATH says.
-    result = subprocess.run(
-        [sys.executable, "-c", USE_THEM],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    result = subprocess.run([sys.executable, "-c", USE_THEM], cwd=tmp_path,
+                            env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+                            text=True)
     assert result.returncode == 0, result.stderr
     assert "without slow_ema" in result.stdout
     assert "2 b300" in result.stdout
@@ -83,31 +77,21 @@ def test_help_lists_the_tasks(capsys):
 # -- 3
 
 
-@pytest.mark.parametrize(
-    "line, words",
-    [
-        ("", f"choose from {', '.join(TASKS)}"),
-        ("stp", "choose from step"),
-        ("step nothing", "there is no preset"),
-        ("step shapes --steps 0", "--steps 0"),
-        ("step shapes --without skipping --precision fp32", "--without skipping: this step does"),
-        ("step shapes --without bf16 --precision fp32", "--without bf16"),
-        ("step shapes --without everything", "--without"),
-        ("step shapes --gpus 8", "there is no flag --gpus"),
-        ("data shapes", "--data is missing"),
-        ("data --data shapes:64 --in_chans 5 --plain", "--plain with --in_chans 5"),
-        ("data shapes --data folder:/none", "no such folder"),
-        ("eval shapes --queries 0", "--queries 0"),
-        ("probes shapes --classes 0", "--classes 0"),
-        ("probes shapes --arch resnet18", "--arch resnet18 has no blocks"),
-        ("attention shapes --arch resnet18", "--arch resnet18 has no attention"),
-        ("growth shapes --arch resnet18", "--arch resnet18"),
-        ("plan shapes --kind v100", "--kind"),
-        ("plan shapes --json /none/out.json", "--json /none/out.json"),
-        ("plan shapes --utilisation 40", "--utilisation 40"),
-        ("plan shapes --gpus 0", "--gpus 0"),
-    ],
-)
+@pytest.mark.parametrize("line, words", [
+    ("", f"choose from {', '.join(TASKS)}"), ("stp", "choose from step"),
+    ("step nothing", "there is no preset"), ("step shapes --steps 0", "--steps 0"),
+    ("step shapes --without skipping --precision fp32", "--without skipping: this step does"),
+    ("step shapes --without bf16 --precision fp32", "--without bf16"),
+    ("step shapes --without everything", "--without"),
+    ("step shapes --gpus 8", "there is no flag --gpus"), ("data shapes", "--data is missing"),
+    ("data --data shapes:64 --in_chans 5 --plain", "--plain with --in_chans 5"),
+    ("data shapes --data folder:/none", "no such folder"),
+    ("eval shapes --queries 0", "--queries 0"), ("probes shapes --classes 0", "--classes 0"),
+    ("probes shapes --arch resnet18", "--arch resnet18 has no blocks"),
+    ("attention shapes --arch resnet18", "--arch resnet18 has no attention"),
+    ("growth shapes --arch resnet18", "--arch resnet18"), ("plan shapes --kind v100", "--kind"),
+    ("plan shapes --json /none/out.json", "--json /none/out.json"),
+    ("plan shapes --utilisation 40", "--utilisation 40"), ("plan shapes --gpus 0", "--gpus 0")])
 def test_misuse(line, words, tmp_path, capsys):
     out = tmp_path / "out.json"
     task = line.split()[:1]

@@ -58,11 +58,7 @@ def clock(monkeypatch):
 def test_a_point_is_the_fastest_of_its_steps(clock):
     config = config_of([*TINY, "--steps", "2"], Config)
     assert point(config, CPU, "local_crops_number", 1) == {
-        "value": 1,
-        "step_seconds": 3,
-        "seconds_per_image": 3 / 8,
-        "peak_memory_gb": 1.5,
-    }
+        "value": 1, "step_seconds": 3, "seconds_per_image": 3 / 8, "peak_memory_gb": 1.5}
 
 
 @pytest.mark.parametrize("name, value", [("depth", 2), ("batch_size_per_gpu", 4)])

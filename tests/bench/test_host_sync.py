@@ -92,16 +92,10 @@ def test_the_host_never_waits_between_log_lines():
 
 # -- 2
 
-
 WAITS = {
-    "item": lambda x: x.item(),
-    "float": lambda x: float(x.detach()),
-    "if": bool,
-    "boolean index": lambda x: x[x > 0],
-    "tolist": lambda x: x.cpu().tolist(),
-    "copy": lambda x: torch.ones(3).to(x.device),
-    "copy_": lambda x: x.copy_(torch.ones(())),
-}
+    "item": lambda x: x.item(), "float": lambda x: float(x.detach()), "if": bool,
+    "boolean index": lambda x: x[x > 0], "tolist": lambda x: x.cpu().tolist(),
+    "copy": lambda x: torch.ones(3).to(x.device), "copy_": lambda x: x.copy_(torch.ones(()))}
 
 
 @pytest.mark.parametrize("wait", WAITS.values(), ids=list(WAITS))

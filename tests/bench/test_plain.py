@@ -43,9 +43,8 @@ def test_a_step_without_an_idea_is_the_same_step(idea, flags, drop):
 
     # Both are in float32 but add up in another order, and Sinkhorn has exponents of some tens.
     for name in ("loss", "grad_norm", *config.objectives):
-        torch.testing.assert_close(
-            figures[name], plain_figures[name], rtol=1e-4, atol=1e-5, msg=name
-        )
+        torch.testing.assert_close(figures[name], plain_figures[name], rtol=1e-4, atol=1e-5,
+                                   msg=name)
     compared = 0
     for (name, p), q in zip(student.named_parameters(), plain_student.parameters()):
         if p.requires_grad:
@@ -61,8 +60,7 @@ def test_a_step_without_an_idea_is_the_same_step(idea, flags, drop):
     for network, plain_network in ((student, plain_student), (teacher, plain_teacher)):
         differences = torch.cat([
             (p - q).abs().flatten()
-            for p, q in zip(network.parameters(), plain_network.parameters())
-        ])  # fmt: skip
+            for p, q in zip(network.parameters(), plain_network.parameters())])
         assert differences.mean() < 1e-6
         assert (differences > 1e-4).float().mean() < 1e-3
 
@@ -76,6 +74,7 @@ def test_each_idea_is_really_taken_out():
     called = set()
 
     def spy(name, function):
+
         def spied(*args, **kwargs):
             called.add(name)
             return function(*args, **kwargs)
@@ -83,9 +82,9 @@ def test_each_idea_is_really_taken_out():
         return spied
 
     spies = {
-        idea: {name: spy(name, function) for name, function in table.items()}
-        for idea, table in plain.IDEAS.items()
-    }
+        idea: {name: spy(name, function)
+               for name, function in table.items()}
+        for idea, table in plain.IDEAS.items()}
     before = train.view_pair_loss, torch.nn.functional.scaled_dot_product_attention
     batch = made_up_batch(config, CPU)
     version = Step(networks_of(config), batch, config, CPU, tuple(plain.IDEAS))
@@ -100,17 +99,10 @@ def test_each_idea_is_really_taken_out():
 
 def test_plain_crops_are_ours_without_colours():
     """The whole image, maybe flipped, resized and normalised: nothing else is left to do."""
-    image = torch.randint(
-        0, 256, (3, 50, 70), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
-    )
-    ours = MultiCrop(
-        global_crops_size=24,
-        local_crops_size=16,
-        local_crops_number=1,
-        global_crops_scale=(1, 1),
-        local_crops_scale=(1, 1),
-        photometry="none",
-    )
+    image = torch.randint(0, 256, (3, 50, 70), generator=torch.Generator().manual_seed(0),
+                          dtype=torch.uint8)
+    ours = MultiCrop(global_crops_size=24, local_crops_size=16, local_crops_number=1,
+                     global_crops_scale=(1, 1), local_crops_scale=(1, 1), photometry="none")
     torch.manual_seed(0)
     plain_crops = plain.crop_by_crop(ours.views, "none", RGB)(to_pil_image(image))
     sample = ours(image, np.random.default_rng(0))

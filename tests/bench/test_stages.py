@@ -63,13 +63,8 @@ def test_data_and_its_stages(input_clock, tmp_path, photos):
     rates = json.loads(out.read_text())["images_per_second_per_core"]
     seconds = {stage: 1 / rate for stage, rate in rates.items()}  # of one image, 8 are a batch
     assert seconds == pytest.approx({
-        "decode": 1,
-        "geometry": 2,
-        "collate": 3,
-        "photometry": 5,
-        "worker": 1 + 2 + 3,
-        "whole": 1 + 2 + 3 + 5,
-    })  # fmt: skip
+        "decode": 1, "geometry": 2, "collate": 3, "photometry": 5, "worker": 1 + 2 + 3,
+        "whole": 1 + 2 + 3 + 5})
 
 
 def test_threads_are_as_before(input_clock, photos):
@@ -97,7 +92,8 @@ def test_eval(tmp_path, monkeypatch):
     clock = FakeClock(per_reading=1)
     monkeypatch.setattr(bench.stages, "time_when_done", clock)
     monkeypatch.setattr(bench.stages, "extract", clock.takes(3, bench.stages.extract))
-    monkeypatch.setattr(bench.stages, "top_neighbours", clock.takes(2, bench.stages.top_neighbours))
+    monkeypatch.setattr(bench.stages, "top_neighbours",
+                        clock.takes(2, bench.stages.top_neighbours))
     peaks = iter([1.0, 1.5])
     monkeypatch.setattr(bench.stages.Memory, "peak_gb", lambda memory: next(peaks))
     out = tmp_path / "out.json"

@@ -70,17 +70,8 @@ def test_stages_add_up(clock, monkeypatch):
             patches.setattr(owner, name, clock.takes(seconds, getattr(owner, name)))
         stages = version.breakdown(4)
     assert stages == {
-        "views": 1,
-        "teacher": 2,
-        "student forward": 4,
-        "heads": 4 * 8,
-        "loss": 2 * 64,
-        "backward": 256,
-        "optimiser": 512,
-        "EMA": 1024,
-        "log": 2048,
-        "other": 4096,
-    }
+        "views": 1, "teacher": 2, "student forward": 4, "heads": 4 * 8, "loss": 2 * 64,
+        "backward": 256, "optimiser": 512, "EMA": 1024, "log": 2048, "other": 4096}
     assert sum(stages.values()) == clock.now / 4
 
 

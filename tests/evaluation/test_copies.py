@@ -23,17 +23,17 @@ def test_gem_and_whitening():
     patches = torch.randn(2, 5, 3, dtype=torch.float64)
     for b in range(2):
         for d in range(3):
-            values = [max(float(v), 1e-6) ** 4 for v in patches[b, :, d]]
-            assert gem(patches)[b, d].item() == pytest.approx((sum(values) / 5) ** 0.25, rel=1e-12)
+            values = [max(float(v), 1e-6)**4 for v in patches[b, :, d]]
+            assert gem(patches)[b, d].item() == pytest.approx((sum(values) / 5)**0.25,
+                                                              rel=1e-12)
     features = torch.randn(50, 6, dtype=torch.float64) @ torch.randn(6, 6).double() + 1
     features[:, 5] = features[:, 4]  # a direction without strength is floored, not blown up
     whiten, others = Whitening(features), torch.randn(4, 6, dtype=torch.float64)
     moment = np.einsum("ni,nj->ij", features.numpy(), features.numpy()) / 50
     values, axes = np.linalg.eigh(moment)
     values = np.maximum(values, 1e-5 * values.max())
-    naive = np.stack(
-        [(axes.T @ (x - features.numpy().mean(0))) / np.sqrt(values) for x in others.numpy()]
-    )
+    naive = np.stack([
+        (axes.T @ (x - features.numpy().mean(0))) / np.sqrt(values) for x in others.numpy()])
     naive /= np.linalg.norm(naive, axis=1, keepdims=True)
     # Eigenvectors are defined up to their sign: cosines are not touched by it.
     cosines = (whiten(others) @ whiten(others).T).numpy()
@@ -88,6 +88,7 @@ def test_copydays(small_backbone, photos, tmp_path):
             shutil.copy(file, root / name / f"2{i:03d}0{int(name != 'original')}{file.suffix}")
     line = f"copies --weights {small_backbone} --data shapes:300"
     results = run_evaluate(line, copydays=root, output_dir=tmp_path)
-    assert results["copies"] == {"strong": 1.0, "jpegqual/3": 1.0} and results["n_originals"] == 6
+    assert results["copies"] == {"strong": 1.0, "jpegqual/3": 1.0
+                                 } and results["n_originals"] == 6
     with pytest.raises(SystemExit):
         run_evaluate(line, copydays=photos, output_dir=tmp_path)

@@ -65,7 +65,7 @@ def test_against_a_plain_loop(backbone, monkeypatch):
     groups = []
     for name, p in plain.named_parameters():
         if "mask_token" not in name:
-            factor = 0.5 ** layers_above(name)
+            factor = 0.5**layers_above(name)
             groups.append(dict(params=[p], factor=factor, weight_decay=0.1 * (p.ndim > 1)))
     optimizer = torch.optim.AdamW(groups, eps=1.0)
     for step, (crops, labels) in enumerate(random_crops(images, 16, 10, 2, CPU)):

@@ -23,8 +23,7 @@ def test_vote_against_a_loop():
     right = 0
     for query, label in zip(queries, truth):
         cosines = [
-            (float(query @ b / query.norm() / b.norm()), int(c)) for b, c in zip(bank, labels)
-        ]
+            (float(query @ b / query.norm() / b.norm()), int(c)) for b, c in zip(bank, labels)]
         votes = {}
         for cosine, c in sorted(cosines, reverse=True)[:7]:
             votes[c] = votes.get(c, 0) + math.exp(cosine / 0.07)
@@ -35,7 +34,8 @@ def test_vote_against_a_loop():
 def test_chunks_and_ks():
     torch.manual_seed(0)
     bank, queries = torch.randn(50, 4), torch.randn(33, 4)
-    in_chunks, at_once = top_neighbours(queries, bank, 5, chunk=4), top_neighbours(queries, bank, 5)
+    in_chunks, at_once = top_neighbours(queries, bank, 5,
+                                        chunk=4), top_neighbours(queries, bank, 5)
     assert torch.equal(in_chunks[1], at_once[1])
     assert (at_once[0].diff(dim=1) <= 0).all()
     assert knn_vote(torch.tensor([[0.9, 0.5, 0.5]]), torch.tensor([[2, 0, 0]])).item() == 2

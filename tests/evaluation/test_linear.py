@@ -33,7 +33,8 @@ def test_sweep_equals_separate_runs(batches):
     start = {kind: sweep.head(kind, LRS[0]) for kind in kinds}
     for i, (rows, labels) in enumerate(batches):
         for probes in (sweep, *shares):
-            probes.step(rows, labels, 40 / (1 + i))  # a factor that makes the largest rate matter
+            probes.step(rows, labels, 40 /
+                        (1 + i))  # a factor that makes the largest rate matter
     largest_change = 0.0
     for kind, columns in kinds.items():
         for j, lr in enumerate(LRS):

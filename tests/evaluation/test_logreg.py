@@ -16,7 +16,8 @@ from evaluation.logreg import PENALTIES, Logistic
 @pytest.mark.parametrize("n, width", [(60, 5), (12, 30)])
 def test_logistic_regression_is_optimal(n, width):
     torch.manual_seed(0)
-    rows = torch.randn(n, width, dtype=torch.float64) * torch.logspace(-2, 1, width).double() + 3
+    rows = torch.randn(n, width, dtype=torch.float64) * torch.logspace(-2, 1,
+                                                                       width).double() + 3
     rows[:, 1] = rows[:, 0] + 0.01 * rows[:, 1]
     labels = torch.randint(0, 3, (n,))
     problem = Logistic(rows, labels, 3)

@@ -82,5 +82,6 @@ def test_classes_by_other_names(tmp_path):
     with pytest.raises(UsageError, match="--data a has no image of 1 classes .* first: owl"):
         open_judged(extractor, train)
     file.write_text("katze cat\n")
-    with pytest.raises(UsageError, match="--class_mapping .*expected lines 'class in --val_data"):
+    with pytest.raises(UsageError,
+                       match="--class_mapping .*expected lines 'class in --val_data"):
         open_judged(extractor, train)

@@ -21,16 +21,8 @@ from torchvision.transforms.v2 import functional as TF
 
 from augment import normalise
 from backbones.weights import load_backbone
-from evaluation.retrieval import (
-    FIRST_RANKS,
-    LEVELS,
-    average_precision,
-    mean_scores,
-    read_groups,
-    read_revisited,
-    relevance,
-    score_ranking,
-)
+from evaluation.retrieval import (FIRST_RANKS, LEVELS, average_precision, mean_scores,
+                                  read_groups, read_revisited, relevance, score_ranking)
 from images.data import open_images
 from machinery.process import Process
 
@@ -95,11 +87,8 @@ def test_levels():
 
 def ground_truth():
     about = {
-        "bbx": np.array([1.0, 2.0, 30.0, 40.0]),
-        "easy": np.array([0]),
-        "hard": [2],
-        "junk": np.array([], dtype=np.int64),
-    }
+        "bbx": np.array([1.0, 2.0, 30.0, 40.0]), "easy": np.array([0]), "hard": [2],
+        "junk": np.array([], dtype=np.int64)}
     return {"imlist": ["a", "b", "c"], "qimlist": ["q"], "gnd": [about]}
 
 
@@ -129,8 +118,7 @@ def test_ground_truth_runs_nothing(tmp_path):
     calls = [
         Bad(os.system, f"touch {trace}"),
         Bad(eval, f"open({str(trace)!r}, 'w')"),
-        Bad(np.save, str(trace), 1),
-    ]
+        Bad(np.save, str(trace), 1)]
     for bad in calls:
         file.write_bytes(pickle.dumps(ground_truth() | {"gnd": bad}))
         with pytest.raises(ValueError, match="has no place there"):
@@ -142,11 +130,9 @@ def test_damaged_ground_truth(tmp_path):
     file = tmp_path / "gnd.pkl"
     beyond = ground_truth()
     beyond["gnd"][0]["easy"] = [3]
-    for content, words in (
-        (b"no pickle", "--ground_truth"),
-        (pickle.dumps(beyond), "beyond the 3"),
-        (pickle.dumps({"imlist": []}), "--ground_truth"),
-    ):
+    for content, words in ((b"no pickle", "--ground_truth"), (pickle.dumps(beyond),
+                                                              "beyond the 3"),
+                           (pickle.dumps({"imlist": []}), "--ground_truth")):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=words):
             read_revisited(file)
@@ -178,19 +164,13 @@ def test_retrieval_by_groups(small_backbone, photos, tmp_path, capsys):
 
 def test_retrieval_by_ground_truth(small_backbone, photos, tmp_path):
     stems = [
-        os.path.splitext(os.path.basename(n))[0] for n in open_images(f"folder:{photos}").names
-    ]
+        os.path.splitext(os.path.basename(n))[0] for n in open_images(f"folder:{photos}").names]
     about = {
-        "bbx": np.array([0, 0, 30, 30.0]),
-        "easy": np.array([0, 1]),
-        "hard": np.array([5]),
-        "junk": np.arange(7, 23),
-    }
+        "bbx": np.array([0, 0, 30, 30.0]), "easy": np.array([0, 1]), "hard": np.array([5]),
+        "junk": np.arange(7, 23)}
     truth = {
-        "imlist": stems[:23],
-        "qimlist": [stems[0], stems[1]],
-        "gnd": [about, dict(about, easy=[1], hard=[])],
-    }
+        "imlist": stems[:23], "qimlist": [stems[0], stems[1]],
+        "gnd": [about, dict(about, easy=[1], hard=[])]}
     (tmp_path / "gnd.pkl").write_bytes(pickle.dumps(truth))
     line = f"retrieval --weights {small_backbone} --data folder:{photos}"
     flags = dict(ground_truth=tmp_path / "gnd.pkl", output_dir=tmp_path)
@@ -202,14 +182,12 @@ def test_retrieval_by_ground_truth(small_backbone, photos, tmp_path):
 
     # The first query's features are those of its image: whole, at three scales, in its box.
     model, image = load_backbone(small_backbone), open_images(f"folder:{photos}").read(0)
-    for name, part, scales in (
-        ("", image, [1]),
-        ("-multiscale", image, [1, 0.5**0.5, 0.5]),
-        ("-boxes", image[:, :30, :30], [1]),
-    ):
+    for name, part, scales in (("", image, [1]), ("-multiscale", image, [1, 0.5**0.5, 0.5]),
+                               ("-boxes", image[:, :30, :30], [1])):
         row = torch.load(tmp_path / f"kept/retrieval{name}-queries-whole.pt")["rows"][0]
         h, w = (round(16 * side / max(part.shape)) for side in part.shape[1:])
-        x = normalise(TF.resize(part, [h, w], TF.InterpolationMode.BICUBIC, antialias=True)[None])
+        x = normalise(
+            TF.resize(part, [h, w], TF.InterpolationMode.BICUBIC, antialias=True)[None])
         views = []
         for scale in scales:
             size = [max(8, int(scale * side)) for side in (h, w)]

@@ -50,8 +50,7 @@ def test_simple_statistics_fail():
     statistics = {
         "pixels": [F.avg_pool2d(centred(x), 2).flatten(1) for x in pixels],
         "mean colours": [centred(x).mean((2, 3)) for x in pixels],
-        "histograms": [histogram(x) for x in pixels],
-    }
+        "histograms": [histogram(x) for x in pixels]}
     for name, (bank, queries) in statistics.items():
         accuracy = knn_accuracy(bank, sets[0].labels, queries, sets[1].labels, (20,))[20]
         assert 0.1 < accuracy < 0.5, (name, accuracy)

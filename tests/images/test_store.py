@@ -40,7 +40,7 @@ def shards(photos, tmp_path):
     files = sorted(photos.rglob("*.*"), key=lambda path: path.name)
     for shard in range(3):
         with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
-            for path in files[8 * shard : 8 * (shard + 1)]:
+            for path in files[8 * shard:8 * (shard + 1)]:
                 tar.add(path, str(path.relative_to(photos)))
     return str(tmp_path / "*.tar")
 
@@ -64,8 +64,7 @@ def test_cached_images_are_the_sources(side, photos, tmp_path):
             short = min(height, width)
             size = (round(height * 32 / short), round(width * 32 / short))
             source = torchvision.transforms.v2.functional.resize(
-                source, size, interpolation=torchvision.transforms.InterpolationMode.BICUBIC
-            )
+                source, size, interpolation=torchvision.transforms.InterpolationMode.BICUBIC)
         assert torch.equal(kept.read(i), source)
     assert cached(images, "", side) is images
 
@@ -75,8 +74,7 @@ def test_batches_do_not_depend_on_workers_or_pickling(photos, tmp_path):
     crops = MultiCrop(24, 16, 2, 2)
     loaders = [
         training_loader(Views(images, crops, 3), Sampler(24, 8, 3), workers)
-        for images, workers in ((kept, 0), (kept, 2))
-    ]
+        for images, workers in ((kept, 0), (kept, 2))]
     for a, b in zip(*loaders, strict=True):
         assert torch.equal(a["global_crops"], b["global_crops"])
     sent = pickle.dumps(kept)
@@ -110,11 +108,10 @@ def test_continues_after_any_cut(photos, tmp_path):
         store.build(folder, counted, images.names, 32)
         assert content(folder) == [pixels, sizes]
         ends = np.cumsum(
-            3 * np.prod(np.frombuffer(sizes, np.uint32).reshape(-1, 3)[:, :2].astype(int), 1)
-        )
+            3 * np.prod(np.frombuffer(sizes, np.uint32).reshape(-1, 3)[:, :2].astype(int), 1))
         whole_images = min(at_size // 12, int((ends <= at_pixel).sum()))
         checks = min(8, len(images))
-        assert calls[: len(calls) - checks] == list(range(whole_images, len(images)))
+        assert calls[:len(calls) - checks] == list(range(whole_images, len(images)))
 
 
 def test_killed_while_it_builds(photos, tmp_path):
@@ -126,8 +123,7 @@ def test_killed_while_it_builds(photos, tmp_path):
         return images.read(i)
 
     child = multiprocessing.get_context("fork").Process(
-        target=store.build, args=(tmp_path / "cut", dies, images.names, 32)
-    )
+        target=store.build, args=(tmp_path / "cut", dies, images.names, 32))
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
@@ -141,10 +137,8 @@ def test_two_at_once(photos, tmp_path):
     images = open_images(f"folder:{photos}")
     children = [
         multiprocessing.get_context("fork").Process(
-            target=store.build, args=(tmp_path / "both", images.read, images.names, 32)
-        )
-        for _ in range(3)
-    ]
+            target=store.build, args=(tmp_path / "both", images.read, images.names, 32))
+        for _ in range(3)]
     for child in children:
         child.start()
     for child in children:
@@ -162,7 +156,8 @@ def test_another_source_is_refused(photos, tmp_path):
     store.build(folder, images.read, images.names, 32)
     before = content(folder)
     for names, side in ((images.names[:-1] + ["new.png"], 32), (images.names, 48)):
-        with pytest.raises(ValueError, match="--cache .*cache was made from 24 images at 32 px"):
+        with pytest.raises(ValueError,
+                           match="--cache .*cache was made from 24 images at 32 px"):
             cached(Images("x", images.read, names), str(folder), side)
     assert content(folder) == before
     first = photos / images.names[0]
@@ -178,7 +173,8 @@ def test_broken_images_and_broken_caches(photos, tmp_path):
     kept = cached(images, str(folder), 32)
     with pytest.raises(ValueError, match="did not decode"):
         kept.read(broken)
-    assert Views(kept, MultiCrop(24, 16, 2, 0))[0, 0, broken]["broken"][0].startswith("cats/05.png")
+    assert Views(kept, MultiCrop(24, 16, 2, 0))[0, 0,
+                                                broken]["broken"][0].startswith("cats/05.png")
     pixels = bytearray((folder / "pixels.bin").read_bytes())
     pixels[1000] ^= 1
     (folder / "pixels.bin").write_bytes(pixels)
@@ -194,7 +190,8 @@ def test_shards_have_what_was_put_in(photos, shards):
     assert len(images) == 24 and images.classes == ["cats", "dogs"]
     for i, name in enumerate(images.names):
         j = files.names.index(name.split("/", 1)[1])
-        assert torch.equal(images.read(i), files.read(j)) and images.labels[i] == files.labels[j]
+        assert torch.equal(images.read(i),
+                           files.read(j)) and images.labels[i] == files.labels[j]
 
 
 def test_labels_of_webdataset(photos, tmp_path):
@@ -223,7 +220,8 @@ def test_the_list_beside_a_shard(shards, tmp_path):
 
 
 def test_no_shards_and_half_shards(shards, tmp_path):
-    for pattern, words in (("/none/*.tar", "--data /none"), (f"{tmp_path}/*.index", "no whole")):
+    for pattern, words in (("/none/*.tar", "--data /none"), (f"{tmp_path}/*.index",
+                                                             "no whole")):
         open_images(f"shards:{shards}")  # leaves lists, which are no tar files
         with pytest.raises(ValueError, match=words):
             open_images(f"shards:{pattern}")
@@ -245,7 +243,8 @@ def test_order_of_an_epoch(shards, monkeypatch):
 
     monkeypatch.setattr(store, "BUFFER", 5)
     one = order(0)
-    assert sorted(one) == list(range(24)) and (one == order(0)).all() and (one != order(1)).any()
+    assert sorted(one) == list(range(24)) and (one == order(0)).all() and (one
+                                                                           != order(1)).any()
     monkeypatch.setattr(store, "BUFFER", 0)
     row = order(0)  # the same shards one after the other, each in order
     assert all((part == part[0] + np.arange(8)).all() for part in row.reshape(3, 8))
