@@ -9,7 +9,7 @@
                               normalised floats: teacher sees G, student sees G + L
 
 Idea     A network that gives two crops of one image the same answer, whatever their colours,
-         must have understood what they share: the thing itself. Small crops must be recognised
+         has to represent what they share: what the image shows. Small crops must be recognised
          as parts of it. Masks hide patches of the large crops from the student.
 Paper    SwAV (Caron 2020) multi-crop; BYOL (Grill 2020) appendix B photometry; DINO sec. 3.1
          and A; masks: BEiT (Bao 2021) Alg. 1, iBOT sec. 3.1, DINOv2 sec. 4
@@ -23,8 +23,9 @@ Letters  G global, L local crops, V = G + L; B images, H W and h w pixels, n cro
          P patches of a global crop, M masked patches of a batch, padded to a fixed number.
 
 All randomness enters as numbers that are drawn beforehand, so the part that runs on the device
-is a pure function. The draws are a function of (seed, epoch, image): the number of workers, of
-images in a batch and of processes does not change them.
+is a pure function. The draws for crops and colours are a function of (seed, epoch, image): the
+number of workers, of images in a batch and of processes does not change them. Masks are a
+function of (seed, step, rank).
 """
 
 import itertools
@@ -39,9 +40,7 @@ from torchvision.transforms.v2 import functional as TF
 
 
 class Pixels(NamedTuple):
-    """What a network takes for a pixel: mean and spread of each channel; black is 0, white
-    1.
-    """
+    """Mean and standard deviation of each channel, to normalise images from 0 to 1."""
 
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of ImageNet, as everywhere in the papers
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
@@ -56,9 +55,7 @@ RGB = Pixels()
 
 def pixels_of(
     channels: int, mean: tuple[float, ...] = (), std: tuple[float, ...] = ()) -> Pixels:
-    """Pixels with what is known of them; the rest is ImageNet's, averaged unless channels is
-    3.
-    """
+    """Pixels; what is not given is ImageNet's, or its average unless there are 3 channels."""
     # One number for all channels where nothing is known of them: they may be infrared or depth.
     usual = RGB if channels == 3 else Pixels((0.449,) * channels, (0.226,) * channels)
     return Pixels(mean or usual.mean, std or usual.std)
@@ -78,7 +75,7 @@ PHOTOMETRY = {
                   solarize=(0.0, 0.2, 0.0), strength=(0.4, 0.4, 0.2, 0.1)),
     "none": dict(jitter=(0.0, 0.0, 0.0), gray=(0.0, 0.0, 0.0), blur=(0.0, 0.0, 0.0),
                  solarize=(0.0, 0.0, 0.0), strength=(0.0, 0.0, 0.0, 0.0))}
-BLUR_TAPS = 9  # pixels that a blurred one is the mean of, in each direction
+BLUR_TAPS = 9  # width of the kernel in pixels, along rows and along columns
 BLUR_SIGMA = (0.1, 2.0)  # pixels
 SOLARIZE_THRESHOLD = 128 / 255
 
@@ -117,7 +114,8 @@ def crop_box(height: int, width: int, scale: tuple[float, float], draws: np.ndar
         if 0 < w <= width and 0 < h <= height:
             return int(y * (height - h + 1)), int(x * (width - w + 1)), h, w
 
-    # No try did fit, as in a panorama: the largest box in the middle that is at most 4:3.
+    # No try fits, as in a long panorama: the largest box in the middle that is at most 4:3 or
+    # 3:4.
     w = min(width, round(height * 4 / 3))
     h = min(height, round(width * 4 / 3))
     return (height - h) // 2, (width - w) // 2, h, w
@@ -127,15 +125,15 @@ def draw_photometry(kind: str, view: int, rng: np.random.Generator) -> np.ndarra
     """One row of COLUMNS for a view: 0 first global, 1 further globals, 2 local."""
     chances = PHOTOMETRY[kind]
     brightness, contrast, saturation, hue = chances["strength"]
-    # Always as many draws, whatever comes of them: a chance that changes leaves all others
-    # alone.
+    # The same number of draws every time: changing one chance leaves the other draws as they
+    # were. u[0] to u[7] belong to the columns, in their order; u[8] and u[9] decide on jitter
+    # and blur.
     u = rng.random(len(COLUMNS) + 3)
 
     def around(strength, draw, centre=1.0):
         """Uniform in centre - strength to centre + strength."""
         return centre + strength * (2 * draw - 1)
 
-    # Of each operation the parameters are drawn first, and then whether it takes place.
     jittered = u[8] < chances["jitter"][view]
     blurred = u[9] < chances["blur"][view]
     row = {
@@ -173,23 +171,23 @@ class MultiCrop:
         self.photometry = photometry
 
     def crop(self, image: Tensor, size: int, scale, rng: np.random.Generator) -> Tensor:
-        """A random box of the image, resized to a square, and mirrored every second time."""
+        """A random box of the image, resized to a square, and mirrored with a chance of 1/2."""
         top, left, h, w = crop_box(*image.shape[-2:], scale, rng.random((10, 4)))
         box = image[:, top:top + h, left:left + w]
-        # On bytes: a quarter of the memory of floats, in the worker and on the way to the
-        # device.
+        # Photographs stay bytes, a quarter of the memory of floats, in the worker and on the
+        # way to the device.
         out = TF.resize(box, [size, size], interpolation=TF.InterpolationMode.BICUBIC,
                         antialias=True)
         return out.flip(-1) if rng.random() < 0.5 else out
 
     def __call__(self, image: Tensor, rng: np.random.Generator) -> dict:
-        # First all geometry, then all colours: the order of the draws is part of what a seed
-        # means.
+        # First all geometry, then all colours: another order of the draws would change every
+        # seeded run.
         crops = [self.crop(image, size, scale, rng) for size, scale, _ in self.views]
         colours = [draw_photometry(self.photometry, view, rng) for _, _, view in self.views]
         G = self.global_crops_number
-        # Without local crops there is still a tensor, of none: batches have the same keys
-        # always.
+        # Without local crops there is a tensor of 0 crops, so that every batch has the same
+        # keys.
         side = self.local_crops_size
         no_crops = torch.empty(0, len(image), side, side, dtype=image.dtype)
         return {
@@ -239,8 +237,10 @@ def block_mask(grid: tuple[int, int], target: int, min_patches: int,
                rng: np.random.Generator) -> np.ndarray:
     """Rectangles on an (h, w) grid until `target` patches are masked, never more. BEiT Alg. 1.
 
-    Each rectangle covers min_patches or more, with an aspect ratio log-uniform in (.3, 1/.3),
-    and less than the grid's height and width.
+    Each rectangle aims at min_patches or more (rounding may make it a little smaller), with an
+    aspect ratio log-uniform in (.3, 1/.3), and is lower and narrower than the grid. After ten
+    tries in vain the mask is left a little too small. A shape must never mask more than
+    `target`: the lists of masked patches have a fixed length.
     """
     height, width = grid
     mask = np.zeros(grid, dtype=bool)
@@ -248,7 +248,8 @@ def block_mask(grid: tuple[int, int], target: int, min_patches: int,
         room = min(missing, height * width // 2)
 
         # Ten tries for the next rectangle. It is refused if it does not fit into the grid, if
-        # it would mask more than is missing, or if it lies where everything is masked already.
+        # it would mask more than is missing or half of the grid, or if everything in it is
+        # masked already.
         for area, ratio, y, x in rng.random((10, 4)):
             area = min_patches + (room - min_patches) * area
             ratio = math.exp((2 * ratio - 1) * math.log(1 / 0.3))
@@ -263,7 +264,8 @@ def block_mask(grid: tuple[int, int], target: int, min_patches: int,
                 block[:] = True
                 break
         else:
-            # All ten were refused: the mask stays a little too small. In 92 of 100 it is full.
+            # All ten were refused. On a 14 x 14 grid, at the default settings, 93 of 100 masks
+            # are full.
             break
     return mask
 
@@ -289,7 +291,9 @@ def hidden_places(masks: Tensor, most: int) -> dict:
     """
     # Example: two crops of 4 patches, [0 1 0 1] and [0 0 1 0], most = 5.
     #   mask_indices  [1, 3, 6, 0, 0]      patch 2 of crop 1 is number 4 + 2
-    #   mask_weights  [.5, .5, 1, 0, 0]    each crop counts as one; the last two are padding
+    #   mask_weights  [.5, .5, 1, 0, 0]    each crop counts as one; padding has weight 0
+    # The padding points at patch 0 of crop 0, a real patch: only its weight makes it count for
+    # nothing.
     indices = torch.zeros(most, dtype=torch.int64)
     weights = torch.zeros(most)
     masked = masks.flatten().nonzero()[:, 0]
@@ -321,12 +325,15 @@ class Masking:
         self.rank = rank
 
     def __call__(self, crops: int, step: int) -> dict:
-        """hidden_places of new masks for so many crops."""
+        """The three mask tensors of `hidden_places` for this many crops, numbered
+        crop-major.
+        """
         rng = np.random.default_rng([self.seed, step, self.rank, 2])
         patches = self.grid[0] * self.grid[1]
 
         # Example: 8 crops, probability .5 and ratio (.1, .5) make 4 masks, and the slices
-        # .1-.2, .2-.3, .3-.4, .4-.5: one share is drawn from each.
+        # .1-.2, .2-.3, .3-.4, .4-.5: one share is drawn from each. zip ends with the shares, so
+        # the other 4 crops stay unmasked.
         edges = self.edges(crops)
         shares = edges[:-1] + (edges[1:] - edges[:-1]) * rng.random(len(edges) - 1)
         masks = np.zeros((crops, *self.grid), dtype=bool)
@@ -339,7 +346,7 @@ class Masking:
         return np.linspace(*self.ratio, int(crops * self.probability) + 1)
 
     def most(self, crops: int) -> int:
-        """M: as many patches as the masks can hide. It depends on the number of crops alone."""
+        """M: as many patches as the masks can hide, the same at every step."""
         patches = self.grid[0] * self.grid[1]
         return sum(int(patches * edge) for edge in self.edges(crops)[1:])
 
@@ -352,7 +359,7 @@ def collate(samples: list[dict], masking: Masking | None = None) -> dict:
     for key in ("global_crops", "local_crops", "photometry"):
         batch[key] = torch.stack([sample[key] for sample in samples], 1)
     batch["index"] = torch.tensor([sample["index"] for sample in samples])
-    # Names of images that did not decode and were replaced by others.
+    # "name: error" of images that did not decode and were replaced by others.
     batch["broken"] = [name for sample in samples for name in sample.get("broken", ())]
     if masking:
         crops = len(batch["global_crops"]) * len(samples)
@@ -369,14 +376,15 @@ def photometry(crops: Tensor, params: Tensor, pixels: Pixels = RGB) -> Tensor:
 
     Equal, image by image, to torchvision's functionals in the order that was drawn. Crops are
     uint8, or floats from 0 to 1. Unless they have three channels these are no colours:
-    brightness, contrast, blur and solarize are left.
+    only brightness, contrast, blur and solarize are applied.
     """
     # Brightness and contrast mean something for any channel; saturation, hue and gray do not.
     mean, std = (send(torch.tensor(v), crops.device).view(1, -1, 1, 1) for v in pixels)
     if pixels.channels != 3:
         params = without_colours(params)
 
-    # Images are handled in an order that suits `jitter` (see there), a few at a time on a CPU.
+    # Images with equally many blends before their hue come together, see "Colour jitter" below.
+    # On a CPU a few at a time, so that they stay in the cache.
     order = jitter_order(params)
     at_once = len(crops)
     if crops.device.type == "cpu":
@@ -415,16 +423,14 @@ def normalise(images: Tensor, pixels: Pixels = RGB) -> Tensor:
 def without_colours(params: Tensor) -> Tensor:
     """Parameters for images whose channels are no colours: no saturation, hue and grayscale."""
     params = params.clone()
-    column(params, "saturation").fill_(1)  # times the saturation that there is
+    column(params, "saturation").fill_(1)  # a factor of 1: unchanged
     column(params, "hue").fill_(0)
     column(params, "gray").fill_(0)
     return params
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """To the device, without waiting for what it still computes. (MPS would read x too
-    late.)
-    """
+    """Copy to the device without waiting; on MPS x could be freed before it is read."""
     return x.to(device, non_blocking=device.type != "mps")
 
 
@@ -536,8 +542,9 @@ def jitter_order(params: Tensor) -> Tensor:
     """The images (n,), sorted by their number of blends before hue; those without jitter
     last.
     """
-    # A stable sort keeps the order of the batch among equals, so results do not depend on the
-    # sorting algorithm. "No jitter" (-1) would look up the last order: it is sent to the end.
+    # "No jitter" (-1) would look up the last order: it is sent to the end. The sort is stable,
+    # so that the same images share a chunk, and round alike, whatever sorting algorithm is
+    # used.
     order = column(params, "order")
     blends_before = (SLOTS[order.long(), :3] != UNUSED).sum(1)
     return torch.where(order < 0, 4, blends_before).argsort(stable=True)

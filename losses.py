@@ -16,8 +16,8 @@ Try      python losses.py       the two collapses and the balance between them, 
 Change   a new centering is one class that returns a bias, and one line in CENTERING
 Tests    pytest tests/test_losses.py
 
-Letters  G global views, V = G + L views, B images, K prototypes, n rows (views times images),
-         M masked patches of all global views, padded to a fixed number; D width.
+Letters  G global and L local views, V = G + L, B images, K prototypes, n rows (views times
+         images), M masked patches of all global views, padded to a fixed number; D width.
 """
 
 import functools
@@ -50,7 +50,8 @@ class NoCenter(nn.Module):
     def update(self, logits: Tensor, real: Tensor | None = None, ok: Tensor | bool = True):
         """Called once per step, after the optimizer has moved the student.
 
-        ok: a boolean tensor on the device; where it is False nothing changes.
+        ok: a boolean tensor on the device, False after a step that was not finite: then nothing
+        changes.
         """
 
 
@@ -91,15 +92,19 @@ class SinkhornKnopp(NoCenter):
     scale of a row cancels in the softmax of make_targets. So all there is to find is one factor
     per column, or its logarithm, which is a bias. SwAV (Caron 2020) eq. 3-5, three sweeps.
 
-    Example: three images, two prototypes, and the targets sweep by sweep. One sweep divides each
-    column by what its prototype gets, and then makes each row add up to one again:
+    Example: three images, two prototypes, and the targets sweep by sweep. The first sweep
+    divides the columns of exp(logits / temp) by their means, 4.67 and 1.33; each further one
+    divides the columns of the targets so far by their means. After each, rows add up to one
+    again:
 
         exp(logits / temp)   no bias      1 sweep      2 sweeps     3 sweeps
             9    1           .90  .10     .72  .28     .75  .25     .76  .24
             4    1           .80  .20     .53  .47     .57  .43     .58  .42
             1    2           .33  .67     .13  .87     .14  .86     .15  .85
         mean of a column     .68  .32     .46  .54     .49  .51     .50  .50
-        bias                  0    0     -.11  1.14    .66  1.75   1.38  2.43
+        second bias less first     0      1.25         1.09         1.05
+
+    Only the difference of two biases matters: softmax ignores what is added to all of them.
     """
 
     def __init__(self, n_prototypes: int, momentum: float = 0.9, iterations: int = 3):
@@ -112,8 +117,9 @@ class SinkhornKnopp(NoCenter):
 
         # The first sweep divides each column by its mean. It sees the rows before any of them
         # is normalised, so that a row of large logits weighs more, as in the official code. The
-        # exponential of large logits would overflow: one constant near the largest logit is
-        # subtracted from all of them, which changes no target, because softmax ignores it.
+        # exponential of large logits would overflow, so a constant is subtracted from all of
+        # them: the mean of the largest logits of the rows. It has to be the same for all rows,
+        # on all processes; then it changes no target, because softmax ignores it.
         top = column_mean(rows.amax(1, keepdim=True), real) / temp  # (1,)
         got = column_mean(rows, real, lambda x: exponentials(x, temp, top))  # (K,)
         bias = -got.clamp(min=1e-38).log()  # (K,)
@@ -136,7 +142,8 @@ def make_targets(logits: Tensor, temp: float, bias: Tensor) -> Tensor:
     logits (..., K), bias (K,) -> targets (..., K), rows of probabilities.
     """
     targets = torch.empty_like(logits, dtype=torch.float32)
-    # Some rows at a time: see "How an (n, K) matrix is passed over" below.
+    # Some rows at a time: see "How an (n, K) matrix is passed over" below. Both are views of
+    # the same memory: writing into `out` fills `targets`.
     for out, x in chunks(targets.flatten(0, -2), logits.flatten(0, -2)):
         out.copy_(probabilities(x, temp, bias))
     return targets
@@ -152,8 +159,8 @@ def view_pair_loss(targets: Tensor, student_logits: Tensor,
 
     targets (G, B, K), probabilities; student_logits (V, B, K) with V >= G, whose first G views
     are those of the teacher. There are G*V - G ordered pairs, because a view never has to match
-    itself. In nats: ln K when the targets or the answers are uniform. ValueError where no pair
-    is left.
+    itself. In nats: ln K when the answers are uniform, whatever the targets are. ValueError
+    where no pair is left.
 
     Cross-entropy is linear in its target. So a student view does not need one pass for each
     teacher view: it meets the sum of the targets of its teachers. Example with two global views
@@ -214,11 +221,13 @@ def koleo_loss(features: Tensor) -> Tensor:
         x = F.normalize(features.float(), dim=-1, eps=1e-8)  # (B, D)
 
         # On the unit sphere the nearest image is the one with the largest cosine. The diagonal,
-        # an image's cosine with itself, is put out of the way. Choosing has no gradient.
+        # an image's cosine with itself, is set to the smallest possible one. Choosing has no
+        # gradient.
         with torch.no_grad():
             nearest = (x @ x.T).fill_diagonal_(-1).argmax(1)  # (B,)
 
-        # The small constants bound the loss: two equal features cost about 15 nats, not
+        # The small constants bound the loss. pairwise_distance adds its eps to each of the D
+        # coordinates, so two equal features are 1e-8 * sqrt(D) apart: about 15 nats, not
         # infinity.
         distance = F.pairwise_distance(x, x[nearest], eps=1e-8)  # (B,)
         return -(distance + 1e-8).log().mean()
@@ -232,7 +241,7 @@ def koleo_loss(features: Tensor) -> Tensor:
 def entropies(targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(mean entropy of the targets, entropy of their mean over all processes), in nats.
 
-    The first is near ln K when the teacher commits itself to nothing (uniform collapse). The
+    The first is near ln K when every target is nearly uniform (uniform collapse). The
     second is near 0 when it gives the same sharp answer for every image (one-prototype
     collapse). A small first and a large second figure mean health. targets (..., K); weights,
     one per row, are 0 for padding.
@@ -329,7 +338,8 @@ def probabilities(logits: Tensor, temp: float, bias: Tensor) -> Tensor:
 
 @one_pass
 def exponentials(logits: Tensor, temp: float, top: Tensor) -> Tensor:
-    # exp(88) is the largest that float32 holds; what is so far above `top` is cut off.
+    # float32 holds up to exp(88), so logits far above `top` are cut off; at 80, because a sum
+    # over many rows must fit, too.
     return (logits.float() / temp - top).clamp(max=80).exp()
 
 
@@ -362,7 +372,7 @@ class CrossEntropies(torch.autograd.Function):
         grad = grad / ctx.temp
         for out, *rows in chunks(by_logits, q, logits, grad):
             out.copy_(row_gradients(*rows, ctx.temp, ctx.mass))
-        return None, by_logits, None, None  # nothing for q, temp and mass
+        return None, by_logits, None, None  # targets, temperature and mass are constants
 
 
 @one_pass
@@ -386,9 +396,10 @@ if __name__ == "__main__":
 
     torch.manual_seed(0)
     K = 1024
-    # Logits with a part that differs between images, and a habit: a part that all images share.
+    # Logits with a small part that differs between images, and a large one that all images
+    # share.
     logits = 0.1 * torch.randn(2, 64, K) + 0.4 * torch.randn(K)
-    centre = EMACenter(K, momentum=0.0)
+    centre = EMACenter(K, momentum=0.0)  # the mean of this batch alone
     centre.update(logits)
     cases = {
         "neither": (NoCenter(K), 1.0), "sharpening only": (NoCenter(K), 0.02),

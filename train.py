@@ -14,7 +14,7 @@ Idea     Both networks see different crops of one image and must give the same a
          from agreeing on one answer for everything.
 Paper    DINO (Caron 2021) Alg. 1, iBOT (Zhou 2022) Alg. 1, DINOv2 (Oquab 2024) sec. 4:
          `train_step`
-Try      python train.py                                 the embedded world, minutes on a laptop
+Try      python train.py                                 on images that it draws itself
          python train.py dino_vits16 --data folder:PATH  a paper's recipe on your images
          torchrun --nproc_per_node=8 train.py ...        the same on eight GPUs
 Change   a new loss: add it to `terms` in train_step, and a field NAME_weight to
@@ -23,7 +23,8 @@ Tests    pytest tests/test_train.py
 
 Letters  G global crops, L local crops, V = G + L of an image; B images per process, K
          prototypes, D width of the backbone, P patches of a global crop, M masked patches of
-         the batch. A dictionary with "dino" and "ibot" holds one thing for each objective.
+         the batch, padded to a fixed number. An objective is something that has targets: "dino"
+         (class tokens), "ibot" (patches).
 """
 
 import copy
@@ -66,9 +67,9 @@ from vit import ARCHS, VisionTransformer
 #
 # Student and teacher have the same parts: a backbone (vit.py), which turns an image into
 # tokens, and a head (heads.py), which turns a token into logits over K prototypes. Training
-# needs the head; what is kept at the end is the backbone. The teacher is not trained: its
-# weights are an average of the student's past ones. An average of networks is better than each
-# of them, so the teacher is always a little ahead, and there is something to learn from it.
+# needs the head; for most uses the backbone alone is kept. The teacher is not trained: its
+# weights are an average of the student's past ones. Such an average usually has better features
+# than the student at the same step (DINO sec. 5.3), so there is something to learn from it.
 
 
 def new_backbone(config: Config, drop_path_rate: float) -> nn.Module:
@@ -100,8 +101,7 @@ class Network(nn.Module):
         super().__init__()
         self.backbone = backbone or new_backbone(config, drop_path_rate)
 
-        # The heads of class tokens and patches have the same layers; they differ in the number
-        # of prototypes and in the width before them.
+        # Heads of class tokens and of patches share these settings.
         new_head = partial(DINOHead, self.backbone.embed_dim, hidden_dim=config.head_hidden_dim,
                            nlayers=config.head_nlayers, use_bn=config.use_bn_in_head,
                            norm_last_layer=config.norm_last_layer)
@@ -134,7 +134,7 @@ class Network(nn.Module):
         and, where the configuration learns them, dino (V*B, K), logits of the class tokens, and
         ibot (M, K), logits of the patches at mask_indices.
         """
-        # All crop sizes go through the backbone in one pass: vit.py packs them into one
+        # All crop sizes go through the backbone in one call; a ViT packs them into one
         # sequence. Only global crops have masks: one entry for each crop size, None for the
         # others.
         masks = [masks] + [None] * (len(views) - 1)
@@ -171,7 +171,8 @@ class Network(nn.Module):
 
 def build(config: Config, process: Process, network=Network) -> tuple[nn.Module, nn.Module]:
     """(student, teacher): the teacher begins as a copy of the student, without gradients."""
-    # One seed for the first weights, on every process: DDP expects them to be equal.
+    # The same first weights on every process. DDP would copy them from the first one, but only
+    # later, and the teacher's copy is made here.
     torch.manual_seed(config.seed)
     student = network(config, config.drop_path_rate)
     if config.init:
@@ -196,13 +197,13 @@ def build(config: Config, process: Process, network=Network) -> tuple[nn.Module,
 
 def build_centerings(config: Config) -> nn.ModuleDict:
     """One module for each objective: class tokens and patches are centred apart."""
-    # Class tokens and patches have other statistics, so one centre for both would fit neither.
     make = CENTERING[config.centering]
     centerings = nn.ModuleDict({
         name: make(n_prototypes, momentum=config.center_momentum)
         for name, n_prototypes in config.objectives.items()})
 
-    # With --init, centres belong to the heads that come along: a centre is a mean of logits.
+    # A centre is the mean of the logits of one head. Where --init brings heads, their centres
+    # come from the same file.
     if config.init:
         from training.warmstart import init_heads
 
@@ -238,8 +239,8 @@ def shard(network: nn.Module, config: Config, process: Process):
     """Split the network over all processes (FSDP): blocks in the low precision, the rest
     exact.
     """
-    # Blocks are most of the network, and attention and MLPs bear bfloat16. The heads end in a
-    # softmax over many prototypes, and norms and tokens are small: those stay in float32.
+    # Blocks are most of the network, and their products lose nothing in bfloat16. The heads end
+    # in a softmax over many prototypes, and norms and tokens are small: those stay in float32.
     blocks = list(network.backbone.blocks)
     machine.shard(network, blocks, list(network.heads().values()), process, config.precision)
 
@@ -248,12 +249,12 @@ def shard(network: nn.Module, config: Config, process: Process):
 # The algorithm
 #
 # `train_step` is all of DINO, iBOT and DINOv2: which of their losses are used depends on their
-# weights in the configuration. The functions below it say what changes from step to step.
+# weights in the configuration. `schedules`, below it, says what changes from step to step.
 
 
 @dataclasses.dataclass
 class Learner:
-    """All that a training step changes."""
+    """All that a training step changes, and how it moves the teacher."""
 
     student: nn.Module  # a Network; with several processes wrapped for DDP
     teacher: nn.Module  # another Network, without gradients
@@ -281,7 +282,7 @@ def to_device(batch: dict, pixels: Pixels, device: torch.device) -> tuple[list[T
                 continue
             # The colours of each crop were drawn in the worker; here they are only applied.
             params = batch["photometry"][first:first + count].flatten(0, 1)
-            pixels_in = send(crops.flatten(0, 1), device)  # (V*B, C, s, s)
+            pixels_in = send(crops.flatten(0, 1), device)  # (G*B, C, H, W) or (L*B, C, h, w)
             views.append(photometry(pixels_in, params, pixels))
             first += count
 
@@ -300,39 +301,44 @@ def train_step(learner: Learner, batch: dict, schedule: dict, config: Config,
     as tensors on the device: reading one here would make the CPU wait for the GPU at every
     step. DINO Alg. 1, iBOT Alg. 1, DINOv2 sec. 4.
     """
-    # The crops were cut by the workers; here they get their colours and become floats.
     student = unwrap(learner.student)
     teacher = learner.teacher
     G = len(batch["global_crops"])
     B = len(batch["index"])
     views, masks = to_device(batch, config.pixels, process.device)
 
-    # The number of masked patches varies, the shape (M,) must not: a changing shape would
-    # compile the step again and again. So the list is padded, and padding has the weight 0.
+    # The number of masked patches varies, but the shape (M,) must not: a changing shape would
+    # make torch.compile compile the step again. So the list is padded. A weight is 1 / (masked
+    # patches of that crop), and 0 for padding; real_rows tells the centerings which rows are no
+    # padding. "dino" has no padding: None.
     weights = masks.pop("mask_weights", None)  # (M,)
     real_rows = {"dino": None, "ibot": None if weights is None else weights > 0}
 
-    # 1. The teacher sees only the large crops, without masks. It is never trained: no gradient.
+    # 1. The teacher sees only the large crops (views holds one tensor for each crop size: the
+    # first one has all G global crops), and no masks. A small crop should be recognised as a
+    # part of what the teacher saw whole. The teacher is never trained: no gradient.
     with torch.no_grad(), autocast(config.precision, process.device):
         teacher_out = teacher(views[:1], mask_indices=masks.get("mask_indices"))
 
     # 2. Its logits become targets: softmax(logits / teacher_temp + bias). The low temperature
-    # makes them sharp; the bias (a running mean, or Sinkhorn-Knopp) keeps all prototypes in
-    # use. With only one of the two the networks collapse: `python losses.py` shows how. DINO
-    # eq. 1 and 4.
+    # makes them sharp; the bias keeps all prototypes in use. It is -centre / teacher_temp with
+    # the running mean of DINO, or what Sinkhorn-Knopp finds for this batch (losses.py). With
+    # only one of the two the networks collapse: `python losses.py` shows how. DINO eq. 1 and 4.
     targets = {}
     for name, centering in learner.centerings.items():
         logits = teacher_out[name]
         bias = centering(logits, schedule["teacher_temp"], real_rows[name])  # (K,)
         targets[name] = make_targets(logits, schedule["teacher_temp"], bias)
 
-    # 3. The student sees all crops. Patches of the large ones are masked, and stochastic depth
-    # leaves some samples out of some blocks: the plan is drawn here, so that no block draws.
+    # 3. The student sees all crops. Patches of the large ones are masked, and in each block
+    # stochastic depth leaves out some of the crops. Which ones is drawn here, from a generator
+    # of this step: the blocks contain no randomness, can be compiled, and a resumed run draws
+    # the same.
     plan = student.backbone.draw_plan(views, schedule["generator"])
     with autocast(config.precision, process.device):
         student_out = learner.student(views, plan, **masks)
 
-    # 4. The losses, each by name.
+    # 4. The losses.
     # TO ADD A LOSS: put it into `terms` here, and a field NAME_weight into training/config.py.
     terms = {}
     if "dino" in targets:  # every pair (teacher's view, another view of the student)
@@ -342,14 +348,16 @@ def train_step(learner: Learner, batch: dict, schedule: dict, config: Config,
     if "ibot" in targets:  # the same place: the teacher saw it, the student has to guess it
         terms["ibot"] = patch_loss(targets["ibot"], student_out["ibot"], weights, G * B,
                                    config.student_temp)
-    if config.koleo_weight:  # images of one view keep away from each other
+    if config.koleo_weight:  # features of different images are pushed apart
         global_views = student_out["features"][:G * B].chunk(G)
         terms["koleo"] = sum(koleo_loss(features) for features in global_views)
     terms |= student.extra_losses(teacher_out, student_out)
     loss = sum(getattr(config, f"{name}_weight") * term for name, term in terms.items())
 
-    # 5. Only the student learns from the gradient. The teacher's answers were computed without
-    # one (stop-gradient): with it, both networks would meet at the easiest common answer.
+    # 5. Only the student learns from the gradient. None flows through the teacher
+    # (stop-gradient): if it did, both networks would move to the easiest answer that they can
+    # agree on. In fp16 the scaler multiplies the loss before the backward pass and divides the
+    # gradients after it.
     learner.optimizer.zero_grad(set_to_none=True)
     if learner.scaler:
         learner.scaler.backward(loss, learner.optimizer)
@@ -357,10 +365,10 @@ def train_step(learner: Learner, batch: dict, schedule: dict, config: Config,
         loss.backward()
     norm = clip_gradients(list(student.children()), config.clip_grad, config.clip_mode)
 
-    # NaN or infinity on any process gives ok = 0 on all of them: then the optimizer, the
-    # teacher and the centres keep their values. `if not ok:` would make the CPU wait for the
-    # GPU; so the host learns of it at the next log line (training/log.py), which stops and
-    # names the images.
+    # NaN or infinity on any process gives ok = 0 on all of them: then the student, the moments
+    # of the optimizer, the teacher and the centres keep their values. `if not ok:` would make
+    # the CPU wait for the GPU; so the CPU learns of it at the next log line (training/log.py),
+    # where an error ends the run and names the images.
     #
     # The mean over processes is for the log and for this decision; the gradients were averaged
     # by DDP or FSDP during the backward pass.
@@ -368,18 +376,20 @@ def train_step(learner: Learner, batch: dict, schedule: dict, config: Config,
     figures = dict(zip(["loss", *terms], means))
     ok = (figures["loss"] + norm).isfinite()
     set_schedule(learner.optimizer, schedule)
-    learner.optimizer.found_inf = 1 - ok.float()  # the name is that of torch's fused optimizers
+    skip = 1 - ok.float()  # 1: the optimizer leaves this step out, see training/optim.py
+    learner.optimizer.found_inf = skip
     learner.optimizer.step()
 
-    # 6. teacher <- m * teacher + (1 - m) * student, with m from .996 to 1 (DINO sec. 3.1), and
-    # the centres move towards the logits of this batch. Both happen after the student's step,
-    # as in Alg. 1: the next step is the first one that sees them.
+    # 6. teacher <- m * teacher + (1 - m) * student, with m from .996 to 1 in DINO (sec. 3.1),
+    # and the centres move towards the logits of this batch. Both happen after the student's
+    # step, as in Alg. 1: the next step is the first one that sees them.
     learner.move_teacher(teacher, student, schedule["momentum"], ok.float())
     for name, centering in learner.centerings.items():
         centering.update(teacher_out[name], real_rows[name], ok)
 
-    # What the log will tell of this step. In fp16 the gradients may overflow now and then; the
-    # scaler then lowers its factor, and such a step is left out but does not stop the run.
+    # What the log will tell of this step. In fp16 gradients may overflow now and then: the
+    # scaler lowers its factor, the step is left out, and the run goes on. So what the log gets
+    # as `ok` is then "the run can go on", and the norm of a step that was left out counts as 0.
     figures |= step_figures(figures, targets, weights, G * B)
     if learner.scaler:
         norm = torch.where(ok, norm, 0)
@@ -396,9 +406,10 @@ def schedules(step: int, epoch_steps: int, total: int, config: Config,
               process: Process) -> dict:
     """Everything that depends on the step, as plain numbers, and the step's random generator.
 
-    Most of it changes at every step. The teacher's temperature changes with the epoch, and what
-    rests at the start (last layer, backbone of --init) rests for whole epochs, as in DINO's
-    code.
+    Most of it changes at every step. The teacher's temperature changes with the epoch, and the
+    last layer is frozen for whole epochs at the start, as in DINO's code; so is the backbone of
+    --init. TO ADD A SCHEDULE: one more entry below; train_step finds it in its argument
+    `schedule`.
     """
     # The papers give the learning rate for a reference batch of all processes together.
     # Example: DINO's 5e-4 is for 256 images; 8 GPUs of 64 images make it 5e-4 * 512 / 256 =
@@ -411,18 +422,19 @@ def schedules(step: int, epoch_steps: int, total: int, config: Config,
     # A generator of its own for each (seed, step, rank): a run that is resumed draws the same.
     seed = np.random.SeedSequence([config.seed, step, process.rank]).generate_state(1)[0]
 
-    # The prototypes are kept as they are for a while (DINO A), so that the first, noisy targets
-    # do not move them all to one side. With --init the backbone may rest while heads learn.
-    last_layer_rests = step < config.freeze_last_layer_epochs * epoch_steps
-    backbone_rests = step < config.freeze_backbone_epochs * epoch_steps
+    # The prototypes are frozen for a while (DINO appendix A), so that the first, noisy targets
+    # do not move them all to one side. With --init the backbone may be frozen while new heads
+    # learn.
+    last_layer_frozen = step < config.freeze_last_layer_epochs * epoch_steps
+    backbone_frozen = step < config.freeze_backbone_epochs * epoch_steps
 
-    # Half cosines from the first step to the last. Weight decay and momentum rise while the
-    # learning rate falls: late in a run little is to change, neither the weights nor the
-    # teacher.
+    # Half cosines from the first step to the last (momentum: that of the teacher's average).
+    # Late in a run little should change, so the learning rate falls and the momentum goes to 1.
+    # The papers let the weight decay rise at the same time.
     return dict(
         lr=lr,
-        last_layer_lr=0.0 if last_layer_rests else lr,
-        backbone_lr=0.0 if backbone_rests else lr,
+        last_layer_lr=0.0 if last_layer_frozen else lr,
+        backbone_lr=0.0 if backbone_frozen else lr,
         weight_decay=cosine(step, config.weight_decay, config.weight_decay_end, total),
         momentum=cosine(step, config.momentum_teacher, config.final_momentum_teacher, total),
         teacher_temp=linear(step // epoch_steps, config.warmup_teacher_temp,
@@ -444,12 +456,10 @@ def open_data(config: Config) -> tuple[Images, Images]:
     Without --val_data one image in twenty is held out, chosen by a hash of its name: the same
     ones in every run, whatever other files lie beside them.
     """
-    # Of --val_data nothing is cached: its images are read at every evaluation, but they are
-    # few.
     images = open_images(config.data, config.data_root, config.download, "--data",
                          config.pixels)
     images = cached(images, config.cache, config.cache_side, config.num_workers)
-    if config.val_data:
+    if config.val_data:  # read as they are: the cache is for images that are read every epoch
         return images, open_images(config.val_data, config.data_root, config.download,
                                    "--val_data", config.pixels)
 
@@ -462,8 +472,8 @@ def open_data(config: Config) -> tuple[Images, Images]:
 def batches_from(step: int, total: int, images: Images, config: Config, process: Process):
     """The loader of this process's batches, from step `step` to step `total`.
 
-    Order and crops are functions of the seed, the epoch and the image. So a resumed run only
-    has to start counting at a later step.
+    Order and crops are functions of the seed, the epoch and the image; masks of the seed, the
+    step and the rank. So a resumed run only has to start counting at a later step.
     """
     sampler = Sampler(len(images), config.batch_size_per_gpu, total, step, config.seed,
                       process.rank, process.world_size, images.order)
@@ -488,8 +498,9 @@ def batches_from(step: int, total: int, images: Images, config: Config, process:
 def run(config: Config, build=build, move_teacher=ema_update) -> dict:
     """Train as `config` says and return the summary; continue what is in the run's directory.
 
-    The seam for other ways to learn from a teacher: `build` brings the two networks,
-    `move_teacher` changes the second one after each step. distill.py brings its own.
+    TO LEARN FROM ANOTHER TEACHER: give a `build` that returns the two networks, and a function
+    move_teacher(teacher, student, momentum, ok) that changes the second one after each step; ok
+    is a tensor, and 0 must change nothing. distill.py brings both.
     """
     # With --init the weights decide what the network is; `config` has to follow them first.
     if config.init:
@@ -501,8 +512,8 @@ def run(config: Config, build=build, move_teacher=ema_update) -> dict:
     machine.keep_freed_memory(process)
     folder = Path(config.output_dir or f"runs/{config.preset}")
 
-    # Whatever can be refused is refused here, before anything is written. user_errors: inside,
-    # a ValueError is about the user's input and becomes one line without a traceback.
+    # Whatever can be refused is refused here, before the run directory is written. user_errors:
+    # inside, a ValueError is about the user's input and becomes one line without a traceback.
     with user_errors():
         images, val = open_data(config)
         config = match_stored_run(config, folder, process, len(images))
@@ -534,13 +545,13 @@ class Run:
 
     A checkpoint keeps the tensors of `parts` and of the optimizer, and beside them `step`,
     `figures` (what the summary will say) and `last_row` (the newest row of the log). `whole` is
-    the teacher's backbone in one piece, to be judged and saved; under FSDP it is a copy.
+    the teacher's backbone in one piece, to be judged and drawn; under FSDP it is a copy.
     """
 
     def __init__(self, config: Config, process: Process, folder: Path, images: Images,
                  val: Images, epoch_steps: int, build, move_teacher):
-        # Imported here, because each is asked for once: what stands at the top of this file is
-        # what the algorithm needs. The judge brings the arithmetic of k-NN along.
+        # Imported here and not above: they are needed once in a run, and the imports at the top
+        # of this file stay those of a training step.
         from evaluation.judge import Judge
         from training.memory import expected_memory
 
@@ -560,7 +571,7 @@ class Run:
         self.whole = teacher.backbone
         if config.parallel == "fsdp":
             # Sharding replaces the parameters in place, so a whole copy is made before. It is
-            # filled from the shards when the teacher is judged or saved.
+            # filled from the shards when the teacher is judged or drawn.
             self.whole = copy.deepcopy(self.whole)
             shard(student, config, process)
             shard(teacher, config, process)
@@ -571,8 +582,9 @@ class Run:
         scaler = LossScale().to(process.device) if config.precision == "fp16" else None
         self.learner = Learner(student, teacher, centerings, optimizer, scaler, move_teacher)
 
-        # What a checkpoint holds, by name, beside the moments of the optimizer. "broken" counts
-        # images that did not decode; the other figures are for the summary.
+        # What a checkpoint holds, by name, beside the moments of the optimizer; and the figures
+        # that it keeps: seconds of training so far, images that did not decode, and results of
+        # the judge.
         self.parts = {"student": student, "teacher": teacher, "centerings": centerings}
         if scaler:
             self.parts["scaler"] = scaler
@@ -609,7 +621,7 @@ class Run:
 
         if self.step == 0:
             self.judge_the_start()
-        elif self.step == self.total:  # it was stopped between its last checkpoint and its end
+        elif self.step == self.total:  # stopped after its last checkpoint: the end is missing
             self.write_teacher()
             self.whole_teacher()
 
@@ -617,8 +629,8 @@ class Run:
         """What the training has to beat: bare pixels, and the network before its first step."""
         from evaluation.judge import pixels_as_features
 
-        # Random networks are no bad features: a convolution and attention blur and compare. A
-        # result that does not beat them, or the pixels, has learned nothing.
+        # The features of a random network are better than chance, because equal images get
+        # equal features. A result that beats neither them nor the pixels shows no learning.
         figures = self.figures
         figures["pixels"] = self.judge(pixels_as_features())
         figures["untrained"] = self.judge(self.whole_teacher())
@@ -643,7 +655,6 @@ class Run:
             f"{self.total:,d} steps of {config.batch_size_per_gpu} x {process.world_size}, "
             f"{process.device}, {config.precision}, {parameters:,d} parameters")
 
-        # An estimate beside what the device has; training/memory.py says what is in it.
         available = machine.memory_gb(process.device)
         needed = sum(self.expected.values())
         parts = ", ".join(f"{name} {size:.2f}" for name, size in self.expected.items())
@@ -656,11 +667,11 @@ class Run:
     def whole_teacher(self) -> nn.Module:
         """The teacher's backbone in one piece, with the weights that it has now."""
         if self.config.parallel == "fsdp":
-            # All processes exchange their shards here, so all of them have to come by.
+            # The shards of all processes are exchanged here, so every process has to call this.
             state = whole_state(self.learner.teacher)
             backbone = {
                 name.removeprefix("backbone."): value
-                for name, value in state.items() if "backbone." in name}
+                for name, value in state.items() if name.startswith("backbone.")}
             self.whole.load_state_dict(backbone)
         return self.whole
 
@@ -691,7 +702,8 @@ class Run:
                 self.step += 1
                 self.clock.tick()
 
-                # Is this a step after which something is written? All processes agree on it.
+                # Has any process got a signal? `agreed` gives all of them the same answer, so
+                # that they save at the same step.
                 stopped_by = stop_signal.agreed()
                 done = self.step == self.total
                 saving = self.step % config.save_every == 0 or done or stopped_by
@@ -717,7 +729,7 @@ class Run:
                     raise SystemExit(128 + stopped_by)
 
     def log(self, schedule: dict):
-        """Read the figures of the last steps: the one place where the CPU waits for the GPU."""
+        """Read the figures of the last steps: between saves, only here does the CPU wait."""
         config = self.config
         process = self.process
         batch = config.batch_size_per_gpu * process.world_size
@@ -733,7 +745,8 @@ class Run:
         process.print(log_line(self.last_row, self.total, config, self.clock))
         record(self.folder, self.last_row, process)
 
-        # During warm-up almost any network looks ill; after it each illness is named once.
+        # While the learning rate still rises, the figures look like a collapse in healthy runs,
+        # too. After that each kind of collapse is named once.
         illness = diagnose(self.last_row, config)
         warm = self.step > config.warmup_epochs * self.epoch_steps
         if illness and warm and illness[0] not in self.warned:
@@ -748,7 +761,7 @@ class Run:
         if figures["knn"] is None:
             return
 
-        # Beside what it has to beat, so that the figure means something by itself.
+        # With the figures that it has to beat: one number alone would say little.
         process.print(f"epoch {self.step // self.epoch_steps}: {self.judge.protocol} "
                       f"{figures['knn']:.1%} ({self.started_from} {figures['untrained']:.1%}, "
                       f"pixels {figures['pixels']:.1%})")
@@ -758,7 +771,7 @@ class Run:
                           "--freeze_backbone_epochs, or stop")
 
     def save(self):
-        """A checkpoint to continue from, and the weights for everybody else."""
+        """A checkpoint to continue from, and beside it the weights for evaluation."""
         # `seconds` counts the time of this run over all its parts; a continued run adds to it.
         self.figures["seconds"] = time.time() - self.begun
         state = live_state(self.parts, self.learner.optimizer, of="student")
@@ -777,8 +790,6 @@ class Run:
         heads = {"centerings": self.learner.centerings.state_dict()}
         for key, value in state.items():
             part, name = key.split(".", 1)  # such as backbone, blocks.0.norm1.weight
-            # The official keys of a backbone begin without a prefix; heads are kept by their
-            # names.
             target = backbone if part == "backbone" else heads.setdefault(part, {})
             target[name] = value.cpu()
         save_tensors(self.folder / "teacher.pt", backbone)
@@ -792,7 +803,8 @@ class Run:
         figures = self.figures
         illness = diagnose(self.last_row, config)
 
-        # Numbers only, so that a table of many runs can be made from their summaries.
+        # One flat dictionary, so that the summaries of many runs make a table. knn_untrained is
+        # the figure before the first step: with --init that of the weights it began with.
         summary = dict(
             preset=config.preset, seed=config.seed, steps=self.total,
             loss=self.last_row["loss"], knn=figures["knn"], knn_untrained=figures["untrained"],
@@ -818,15 +830,16 @@ class Run:
 
     def draw(self):
         """The curves, and where the class token looks in eight images that are held out."""
-        import visualize  # only here, at the end of a run
+        import visualize  # here, because only the end of a run draws
 
         config = self.config
         visualize.draw_curves(self.folder)
         if config.convnet:
             return
 
-        # Photographs are enlarged to the side that is asked at; the embedded world is drawn anew.
-        # These images have a size of their own: compiling for eight of them does not pay.
+        # Photographs are enlarged to the side at which the network is asked; the images of
+        # shapes.py are drawn at that size. center_crop cuts the middle of 8/7 of it. Compiling
+        # for eight images of another size does not pay.
         side = visualize.page_side(config.global_crops_size, config.patch_size)
         order = np.random.default_rng(config.seed).permutation(len(self.val))
         photos = [self.val.read_at(int(i), round(side * 8 / 7)) for i in order[:8]]

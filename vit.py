@@ -1,4 +1,4 @@
-"""Vision Transformer: an image becomes tokens that look at each other; one speaks for them all.
+"""Vision Transformer: an image becomes tokens; attention lets each of them read all others.
 
     image (B, 3, H, W) --> patches --> + positions --> [class | registers | patches] (B, N, D)
                                                                 |
@@ -59,9 +59,9 @@ class PatchEmbed(nn.Module):
 def inflate(weight: Tensor, channels: int) -> Tensor:
     """A patch embedding (D, C, p, p) for images of other channels: (D, channels, p, p).
 
-    More channels repeat the old ones in turn, fewer get their mean. The sum over channels stays
-    the same, so that an image that is equal in all channels has about the tokens that it had
-    before.
+    More channels repeat the old ones in turn, fewer get their mean; both are scaled by
+    C / channels. So an image that is equal in all channels has about the tokens that it had.
+    Used by training/warmstart.py for images with other channels than the weights know.
     """
     C = weight.shape[1]
     # From red, green, blue to five channels: red, green, blue, red, green, each times 3/5.
@@ -75,9 +75,10 @@ def inflate(weight: Tensor, channels: int) -> Tensor:
 # How a table of M x M positions is brought to h x w patches: (h, w), M -> arguments of
 # F.interpolate. Two rules exist because two generations of released weights were trained with
 # them, and they differ visibly.
-#   offset     DINO, and DINOv2 without registers: bicubic by the *scale* (h + 0.1) / M. The 0.1
-#              kept a rounded product from being one too small, and PyTorch maps coordinates with
-#              that same scale, so the released weights depend on it.
+#   offset     DINO, and DINOv2 without registers: bicubic by the *scale* (h + 0.1) / M.
+#              PyTorch computes the size as floor(M * scale): without the 0.1 a rounding error
+#              could make 16 patches 15. It also samples at that scale, so the positions are a
+#              little shifted, and the released weights were trained with them.
 #   antialias  DINOv2 with registers: bicubic to the *size* (h, w), with antialiasing.
 POS_EMBED_RESIZE = {
     "offset": lambda grid, side: dict(scale_factor=tuple((n + 0.1) / side for n in grid)),
@@ -118,7 +119,8 @@ Groups = tuple[tuple[int, int], ...]  # one (b, n) per crop size; the sum of b*n
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: a token mixes in what it finds in others. ViT sec. 3.1, eq. 2.
+    """Multi-head self-attention: each token becomes a weighted mean of all. ViT sec. 3.1, eq.
+    2.
 
     Each image of each group attends to itself only.
     """
@@ -131,14 +133,14 @@ class Attention(nn.Module):
 
     def split_heads(self, qkv: Tensor, b: int, n: int) -> Tensor:
         """(b*n, 3*D) -> queries, keys, values (3, b, nh, n, hd)."""
-        # The columns of a row are ordered (query | key | value), each of them by heads. The
-        # head has to come before the tokens, because every head multiplies matrices of its own.
+        # A row has D numbers of query, D of key and D of value; each D is nh heads of hd
+        # numbers. The head has to come before the tokens, because every head multiplies
+        # matrices of its own.
         return qkv.view(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
 
     def forward(self, x: Tensor, groups: Groups) -> Tensor:
-        # One product for all tokens of all crops: a linear layer does not mind which crop a row
-        # is from. Attention does, so the rows are split by group, and each group is a batch of
-        # its own.
+        # A linear layer treats each row alone, so one product serves all crops. Attention
+        # compares rows, so they are split by group first: each group is a batch of its own.
         qkv = self.qkv(x)  # (T, 3*D)
         sizes = [b * n for b, n in groups]
         outs = []
@@ -152,9 +154,11 @@ class Attention(nn.Module):
         return self.proj(joined)  # (T, D)
 
     def weights(self, x: Tensor, b: int, n: int) -> Tensor:
-        """softmax(q k' / sqrt(hd)), (b, nh, n, n): what `forward` never forms. DINO fig. 1."""
+        """softmax(q k' / sqrt(hd)), (b, nh, n, n): the weights of a block, to be plotted. DINO
+        fig. 1.
+        """
         q, k, _ = self.split_heads(self.qkv(x), b, n).unbind(0)
-        # In float32, whatever the precision of the network: these numbers are looked at.
+        # The product is taken in float32, so that small weights are not rounded away in a plot.
         scores = (q.float() * q.shape[-1]**-0.5) @ k.float().transpose(-2, -1)  # (b, nh, n, n)
         return scores.softmax(-1)
 
@@ -174,7 +178,8 @@ class Mlp(nn.Module):
 class SwiGLU(nn.Module):
     """silu(gate) * value, then Linear. DINOv2 sec. 5; Shazeer 2020.
 
-    It has three matrices where the MLP has two: two thirds of the width keep the cost the same.
+    With gate, value and output it has three matrices where the MLP has two: two thirds of the
+    width keep the cost the same.
     """
 
     def __init__(self, dim: int, hidden: int):
@@ -196,7 +201,8 @@ FFNS = {"mlp": Mlp, "swiglu": SwiGLU}
 
 
 class LayerScale(nn.Module):
-    """A learned factor per channel. It starts near zero, so that a deep network starts shallow.
+    """A learned factor per channel. It starts near zero, so that a block changes little at
+    first.
 
     CaiT (Touvron 2021) sec. 2; DINOv2 starts it at 1e-5.
     """
@@ -242,7 +248,8 @@ def drop_path_plan(
     """
     # One random order of the images for each branch (two per block) and group. It is drawn on
     # the CPU, so that it is the same on every kind of device, and sent to the device without
-    # waiting (MPS would read the memory too late).
+    # waiting for the copy (on MPS the memory could be reused before it is read, so there it
+    # waits).
     tokens = []  # per group: the rows of all images in that order, (branches, b, n)
     start = 0
     for b, n in groups:
@@ -252,9 +259,8 @@ def drop_path_plan(
         tokens.append(first_rows[:, :, None] + torch.arange(n, device=device))
         start += b * n
 
-    # A branch takes the first k images of its random order, of every group. Their number
-    # depends on the rate alone and not on chance, so that the shapes are the same at every
-    # step.
+    # A branch takes the first k images of its random order, of every group. k depends on b and
+    # the rate and not on chance, so that the shapes are the same at every step.
     plan = []
     for i, rate in enumerate(rates):
         kept = tuple((max(int(b * (1 - rate)), 1), n) for b, n in groups)
@@ -275,14 +281,14 @@ def drop_path_plan(
 
 def residual(x: Tensor, branch, groups: Groups, keep: Keep | None) -> Tensor:
     """x + branch(x), where the branch runs only on the rows of `keep`. x is (T, D)."""
-    if keep is None:  # nothing is dropped: the teacher, or a rate of 0
+    if keep is None:  # nothing is dropped: no plan, or all images are kept
         return x + branch(x, groups)
 
-    # The dropped images pass by unchanged: their rows are neither read nor written here.
+    # The branch sees the kept rows only; the rows of dropped images come out as they went in.
     kept = x.index_select(0, keep.rows)  # (T', D)
     changed = kept + keep.scale * branch(kept, keep.groups)  # (T', D)
-    # No row occurs twice, so copying rows does what adding to them would do. A copy needs no
-    # atomic additions on a GPU, which are slow and round differently in every run.
+    # No row occurs twice, so writing the rows does what adding to them would do, without the
+    # slower atomic additions that a GPU needs where rows might repeat.
     return x.index_copy(0, keep.rows, changed)  # (T, D)
 
 
@@ -307,11 +313,13 @@ class Block(nn.Module):
         return self.ls1(self.attn(self.norm1(x), groups))
 
     def feed(self, x: Tensor, groups: Groups) -> Tensor:
+        # Tokens are independent here; `groups` is taken so that `residual` can call both alike.
         return self.ls2(self.mlp(self.norm2(x)))
 
     def forward(self, x: Tensor, groups: Groups,
                 keep: tuple[Keep, Keep] | None = None) -> Tensor:
-        # First tokens exchange what they know, then each works on it for itself.
+        # Attention moves information between tokens, the feed-forward layer works on each
+        # alone.
         keep_attn, keep_ffn = keep or (None, None)
         x = residual(x, self.attend, groups, keep_attn)
         return residual(x, self.feed, groups, keep_ffn)
@@ -367,7 +375,7 @@ class VisionTransformer(nn.Module):
         # True: activations inside blocks are not kept, but computed again in the backward pass.
         self.activation_checkpointing = False
 
-        # Deeper blocks are dropped more often (DINO), or all at the same rate (DINOv2).
+        # In deeper blocks more images are dropped (DINO), or in all as many (DINOv2).
         if drop_path_uniform:
             self.drop_path_rates = [drop_path_rate] * depth
         else:
@@ -381,7 +389,7 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         positions = 1 + (img_size // patch_size)**2
         self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim))
-        # A token that a configuration does not use is None and not zeros: then it has no key.
+        # A token that a configuration does not use is None, so it is not in the state dict.
         self.register_tokens = None
         if num_register_tokens:
             self.register_tokens = nn.Parameter(torch.zeros(1, num_register_tokens, embed_dim))
@@ -396,8 +404,8 @@ class VisionTransformer(nn.Module):
         """Normal(0, .02) for linear layers and positions; DINOv2 starts extra tokens near
         zero.
         """
-        # Values beyond two standard deviations are drawn again (truncated), as in the papers'
-        # code. The mask token stays at zero, where the official code starts it.
+        # trunc_normal_ cuts at -2 and 2, which is 100 standard deviations: in effect a normal
+        # distribution, as in the papers' code. The mask token stays at zero, as there.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -426,7 +434,8 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(images)  # (B, P, D)
 
         # iBOT sec. 3.1: the content of a masked patch is replaced by one learned token. Its
-        # position is added below, as for any other: the network knows where it has to guess.
+        # position is added below as for any other patch, so the network can tell which one it
+        # is.
         if masks is not None:
             if self.mask_token is None:
                 raise ValueError("masks were given to a ViT built without mask_token=True")
@@ -438,8 +447,9 @@ class VisionTransformer(nn.Module):
         x = torch.cat([cls, x], 1)  # (B, 1 + P, D)
         x = x + resize_pos_embed(self.pos_embed, grid, self.pos_embed_resize)
 
-        # Registers come after the positions are added, because they have no position: they are
-        # spare tokens for what attention wants to keep and no patch should hold. Darcet 2024.
+        # Registers have no place in the image, so they come after the positions are added. They
+        # give attention somewhere to keep global information, which a ViT without them keeps in
+        # patches of the background, where it spoils the attention maps. Darcet 2024.
         if self.register_tokens is not None:
             registers = self.register_tokens.expand(len(x), -1, -1)  # (B, R, D)
             x = torch.cat([x[:, :1], registers, x[:, 1:]], 1)  # (B, N, D)
@@ -502,7 +512,7 @@ class VisionTransformer(nn.Module):
         """Packed tokens (T, D) through all blocks: (T, D)."""
         for block, keep in zip(self.blocks, plan or [None] * self.depth, strict=True):
             # Checkpointing keeps only the input of each block and computes the block once more
-            # in the backward pass: far less memory, about a quarter more time.
+            # in the backward pass: far less memory, at most a third more time.
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, groups, keep, use_reentrant=False)
             else:
@@ -511,7 +521,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images, masks=None, plan=None):
         """Normalised class tokens: (B, D), or a list of them for a list of crop sizes."""
-        # The feature that the papers judge is the class token behind the final norm.
+        # The papers evaluate the class token after the final norm.
         out = self.forward_features(images, masks, plan)
         if isinstance(out, dict):
             return out["x_norm_clstoken"]
@@ -535,7 +545,7 @@ class VisionTransformer(nn.Module):
         h, w = self.grid(images)
         first_patch = 1 + self.num_register_tokens
 
-        # All blocks are run: a later block of the list may be the last one.
+        # One pass through the blocks; the outputs that are asked for are picked on the way.
         x = x.flatten(0, 1)  # (b*count, D)
         outputs = {}
         for i, block in enumerate(self.blocks):
@@ -574,9 +584,9 @@ class VisionTransformer(nn.Module):
         return layer.attn.weights(layer.norm1(x), b, n)
 
 
-# Heads are 64 wide everywhere, which is also what the kernels like best (DINOv2 sec. 5). Giant
-# is used with ffn_layer="swiglu", the released DINOv2 ones with LayerScale and mask token:
-# arguments.
+# Heads are 64 wide everywhere, which suits the attention kernels (DINOv2 sec. 5). Other choices
+# are arguments of VisionTransformer: the released DINOv2 networks have LayerScale and a mask
+# token, and the giant has ffn_layer="swiglu".
 ARCHS = {
     "vit_pico": dict(embed_dim=64, depth=4, num_heads=1),  # ours: to be distilled from nano
     "vit_nano": dict(embed_dim=128, depth=4,
@@ -594,12 +604,12 @@ ARCHS = {
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k' / sqrt(hd)) v: three times (b, nh, n, hd) -> one. ViT sec. 3.1.
 
-    PyTorch's scaled_dot_product_attention works tile by tile and never stores the n x n
-    weights.
+    PyTorch's scaled_dot_product_attention works tile by tile and does not store the weights.
     """
-    # In bfloat16 on a CPU the formula itself is faster when gradients are needed or tokens are
-    # few: there the kernel's backward pass is two to five times as slow, its forward pass up to
-    # twice.
+    # In bfloat16 on a CPU the formula written out is faster, with gradients or with fewer than
+    # 512 tokens: the kernel's backward pass takes two to five times as long there, its forward
+    # pass up to twice. Then the n x n weights are stored. Under autocast softmax gives float32,
+    # so the weights are brought back to the type of v.
     low_precision_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
     if low_precision_on_cpu and (torch.is_grad_enabled() or q.shape[-2] < 512):
         scores = (q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)  # (b, nh, n, n)

@@ -8,12 +8,13 @@
 
 Idea     No random generator lives longer than one image or one pass over the data, so there is
          no state of a generator to save. The order of a pass follows from (seed, epoch), the
-         crops of an image from (seed, epoch, index). A resumed run only begins to count at a
-         later step. With the same global batch, any number of workers and of processes sees the
-         same images in the same steps.
+         crops of an image from (seed, epoch, index). A resumed run differs only in the step
+         that it starts counting from. With the same global batch, any number of workers and of
+         processes sees the same images and crops in the same steps.
 Paper    none; DINOv2's released loader takes another seed on resume, which changes the order
 Try      python -m images.data [NAME ...]      what a data set holds, by name
-Change   a new data set is one function and one line in DATASETS
+Change   a new data set is a function that opens it, one that reads an image, and one line in
+         DATASETS
 Tests    pytest tests/images/test_data.py
 """
 
@@ -47,11 +48,10 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 # An `Images` goes to the workers of the DataLoader. Where these are started as new processes
 # (on macOS and Windows, and with Python 3.14 and later on Linux, too) it is sent to them by
 # pickle, which does not write the code of a function but its module and name. A lambda, or a
-# function within a function, cannot be found by its name. This is why the small functions
-# _read_part, _order_of_part, _read_path, _read_drawn, _read_torchvision, _read_shards and
-# _begin_worker stand at the top level of this file. What such a function has to know (the
-# folder, the names, the number of channels) is bound to it by functools.partial, which pickle
-# writes together with the name.
+# function within a function, cannot be found by its name. This is why small functions such as
+# _read_part, _read_path, _draw_scene and _begin_worker stand at the top level of this file.
+# What such a function has to know (the folder, the names, the number of channels) is bound to
+# it by functools.partial, which pickle writes together with the name.
 
 
 @dataclass
@@ -275,8 +275,9 @@ def open_images(spec: str, root: str = "data", download: bool = False, flag: str
                 pixels: Pixels = RGB) -> Images:
     """NAME[:ARGUMENT][:train or :val] -> Images with these pixels.
 
-    ValueError names the flag and the choices. Examples: shapes:100:val is the name shapes, the
-    argument 100 and the split val; in folder:a:b the argument is a:b, because b is no split.
+    A ValueError names the flag, and for an unknown name the choices. Examples: shapes:100:val
+    is the name shapes, the argument 100 and the split val; in folder:a:b the argument is a:b,
+    because b is no split.
     """
     split = "train"
     before, _, last = spec.rpartition(":")
@@ -458,7 +459,7 @@ def _begin_worker(worker: int):
 
 def training_loader(views: Views, sampler: Sampler, num_workers: int, pin_memory: bool = False,
                     masking: Masking | None = None):
-    """An iterator over the batches of augment.collate, from the sampler's start to its end."""
+    """A DataLoader of the batches of augment.collate, from the sampler's start to its end."""
     # Each worker prepares four batches ahead, so that one image that is slow to read does not
     # hold up the device.
     return torch.utils.data.DataLoader(views, batch_sampler=sampler, num_workers=num_workers,
