@@ -282,7 +282,7 @@ def random_mask(grid: tuple[int, int], target: int, min_patches: int,
 MASK_SHAPES = {"block": block_mask, "random": random_mask}
 
 
-def hidden_places(masks: Tensor, most: int) -> dict:
+def mask_tensors(masks: Tensor, most: int) -> dict:
     """masks (crops, P) bool -> the three mask tensors of a batch.
 
     masks: the same; mask_indices (M,): which of all crops*P patches are masked; mask_weights
@@ -325,7 +325,7 @@ class Masking:
         self.rank = rank
 
     def __call__(self, crops: int, step: int) -> dict:
-        """The three mask tensors of `hidden_places` for this many crops, numbered
+        """The three mask tensors of `mask_tensors` for this many crops, numbered
         crop-major.
         """
         rng = np.random.default_rng([self.seed, step, self.rank, 2])
@@ -339,7 +339,7 @@ class Masking:
         masks = np.zeros((crops, *self.grid), dtype=bool)
         for crop, share in zip(rng.permutation(crops), shares):
             masks[crop] = self.draw(self.grid, int(patches * share), self.min_patches, rng)
-        return hidden_places(torch.from_numpy(masks).flatten(1), self.most(crops))
+        return mask_tensors(torch.from_numpy(masks).flatten(1), self.most(crops))
 
     def edges(self, crops: int) -> np.ndarray:
         """Where the slices of `ratio` begin and end: one number more than there are masks."""

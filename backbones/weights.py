@@ -132,8 +132,8 @@ def run_config_file(file: Path) -> Path | None:
 # of a time when the field did not exist. (training/config.py has all fields; this room does not
 # import it, so that a network can be loaded without the code of training.)
 RUN_FIELDS = {
-    "arch": "vit_small", "global_crops_size": 224, "pos_embed_resize": "offset", "mean": [],
-    "std": []}
+    "arch": "vit_small", "global_crops_size": 224, "pos_embed_resize": "offset",
+    "ffn_layer": "", "mean": [], "std": []}
 
 
 def read_run_fields(file: Path) -> dict:
@@ -217,7 +217,8 @@ def architecture(state: dict[str, Tensor]) -> dict:
         # SwiGLU takes two thirds of 4 * dim and rounds up to a multiple of 8 (vit.SwiGLU). That
         # cannot be turned around, and the factor is 4 in every known network.
         swiglu = "blocks.0.mlp.w12.weight" in state
-        hidden = dim * 4 if swiglu else state["blocks.0.mlp.fc1.weight"].shape[0]
+        first = state.get("blocks.0.mlp.fc1.weight")
+        hidden = dim * 4 if first is None else first.shape[0]
     except (KeyError, ValueError) as error:
         raise ValueError(
             f"--weights: not a Vision Transformer of DINO's layout (misses {error}); "
@@ -249,6 +250,22 @@ def is_resnet50(state: dict) -> bool:
     return last is not None and last.shape[0] == 512 and "layer3.6.conv1.weight" not in state
 
 
+def written_down(options: dict, config: dict) -> dict:
+    """What a run's config.json knows better than its tensors: it cannot be read off them.
+
+    options: of `architecture`; config: RUN_FIELDS. The rule for positions, a feed-forward layer
+    that somebody has added to vit.FFNS, and the number of heads where they are not 64 wide.
+    """
+    better = {"pos_embed_resize": config["pos_embed_resize"]}
+    # The tensors of SwiGLU have names of their own; all others are taken for those of the MLP.
+    if options["ffn_layer"] == "mlp" and config["ffn_layer"] not in ("", "swiglu"):
+        better["ffn_layer"] = config["ffn_layer"]
+    arch = ARCHS.get(config["arch"], {})
+    if (arch.get("embed_dim"), arch.get("depth")) == (options["embed_dim"], options["depth"]):
+        better["num_heads"] = arch["num_heads"]
+    return better
+
+
 def load_backbone(what: str | Path) -> VisionTransformer | ConvNet:
     """The network with its weights, in eval mode.
 
@@ -261,9 +278,8 @@ def load_backbone(what: str | Path) -> VisionTransformer | ConvNet:
         model = ConvNet(config.get("arch", "resnet50"), config.get("global_crops_size", 224))
     else:
         options = architecture(state)
-        # A run of ours has written down what `architecture` can only guess.
         if config:
-            options["pos_embed_resize"] = config["pos_embed_resize"]
+            options |= written_down(options, config)
         model = VisionTransformer(**options)
     load_strictly(model, state, str(what))
     model.pixels = pixels_of(getattr(model, "in_chans", 3), config.get("mean", ()),

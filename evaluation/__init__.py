@@ -1,1 +1,1 @@
-"""Evaluation: one protocol of the papers a file, its arithmetic first and its task last."""
+"""Evaluation: a protocol of the papers in each file, and what all of them start from."""

@@ -200,8 +200,7 @@ def copydays(config: Config) -> tuple[Images, dict[str, Images]]:
 
 
 def run(extractor: Extractor) -> dict:
-    """Copies are looked for among their originals and --data. DINO sec. 4.2.1: --image_size
-    320.
+    """Copies are looked for among originals and --data. DINO sec. 4.2.1, at 320 pixels.
 
     Class token and GeM of patches, whitened on --data; images squashed to a square. The copies
     are those of --copydays, or made on the spot of --n_originals of --val_data.

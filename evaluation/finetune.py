@@ -190,9 +190,7 @@ class Config(protocol.Labelled, protocol.NetworkConfig):
 
 
 def run(extractor: Extractor) -> dict:
-    """The whole network learns from labels; its averaged weights are judged. DINO sec.
-    4.2.3.
-    """
+    """The whole network learns from labels; its average is judged. DINO sec. 4.2.3."""
     config = extractor.config
     process = extractor.process
     train = open_labelled(extractor)

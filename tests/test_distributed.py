@@ -24,7 +24,7 @@ import torch.distributed as dist
 from conftest import TINY, finish, metrics_of, saved, start, without_figures
 
 import train
-from augment import Masking, MultiCrop, collate, hidden_places
+from augment import Masking, MultiCrop, collate, mask_tensors
 from evaluation.extract import extract
 from images.data import Views, open_images
 from losses import (EMACenter, SinkhornKnopp, all_sum, entropies, koleo_loss, make_targets,
@@ -69,7 +69,7 @@ def batch_of(config, step, rank):
     batch = collate([views[0, 0, i] for i in range(first, first + 4)])
     if config.hides_patches:
         masks = Masking((3, 3), (0.2, 0.7))(8, 10 * step + rank)["masks"]
-        batch |= hidden_places(masks, 15)
+        batch |= mask_tensors(masks, 15)
     schedule = dict(lr=0.5, last_layer_lr=0.5, weight_decay=0.1, momentum=0.9,
                     teacher_temp=0.05,
                     generator=torch.Generator().manual_seed(100 * step + rank))

@@ -92,7 +92,7 @@ def diagnose(row: dict, config: Config) -> tuple[str, str] | None:
 
 
 def log_line(row: dict, total: int, config: Config, clock: Clock) -> str:
-    """One line for the terminal; README.md, "Reading the log", explains its fields."""
+    """One line for the terminal; README.md, "How to read the log", explains its fields."""
     # Where the run is, and of each objective its loss with the two parts of it.
     parts = [f"step {row['step']:6d}/{total} {row['step'] / total:4.0%}"]
     for term, prototypes in config.objectives.items():

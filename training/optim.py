@@ -10,7 +10,7 @@ Idea     The teacher is no second model to train: it is the average of the stude
          student always has something to learn from it.
 Paper    DINO sec. 3.1 (EMA teacher) and A (schedules); LARS (You 2017) for convnets
 Try      python -m training.optim  the schedules of a run, drawn as text
-Change   a new optimizer is one line in OPTIMIZERS
+Change   a new optimizer is one line in OPTIMIZERS; it has to leave out the steps that LARS does
 Tests    pytest tests/training/test_optim.py
 
 Letters  EMA exponential moving average, m its momentum; K prototypes.
@@ -192,7 +192,8 @@ class LARS(torch.optim.Optimizer):
 
 
 # The learning rate is 0 here, because set_schedule sets it before every step. fused: one kernel
-# for all tensors, which also obeys found_inf (see LARS.step).
+# for all tensors, which also obeys found_inf (see LARS.step). An optimizer that does not obey it
+# would write NaN into the weights after one bad step: a test tries all entries.
 OPTIMIZERS = {
     "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.0, fused=True),
     "sgd": lambda groups: torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True),

@@ -146,6 +146,6 @@ def init_heads(config: Config) -> dict[str, dict[str, Tensor]]:
     if not (config.init and file.exists()):
         return {}
     tensors = read_tensors(file)
-    if "makers" in tensors:  # the name that runs before November 2026 gave to them
+    if "makers" in tensors:  # earlier versions' name for them
         tensors["centerings"] = tensors.pop("makers")
     return tensors

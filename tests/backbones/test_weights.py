@@ -9,6 +9,7 @@
 """
 
 import http.server
+import json
 import re
 import textwrap
 import threading
@@ -17,9 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import vit
 from backbones import weights
 from backbones.__main__ import main, released_table
-from backbones.weights import BASE_URL, RELEASED, architecture, load_backbone, load_strictly
+from backbones.weights import (BASE_URL, RELEASED, architecture, load_backbone, load_strictly)
 from vit import VisionTransformer
 
 MODELS_MD = Path(__file__).parents[2] / "docs/models.md"
@@ -223,3 +225,21 @@ def test_the_onnx_recipe(kind, tmp_path, monkeypatch):
         images = torch.randn(batch, 3, 80, 120)
         features = session("backbone.onnx").run(None, {"images": images.numpy()})[0]
         torch.testing.assert_close(torch.from_numpy(features), model(images), rtol=0, atol=1e-5)
+
+
+def test_what_a_reader_adds_to_the_tables_comes_back(tmp_path, monkeypatch):
+    """A run with a feed-forward layer and an architecture of one's own is read as what it is."""
+
+    class Relu(vit.Mlp):  # tensors of the MLP's names, and another function
+
+        def forward(self, x):
+            return self.fc2(self.fc1(x).relu())
+
+    monkeypatch.setitem(vit.FFNS, "relu", Relu)
+    monkeypatch.setitem(vit.ARCHS, "vit_mine", dict(embed_dim=96, depth=2, num_heads=3))
+    model = vit.VisionTransformer(16, 8, ffn_layer="relu", **vit.ARCHS["vit_mine"]).eval()
+    torch.save(model.state_dict(), tmp_path / "teacher.pt")
+    stored = {"global_batch": 8, "arch": "vit_mine", "ffn_layer": "relu"}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(load_backbone(tmp_path)(images), model(images))

@@ -175,3 +175,18 @@ def test_loss_scale():
     for _ in range(11):
         assert scaler.update(torch.tensor(False))
     assert scaler.scale == 1 and not scaler.update(torch.tensor(False))  # no room: an illness
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_that_is_not_finite_moves_nothing(name):
+    """found_inf = 1 is how train_step leaves a step out without asking the device."""
+    layer = nn.Linear(3, 2)
+    optimizer = OPTIMIZERS[name]([dict(params=list(layer.parameters()))])
+    before = [p.detach().clone() for p in layer.parameters()]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    for p in layer.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(layer.parameters(), before))
