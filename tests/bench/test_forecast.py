@@ -83,14 +83,14 @@ def test_a_point_is_of_what_it_names(name, value, clock, monkeypatch):
 def test_growth(tmp_path, monkeypatch):
     """From the flags to the figure, with two things that grow, and train.py in one process."""
     monkeypatch.chdir(tmp_path)
-    table = {"depth": (0.25, 1), "local_crops_number": (0, 0.4)}
+    table = {"depth": (0.25,), "local_crops_number": (0, 0.4)}
     monkeypatch.setattr(bench.forecast, "GROWTH", table)
     monkeypatch.setattr(bench.forecast, "os", only_one_core())
     flags = "--batch_size_per_gpu 2 --steps 1 --device cpu --precision fp32".split()
     result = main(["growth", "shapes", *flags])["growth"]
     values = {name: [row["value"] for row in rows] for name, rows in result.items()}
-    # A depth of 4 and 2 local crops are what the preset has; 0.4 of 2 is no crop once more.
-    assert values == {"depth": [1, 4], "local_crops_number": [0], "processes": [1]}
+    # The preset has a depth of 4 and 2 local crops; 0.4 of 2 is no crop once more.
+    assert values == {"depth": [1], "local_crops_number": [0], "processes": [1]}
     for row in (*result["depth"], *result["local_crops_number"]):
         assert set(row) == {"value", "step_seconds", "seconds_per_image", "peak_memory_gb"}
     assert set(result["processes"][0]) == {"value", "images_per_second"}
