@@ -45,7 +45,7 @@ def run_all(extractor: Extractor) -> dict:
     for name, task in TASKS.items():
         if name not in left_out:
             results[name] = task.run(extractor)
-            card |= results[name]["headline"]
+            card |= results[name].get("headline", {})
 
     extractor.process.print(f"\nreport card of {extractor.config.weights}")
     for key, value in card.items():

@@ -80,15 +80,22 @@ def tell(what: str):
         print("   ", ", ".join(f"{name} {value}" for name, value in options.items()))
 
 
+USAGE = ("python -m backbones [WHAT ...] | "
+         "export WHAT [--to official|hf] [--output FILE]")
+
+
 @command
 def main(argv):
     """Export a backbone, or tell what is in each argument, or list what was released."""
+    # Help is what was asked for: it is printed, and is no error.
+    if {"-h", "--help"} & set(argv):
+        print(f"usage: {USAGE}")
+        return None
     with user_errors():
-        # The first two words are never flags. A flag there, as in --help, gets the usage.
+        # The first two words are never flags. A flag there gets the usage.
         exporting = argv[:1] == ["export"]
         if any(word.startswith("-") for word in argv[:2]) or argv == ["export"]:
-            raise ValueError("usage: python -m backbones [WHAT ...] | "
-                             "export WHAT [--to official|hf] [--output FILE]")
+            raise ValueError(f"usage: {USAGE}")
 
         # The path is for callers in Python; on the command line nothing is done with it.
         if exporting:

@@ -35,6 +35,7 @@ import vit
 from bench.count import count_work, meta_student
 from bench.step import Config, Memory, Step, made_up_batch
 from images.data import open_images
+from machinery.clock import FIRST_STEPS
 from machinery.flags import UsageError
 from machinery.process import Process, keep_freed_memory
 from training.config import Config as TrainingConfig
@@ -155,9 +156,8 @@ def rates_of_processes(config: Config, process: Process) -> list[dict]:
         values = value if isinstance(value, tuple) else [value]
         flags += [f"--{name}", *map(str, values)]
 
-    # The clock of train.py leaves the first, slow steps out of its rate, so there are some more
-    # than --steps.
-    steps = config.steps + 4
+    # The clock of train.py leaves its first, slow steps out: so many more are trained.
+    steps = config.steps + FIRST_STEPS
     rows = []
 
     # Powers of two up to `most`. Example: 6 has the bits 110, so these are 2**0, 2**1, 2**2.

@@ -283,7 +283,7 @@ def time_attention(config: Config, process: Process) -> dict:
 
     # A step calls attention once per block and crop size, with all crops of that size.
     crop_sizes = [(config.global_crops_number, config.global_crops_size)]
-    if config.local_crops_number:
+    if config.local_crops_number and config.dino_weight:  # as train.batches_from cuts them
         crop_sizes.append((config.local_crops_number, config.local_crops_size))
 
     results = {}

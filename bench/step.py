@@ -39,7 +39,7 @@ import train
 from bench.count import count_work, matrix_ceiling
 from bench.plain import IDEAS, DefaultAdamW, without
 from images.data import Images, cached, in_channels, open_images
-from machinery.clock import Clock, time_when_done
+from machinery.clock import FIRST_STEPS, Clock, time_when_done
 from machinery.flags import UsageError
 from machinery.process import Process, keep_freed_memory, peak_memory_gb
 from training.config import Config as TrainingConfig
@@ -512,7 +512,7 @@ def from_files(version: Step, config: Config, process: Process) -> dict:
 
     # The clock leaves its first five steps out: the workers begin with full queues, or empty
     # ones, and neither says how fast they are in the long run.
-    total = config.steps + 5
+    total = config.steps + FIRST_STEPS
     clock = Clock(0, total)
     batches = iter(train.batches_from(0, total, images, config, process))
     for _ in range(total):

@@ -27,6 +27,9 @@ def hours(seconds: int) -> str:
     return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
+FIRST_STEPS = 5  # so many are slow, because memory and compiled code are made: they do not count
+
+
 class Clock:
     """Rate and time left of a loop of steps.
 
@@ -37,7 +40,7 @@ class Clock:
     many first steps do not count.
     """
 
-    def __init__(self, step: int, total: int, skip: int = 5):
+    def __init__(self, step: int, total: int, skip: int = FIRST_STEPS):
         self.first = step
         self.step = step
         self.total = total

@@ -198,9 +198,15 @@ def test_the_program_tells_what_is_in_a_file(tmp_path, capsys):
     assert "num_register_tokens 4" in printed and "ffn_layer swiglu" in printed
 
 
+@pytest.mark.parametrize("line", ["--help", "-h", "export --help"])
+def test_help_is_no_error(line, capsys):
+    assert main(line.split()) is None
+    assert capsys.readouterr().out.startswith("usage: python -m backbones")
+
+
 @pytest.mark.parametrize("line, words", [
     ("/none.pth", "no such file"), ("export", "usage: python -m backbones"),
-    ("--help", "usage: python -m backbones"), ("export FILE --to timm", "--to: invalid choice"),
+    ("--none", "usage: python -m backbones"), ("export FILE --to timm", "--to: invalid choice"),
     ("export FILE --output /none/out.pth", "--output /none/out.pth: there is no folder /none"),
     ("export FILE --out x.pth", "there is no flag --out; did you mean --output?")])
 def test_misuse_of_the_program(line, words, tmp_path, capsys):
