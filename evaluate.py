@@ -91,13 +91,9 @@ def overview() -> str:
     return "\n".join(lines)
 
 
-@command
-def main(argv):
-    if argv[:1] in (["-h"], ["--help"]):
-        print(overview())
-        return None
-    name, config_class, run = choose_task(argv)
-    config = parse(config_class, argv[1:],
+def read_flags(config_class: type, name: str, argv: list[str]):
+    """The words behind the name of a task -> its configuration, checked."""
+    config = parse(config_class, argv,
                    usage=f"python evaluate.py {name} --weights WHAT [--flag ...]")
 
     # A protocol may refuse values in a method `check` of its Config. For `all`, which inherits
@@ -107,6 +103,16 @@ def main(argv):
     for base in config_class.__mro__:
         if "check" in vars(base):
             base.check(config)
+    return config
+
+
+@command
+def main(argv):
+    if argv[:1] in (["-h"], ["--help"]):
+        print(overview())
+        return None
+    name, config_class, run = choose_task(argv)
+    config = read_flags(config_class, name, argv[1:])
 
     begun = time.time()
     process = start_process(config.device)

@@ -169,9 +169,8 @@ def read_backbone(what: str | Path) -> tuple[dict[str, Tensor], dict]:
     try:
         state = read_tensors(file)
     except Exception as error:  # torch.load raises different exceptions for different damage
-        raise ValueError(
-            f"--weights {file}: not a readable weights file ({str(error).splitlines()[0]})"
-        ) from None
+        reason = (str(error) or repr(error)).splitlines()[0]  # an empty file: EOFError()
+        raise ValueError(f"--weights {file}: not a readable weights file ({reason})") from None
 
     # Each layout renames what it knows and leaves the rest alone. All are applied, because a
     # file can be of two layouts: DINOv2's training checkpoints (from_training) have their

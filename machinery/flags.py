@@ -51,11 +51,12 @@ def user_errors():
 
 
 def command(main):
-    """Decorator for a program's main(argv): ends it with one line on stderr in two cases.
+    """Decorator for a program's main(argv): ends it with one line on stderr in three cases.
 
-    A UsageError gives exit code 2, which is the convention for a wrong command line. Ctrl-C
-    gives 130, the shell's code for signal 2. (Training handles Ctrl-C itself, so that it can
-    save first: see process.StopSignal.) Without arguments main gets those of the command line.
+    A UsageError gives exit code 2, which is the convention for a wrong command line. So does a
+    file that the system refuses to open or to write. Ctrl-C gives 130, the shell's code for
+    signal 2. (Training handles Ctrl-C itself, so that it can save first: see
+    process.StopSignal.) Without arguments main gets those of the command line.
     """
 
     @functools.wraps(main)
@@ -64,6 +65,13 @@ def command(main):
             return main(sys.argv[1:] if argv is None else argv)
         except UsageError as error:
             print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except OSError as error:
+            # The system names the file: a name that is too long, a folder that is a file, a
+            # full disk. An error without a file is no matter of the command line.
+            if error.filename is None:
+                raise
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
             raise SystemExit(2) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -140,14 +148,20 @@ def to_bool(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
 
 
-def not_negative(kind):
-    """int or float as the type of a flag that takes numbers from 0 up."""
+# No setting of any program is larger. It is the largest whole number of 32 bits, which numpy,
+# torch and the operating system can take everywhere; most settings end far below.
+LARGEST = 2**31 - 1
+
+
+def number_from(lowest: int, kind):
+    """int or float as the type of a flag that takes numbers from `lowest` to LARGEST."""
 
     def number(text):
         value = kind(text)
-        # "not >=" and not "<": every comparison with NaN is False, and NaN is to be refused.
-        if not value >= 0:
-            raise argparse.ArgumentTypeError(f"{text}: expected 0 or more")
+        # Infinity is above LARGEST. Every comparison with NaN is False, so it is refused, too.
+        if not lowest <= value <= LARGEST:
+            raise argparse.ArgumentTypeError(
+                f"{text:.40}: expected {lowest:,} or more, at most {LARGEST:,}")
         return value
 
     # argparse names the type in its messages: "invalid int value", not "invalid number value".
@@ -187,12 +201,13 @@ def options_of(field: dataclasses.Field, kind) -> dict:
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)
         number = "+" if inner[-1] is Ellipsis else len(inner)
-        return dict(nargs=number, type=not_negative(inner[0]), metavar=field.name.upper()[0])
+        return dict(nargs=number, type=number_from(0, inner[0]), metavar=field.name.upper()[0])
+    if kind is str:
+        return dict(type=str, metavar="str")
 
     # Of the numbers, those whose default is below 0 may be negative.
-    if kind is str or field.default < 0:
-        return dict(type=kind, metavar=kind.__name__)
-    return dict(type=not_negative(kind), metavar=kind.__name__)
+    lowest = -LARGEST if field.default < 0 else 0
+    return dict(type=number_from(lowest, kind), metavar=kind.__name__)
 
 
 def make_parser(config_class, presets: dict | None, usage: str) -> Parser:
@@ -207,7 +222,8 @@ def make_parser(config_class, presets: dict | None, usage: str) -> Parser:
     types = typing.get_type_hints(config_class)
     groups = {}
     for field in dataclasses.fields(config_class):
-        if field.name in ("preset", "given"):  # set by `parse`, not by a flag
+        # Some fields are set by `parse` or by the program, and not by a flag.
+        if field.name in ("preset", "given") or field.metadata.get("no_flag"):
             continue
         group_name, text = about[field.name]
         if group_name not in groups:
@@ -235,9 +251,9 @@ def parse(config_class, argv: list[str], presets: dict[str, dict] | None = None,
     """argv -> an instance of config_class.
 
     A flag wins over the preset (the first word), and the preset over the default of the field.
-    Without a first word the first preset is taken. Numbers below 0 are refused, unless the
-    default is below 0. If the class has a field `given`, it gets the names of the flags that
-    were given. UsageError, with the choices, for whatever is unknown.
+    Without a first word the first preset is taken. Numbers go from 0, or from -LARGEST if the
+    default is below 0, to LARGEST. If the class has a field `given`, it gets the names of the
+    flags that were given. UsageError, with the choices, for whatever is unknown.
 
     Example with presets {"small": {"size": 1}} and a default size of 3: [] and ["small"] give
     1, ["small", "--size", "2"] gives 2.

@@ -293,19 +293,26 @@ def check_sizes(config: Config):
         if size % p:
             raise UsageError(
                 f"--{name} {size} is not a multiple of --patch_size {p}; try {size // p * p}")
-    require(config, lambda x: x >= 1, "at least 1", "epochs", "batch_size_per_gpu",
-            "save_every", "log_every", "keep", "global_crops_number", "n_prototypes",
-            "ibot_n_prototypes", "head_nlayers", "head_hidden_dim", "head_bottleneck_dim",
-            "ibot_head_bottleneck_dim")
+    require(config, lambda x: x >= 1, "at least 1", "epochs", "save_every", "log_every", "keep")
+
+    # The upper limits are far above what anybody trains. A number with some zeros too many is
+    # refused here, before the memory for it is asked for.
+    require(config, lambda x: 1 <= x <= 2**20, "1 to 1,048,576", "batch_size_per_gpu",
+            "n_prototypes", "ibot_n_prototypes", "head_hidden_dim", "head_bottleneck_dim",
+            "ibot_head_bottleneck_dim", "head_nlayers", "global_crops_number")
+    require(config, lambda x: x <= 2**14, "at most 16,384", *sizes, "cache_side",
+            "local_crops_number", "num_register_tokens", "num_workers")
 
 
 def check_pixels(config: Config):
     """Refuses means and deviations that do not fit the channels, and channels without a use."""
     # A pixel is divided by the standard deviation of its channel.
     C = config.in_chans
-    require(config, lambda x: x >= 1, "at least 1", "in_chans")
+    require(config, lambda x: 1 <= x <= 1000, "1 to 1,000", "in_chans")
     require(config, lambda x: len(x) in (0, C), f"{C} numbers, as --in_chans", "mean", "std")
-    require(config, lambda x: all(v > 0 for v in x), "positive numbers", "std")
+    require(config, lambda x: all(v <= 1 for v in x), "numbers from 0 to 1", "mean")
+    require(config, lambda x: all(1e-6 <= v <= 1 for v in x), "positive numbers, 1e-6 to 1",
+            "std")
 
     # A ViT is built for any number of channels. torchvision builds convnets for three only, and
     # the cache stores three bytes for each pixel.
@@ -318,9 +325,13 @@ def check_pixels(config: Config):
 
 def check_ranges(config: Config):
     """Refuses numbers that are outside of their interval."""
-    # Logits are divided by the temperatures.
-    require(config, lambda x: x > 0, "a positive number", "teacher_temp", "warmup_teacher_temp",
-            "student_temp")
+    # Logits are divided by the temperatures, and factors multiply. Beyond these limits the
+    # first step would overflow, and the log could not say which flag is to blame.
+    require(config, lambda x: 1e-4 <= x <= 1000, "0.0001 to 1,000", "teacher_temp",
+            "warmup_teacher_temp", "student_temp")
+    weights = [name for name in vars(config) if name.endswith("_weight")]
+    require(config, lambda x: x <= 1000, "at most 1,000", *weights, "lr", "min_lr",
+            "weight_decay", "weight_decay_end", "layerscale", "patch_embed_lr_mult")
     require(config, lambda x: 0 < x[0] <= x[1] <= 1, "0 < low <= high <= 1",
             "global_crops_scale", "local_crops_scale")
 

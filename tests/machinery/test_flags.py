@@ -3,14 +3,31 @@
 2. Every misuse is one line that names the flag, and exit code 2; control-C is one line and 130.
 3. The help is in the groups of the dataclass and has the comments beside the fields.
 4. A rule that several fields must obey is refused by the name of the field that breaks it.
+5. No number ends in a traceback: in every program each numeric flag takes NaN, infinity, -1, 0, 1e30
+   and 10^24, or refuses them in one line that names it; what it takes is finite.
+6. A file that the system refuses is one line with its name, and exit code 2.
 """
 
-from dataclasses import dataclass
+import errno
+import math
+import os
+import typing
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Literal
 
 import pytest
+from conftest import TINY
 
-from machinery.flags import UsageError, command, parse, require, user_errors
+import distill
+import evaluate
+import train
+import visualize
+from bench import forecast, stages, step
+from machinery import flags
+from machinery.flags import LARGEST, UsageError, command, parse, require, user_errors
+from training.config import check
+from training.recipes import DISTILLATION, PRESETS
 
 
 @dataclass
@@ -23,13 +40,15 @@ class Config:
     kind: Literal["one", "two"] = "one"  # which
     # -- second
     shiny: bool = True  # polish it
+    weight: float = -1.0  # may be negative
+    made: str = field(default="", metadata={"no_flag": True})  # set by the program
 
 
-PRESETS = {"small": dict(size=1, shiny=False), "large": dict(size=9)}
+SIZES = {"small": dict(size=1, shiny=False), "large": dict(size=9)}
 
 
 def parse_line(line):
-    return parse(Config, line.split(), PRESETS)
+    return parse(Config, line.split(), SIZES)
 
 
 def test_authority():
@@ -45,6 +64,12 @@ def test_authority():
                                          ("--siz 4", "did you mean --size"),
                                          ("--size four", "--size"),
                                          ("--size -1", "--size: -1: expected 0 or more"),
+                                         (f"--size {10**24}", "at most 2,147,483,647"),
+                                         ("--size 2147483648", "--size: 2147483648: expected"),
+                                         ("--range 0.1 inf", "--range: inf: expected"),
+                                         ("--weight inf", "--weight: inf: expected"),
+                                         ("--weight nan", "--weight: nan: expected"),
+                                         ("--made here", "there is no flag --made"),
                                          ("--range -0.1 nan", "--range: -0.1"),
                                          ("--range 0.1 nan", "--range: nan"),
                                          ("--kind three", "--kind"), ("--range 1", "--range"),
@@ -52,6 +77,11 @@ def test_authority():
 def test_misuse(line, words):
     with pytest.raises(UsageError, match=words):
         parse_line(line)
+
+
+def test_what_may_be_negative_and_what_is_the_largest():
+    assert parse_line("--weight -2.5").weight == -2.5
+    assert parse_line(f"--size {LARGEST}").size == LARGEST
 
 
 def test_help_is_grouped(capsys):
@@ -95,3 +125,104 @@ def test_a_rule_for_several_fields():
     require(Config(), at_most_half, "at most a half", "range")
     with pytest.raises(UsageError, match="--range 0.1 0.9: expected at most a half"):
         require(Config(range=(0.1, 0.9)), at_most_half, "at most a half", "range")
+
+
+# ----------------------------------------------------------------------------------------------
+# All numbers of all programs
+
+
+def checked(config_class, presets, argv):
+    """A configuration of a run, as its program takes it before it opens anything."""
+    config = parse(config_class, argv, presets)
+    check(config)
+    return config
+
+
+READERS = {  # program -> (dataclass of its flags, argv -> a checked configuration)
+    "train": (train.Config, partial(checked, train.Config, PRESETS)),
+    "distill": (distill.Config, partial(checked, distill.Config, DISTILLATION)),
+    "visualize": (visualize.AttentionConfig, partial(parse, visualize.AttentionConfig))}
+for config_class in (step.StepConfig, stages.InputConfig, stages.EvaluationConfig,
+                     stages.ProbesConfig, forecast.PlanConfig):
+    READERS[config_class.__name__] = config_class, partial(checked, config_class, PRESETS)
+for task in (*evaluate.TASKS, "all"):
+    _, config_class, _ = evaluate.choose_task([task])
+    READERS[task] = config_class, partial(evaluate.read_flags, config_class, task)
+
+
+def numeric_flags(config_class):
+    """Flag -> how many numbers it is given here."""
+    counts = {}
+    for name, kind in typing.get_type_hints(config_class).items():
+        inner = typing.get_args(kind)
+        if kind in (int, float):
+            counts[name] = 1
+        elif typing.get_origin(kind) is tuple and inner[0] in (int, float):
+            counts[name] = 1 if inner[-1] is Ellipsis else len(inner)
+    return counts
+
+
+@pytest.mark.parametrize("program", READERS)
+def test_every_number_is_taken_or_refused_by_its_name(program, monkeypatch):
+    config_class, read = READERS[program]
+    # One parser for all of these command lines: making it takes longer than using it.
+    parsers = []
+    make_parser = flags.make_parser
+
+    def made_once(*args):
+        if not parsers:
+            parsers.append(make_parser(*args))
+        return parsers[0]
+
+    monkeypatch.setattr(flags, "make_parser", made_once)
+    counts = numeric_flags(config_class)
+    assert len(counts) >= 2
+    for name, count in counts.items():
+        for value in ("nan", "inf", "-inf", "-1", "0", "1e30", "1e-30", str(10**24)):
+            try:
+                config = read([f"--{name}", *[value] * count])
+            except UsageError as error:
+                assert f"--{name}" in str(error) and "\n" not in str(error), (name, value)
+                continue
+            assert value in ("0", "-1", "1e-30"), (name, value)
+            numbers = [getattr(config, f.name) for f in fields(config) if f.name in counts]
+            assert all(math.isfinite(x) for x in numbers if not isinstance(x, tuple))
+
+
+# -- files that the system refuses
+
+
+def test_a_file_that_the_system_refuses(capsys):
+
+    @command
+    def main(argv):
+        open("/dev/null/x")
+
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: /dev/null/x: {os.strerror(errno.ENOTDIR)}\n"
+
+    @command
+    def without_a_file(argv):
+        raise OSError("no matter of the command line")
+
+    with pytest.raises(OSError, match="no matter"):
+        without_a_file([])
+
+
+LONG = "x" * 5000
+
+
+@pytest.mark.parametrize("flag", [
+    "--init /dev/null", f"--init {LONG}", "--output_dir /dev/null", f"--output_dir {LONG}",
+    "--output_dir /dev/null/run", "--data folder:/dev/null", f"--data folder:{LONG}",
+    f"--val_data folder:{LONG}", f"--data shards:{LONG}", f"--data list:{LONG}",
+    f"--data {LONG}", "--cache /dev/null", f"--cache {LONG}"])
+def test_no_path_ends_in_a_traceback(flag, tmp_path, quick_runs, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main([*TINY, "--output_dir", str(tmp_path / "run"), *flag.split()])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()

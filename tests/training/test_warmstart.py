@@ -142,7 +142,7 @@ def test_another_size(first, tmp_path, quick_runs):
     ("--init RUN --global_crops_size 20", "--global_crops_size 20"),
     ("--init RUN --freeze_backbone_epochs 2", "leaves nothing"),
     ("--init RUN --freeze_backbone_epochs -1", "expected 0 or more"),
-    ("--patch_size 8 --in_chans 0", "--in_chans 0: expected at least 1"),
+    ("--patch_size 8 --in_chans 0", "--in_chans 0: expected 1 to 1,000"),
     ("--patch_size 8 --mean 0.5", "--mean 0.5: expected 3 numbers"),
     ("--patch_size 8 --in_chans 1 --mean 0.5 --std 0", "--std 0.0: expected positive"),
     ("--patch_size 8 --in_chans 2", "--data 3 channels, expected --in_chans 2"),
