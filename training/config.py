@@ -437,6 +437,12 @@ def check_schedule(config: Config):
             f"--freeze_backbone_epochs {config.freeze_backbone_epochs} leaves nothing "
             f"of --epochs {config.epochs}")
 
+    # Without epochs in which it rises, the first temperature would be ignored without a word.
+    if ("warmup_teacher_temp" in config.given and not config.warmup_teacher_temp_epochs
+            and config.warmup_teacher_temp != config.teacher_temp):
+        raise UsageError(f"--warmup_teacher_temp {config.warmup_teacher_temp} would never be "
+                         "used: give --warmup_teacher_temp_epochs, or --teacher_temp alone")
+
     # The learning rate falls after the warm-up only, so the run would end at its peak or before
     # it. --auto_scale chooses a warm-up that fits, later, unless a flag has set it; train.py
     # calls `check` once more after that.

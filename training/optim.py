@@ -46,7 +46,12 @@ def cosine(step: int, base: float, final: float, total: int, warmup: int = 0) ->
 
 
 def linear(step: int, start: float, end: float, steps: int) -> float:
-    """From `start` at step 0 to `end` at step steps - 1, then constant: teacher temperature."""
+    """From `start` at step 0 to `end` at step steps - 1, then constant: teacher temperature.
+
+    As in the papers' code a single step has the value `start`, and no step means `end` at once.
+    """
+    if step == 0 and steps > 0:
+        return start
     if step >= steps - 1:
         return end
     return start + (end - start) * step / (steps - 1)

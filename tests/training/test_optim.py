@@ -32,6 +32,8 @@ def test_linear():
     assert [linear(i, 0.04, 0.07, 4)
             for i in range(6)] == pytest.approx([0.04, 0.05, 0.06, 0.07, 0.07, 0.07])
     assert linear(0, 0.04, 0.07, 0) == 0.07
+    # A warm-up of one epoch has the first temperature: it is what numpy's linspace gives.
+    assert [linear(i, 0.04, 0.07, 1) for i in range(3)] == [0.04, 0.07, 0.07]
 
 
 def test_groups():
