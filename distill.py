@@ -23,7 +23,7 @@ Letters  G global crops, B images, P patches of a crop, D width of the student's
 """
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -35,8 +35,9 @@ from torch import Tensor, nn
 import train
 from backbones.convnet import ConvNet
 from backbones.layouts import read_tensors
-from backbones.weights import load_backbone, load_strictly
-from machinery.flags import UsageError, command, user_errors
+from backbones.weights import load_backbone, load_strictly, weights_file
+from machinery.checkpoints import digest
+from machinery.flags import UsageError, command
 from machinery.process import Process, start_process
 from train import Network
 from training.config import Config as TrainingConfig
@@ -58,6 +59,7 @@ DISTANCES = {
 class Config(TrainingConfig):
     # -- teacher
     teacher: str = ""  # a run with its heads.pt; or any backbone: run, released name, URL, file
+    teacher_sha256: str | None = field(default=None, metadata={"no_flag": True})  # of its file
     train_teacher_heads_epochs: int = 0  # epochs to train heads on --teacher, if it has none
     # -- network
     drop_path_rate: float = 0.0  # stochastic depth of the student's last block; the paper: none
@@ -77,6 +79,12 @@ class Config(TrainingConfig):
             self.mask_probability = 1.0
             self.mask_ratio = (1.0, 1.0)
             self.mask_shape = "random"
+
+            # The flags of the masks would have been overwritten just now.
+            for name in ("mask_probability", "mask_ratio", "mask_shape"):
+                if name in self.given:
+                    raise UsageError(f"--{name}: --patch_tokens all compares every patch; "
+                                     "leave it out, or give --patch_tokens sampled")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -183,8 +191,13 @@ def move_average(teacher: Teacher, student: nn.Module, momentum: float,
     # image ever passes through this average: it has to take the statistics of the student.
     for averaged, current in zip(teacher.buffers(), student.buffers()):
         if averaged.is_floating_point():  # not the number of batches that were seen
-            weight = torch.as_tensor((1 - momentum) * ok, dtype=averaged.dtype)
-            averaged.lerp_(current, weight)
+            weight = torch.as_tensor((1 - momentum) * ok, dtype=averaged.dtype,
+                                     device=averaged.device)
+
+            # Where the step was not finite the student's statistics may be NaN. A weight of 0
+            # would not keep them out, because 0 * NaN is NaN; torch.where does.
+            moved = averaged.lerp(current, weight)
+            averaged.copy_(torch.where(weight > 0, moved, averaged))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -193,10 +206,7 @@ def move_average(teacher: Teacher, student: nn.Module, momentum: float,
 
 def open_backbone(config: Config) -> nn.Module:
     """The backbone of --teacher, frozen; UsageError if the student's crops do not fit it."""
-    try:
-        backbone = load_backbone(config.teacher).requires_grad_(False)
-    except ValueError as error:
-        raise UsageError(str(error).replace("--weights", "--teacher")) from None
+    backbone = load_backbone(config.teacher).requires_grad_(False)
 
     # Patches are compared one by one, so both networks must cut a crop into the same grid. A
     # convnet has no patches. Class tokens alone can be compared whatever the patches are.
@@ -217,6 +227,24 @@ def open_backbone(config: Config) -> nn.Module:
             f"--global_crops_size {size} is not a multiple of the teacher's patches "
             f"of {patch_size} pixels; try {max(size // patch_size, 1) * patch_size}")
     return backbone
+
+
+def identify_teacher(config: Config) -> Config:
+    """`config` with the SHA-256 of the file of --teacher.
+
+    UsageError if the run that is to be continued began with another file. A teacher that is
+    still being trained keeps its path, and changes with each of its checkpoints.
+    """
+    sha256 = digest(weights_file(config.teacher))
+    folder = Path(config.output_dir or f"runs/{config.preset}")
+    if config.resume and (folder / "config.json").exists():
+        # None in runs of earlier versions, which did not store it: those go on as they did.
+        began_with = read_config(folder / "config.json").get("teacher_sha256")
+        if began_with not in (sha256, None):
+            raise UsageError(f"--teacher {config.teacher} has other weights than when {folder} "
+                             "began: give those, or --no_resume to start anew")
+        sha256 = began_with
+    return replace(config, teacher_sha256=sha256)
 
 
 def train_heads(config: Config, backbone: nn.Module) -> Path:
@@ -334,8 +362,10 @@ def open_teacher(config: Config) -> tuple[Config, Network]:
 def run(config: Config) -> dict:
     """train.run with a teacher that is opened first; returns the summary of the run."""
     check(config)
-    with user_errors():
-        config, frozen = open_teacher(config)
+    try:
+        config, frozen = open_teacher(identify_teacher(config))
+    except ValueError as error:  # of the functions that read weights, which call them --weights
+        raise UsageError(str(error).replace("--weights", "--teacher")) from None
     return train.run(config, partial(build, frozen=frozen), move_average)
 
 

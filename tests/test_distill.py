@@ -6,12 +6,14 @@
 4. Killed and run again: the same weights, bit for bit.
 5. A step of two processes is a step of one, with DDP and with FSDP.
 6. A backbone without heads gets some first, and itself stays as it is; or its features are matched.
-7. Bad input is one line that names the flag, exit code 2, and leaves no run directory behind.
+7. Bad input is one line that names the flag, exit code 2, and leaves no run directory behind; a
+   teacher that has changed is not taken for the same, and NaN stays out of the average.
 8. The presets are valid and carry the paper's numbers.
 """
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ from augment import MultiCrop, collate, pixels_of
 from backbones.weights import load_backbone
 from images.data import Views
 from machinery.checkpoints import whole_state
-from machinery.flags import parse
+from machinery.flags import UsageError, parse
 from machinery.process import Process, start_process
 from training.config import check
 from training.optim import OPTIMIZERS, parameter_groups
@@ -198,6 +200,8 @@ def test_nothing_is_hidden(teacher):
     assert batch["mask_indices"].tolist() == list(range(8 * 9))
     torch.testing.assert_close(batch["mask_weights"], torch.full((72,), 1 / 9))
     assert 0 < (batch_of(sampled, range(4))["mask_weights"] > 0).sum() < 72
+    flags = "--patch_tokens sampled --mask_ratio 0.5 0.5 --mask_shape random".split()
+    assert (batch_of(config_of(teacher, *flags), range(4))["mask_weights"] > 0).sum() == 4 * 4
     _, student, _ = networks_of(sampled)
     assert not any("mask_token" in name for name in student.state_dict())
     images = torch.randn(2, 3, 24, 24)
@@ -231,6 +235,41 @@ def test_killed_and_resumed_equals_uninterrupted(teacher, tmp_path, quick_runs):
     again = config_of(tmp_path / "whole", "--output_dir", str(tmp_path / "again"), "--epochs",
                       "1")
     assert distill.run(again)["steps"] == 8
+
+
+def test_a_teacher_that_has_changed_is_noticed(teacher, tmp_path, quick_runs):
+    """Its path is the same, its weights are others: a run that began with them is not continued."""
+    changing = tmp_path / "teacher"
+    shutil.copytree(teacher, changing)
+    config = config_of(changing, "--output_dir", str(tmp_path / "run"))
+    with killed_in_step(11):
+        distill.run(config)
+    weights = teacher_of(changing)
+    torch.save({k: v + 1e-3 for k, v in weights.items()}, changing / "teacher.pt")
+    with pytest.raises(UsageError, match=f"--teacher {changing} has other weights"):
+        distill.run(config)
+
+    # Runs of earlier versions do not know their teacher's hash: they go on.
+    stored = json.loads((tmp_path / "run/config.json").read_text())
+    assert len(stored.pop("teacher_sha256")) == 64
+    (tmp_path / "run/config.json").write_text(json.dumps(stored))
+    assert distill.run(config)["steps"] == 16
+
+
+@pytest.mark.parametrize("ok", [0.0, 1.0])
+def test_nan_stays_out_of_the_average(ok, teacher):
+    """Statistics of BatchNorm that a step has spoiled: the step is left out of the average."""
+    _, student, both = networks_of(config_of(teacher, "--use_bn_in_head"))
+    before = {k: v.clone() for k, v in both.state_dict().items()}
+    value = torch.nan if ok == 0 else 2.0
+    for name, buffer in student.named_buffers():
+        if "running" in name:
+            buffer.fill_(value)
+    distill.move_average(both, student, 0.9, torch.tensor(ok))
+    for name, after in both.state_dict().items():
+        if "running" in name:
+            expected = before[name] if ok == 0 else 0.9 * before[name] + 0.1 * 2.0
+            torch.testing.assert_close(after, expected, rtol=1e-6, atol=1e-7)
 
 
 # -- two processes
@@ -399,7 +438,11 @@ def test_the_student_is_shown_what_its_teacher_wants(tmp_path):
     ("--arch resnet18 --ibot_weight 0 --patch_feature_weight 1", "--patch_feature_weight 0"),
     ("--dino_weight 0 --ibot_weight 0", "nothing to learn"),
     ("--patch_tokens some", "--patch_tokens"), ("--in_chans 1", "leave them to --teacher"),
-    ("--class_feature_weight -1", "--class_feature_weight")])
+    ("--class_feature_weight -1", "--class_feature_weight"),
+    ("--mask_ratio 0.1 0.5", "--mask_ratio: --patch_tokens all compares every patch"),
+    ("--mask_probability 0.5", "--mask_probability: --patch_tokens all"),
+    ("--mask_shape block", "--mask_shape: --patch_tokens all"),
+    ("--warmup_teacher_temp 0.01", "--warmup_teacher_temp 0.01 would never be used")])
 def test_misuse(line, words, teacher, backbone_file, tmp_path, capsys):
     line = line.replace("FILE", str(backbone_file))
     run = tmp_path / "run"
