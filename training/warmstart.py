@@ -98,13 +98,14 @@ def config_from_init(config: Config) -> Config:
             taken_over[name] = settings[name]
     config = dataclasses.replace(config, **taken_over, given=(*config.given, *taken_over))
 
-    # A crop size that nobody chose is the default, rounded to whole patches of this network:
-    # local crops of 96 pixels become 98 for patches of 14.
+    # A crop size that no flag chose, and that does not come from the weights, is rounded to
+    # whole patches of this network. Examples: the default of 96 pixels becomes 98 for patches
+    # of 14, and the 518 pixels of the preset hires become 512 for patches of 16.
     if not config.convnet:
         p = config.patch_size
         for name in ("global_crops_size", "local_crops_size"):
-            if name not in chosen:
-                setattr(config, name, round(getattr(config, name) / p) * p)
+            if name not in config.given:
+                setattr(config, name, max(1, round(getattr(config, name) / p)) * p)
     return config
 
 

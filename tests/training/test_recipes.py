@@ -8,10 +8,14 @@
 
 import dataclasses
 from dataclasses import replace
+from functools import partial
 
 import pytest
+import torch
 
 from augment import PHOTOMETRY
+from machinery.process import Process
+from train import schedules
 from training.config import Config, check
 from training.recipes import PRESETS, SCALED, auto_scale
 
@@ -74,6 +78,36 @@ def test_the_papers_numbers_of_ibot_and_dinov2():
     giant = long | dict(arch="vit_giant2", batch_size_per_gpu=12)
     assert values_of(of_preset("dinov2_vitg14"), giant) == giant
     assert PHOTOMETRY["dinov2"]["blur"] == (0.0, 0.9, 0.5)
+
+
+def test_the_last_stage_is_the_whole_schedule_in_ten_thousand_steps():
+    """Each phase of the preset hires has the share of its run that it has of the long one."""
+    long, last = of_preset("dinov2_vitl14"), of_preset("hires")
+    total = last.epochs * last.epoch_length
+    assert total == 10_000
+    phases = dict(warmup_epochs=1_600, warmup_teacher_temp_epochs=600,
+                  freeze_last_layer_epochs=20)
+    for name, steps in phases.items():
+        assert getattr(last, name) * last.epoch_length == steps
+        assert getattr(last, name) / last.epochs == getattr(long, name) / long.epochs
+    schedule = partial(schedules, epoch_steps=last.epoch_length, total=total, config=last,
+                       process=Process(torch.device("cpu")))
+    assert schedule(0)["teacher_temp"] == 0.04 < schedule(300)["teacher_temp"] < 0.07
+    assert schedule(600)["teacher_temp"] == 0.07
+    assert schedule(19)["last_layer_lr"] == 0 < schedule(20)["last_layer_lr"]
+    changed = {
+        "arch", "init", "global_crops_size", "epoch_length", "knn_every", "lr",
+        "batch_size_per_gpu", "preset"}
+    names = {field.name for field in dataclasses.fields(Config)}
+    assert {n for n in names if getattr(long, n) != getattr(last, n)} <= changed
+
+
+def test_the_released_models_of_dino():
+    """Those whose settings are known by more than memory; recipes.py says which are not."""
+    eights = dict(patch_size=8, arch="vit_base", local_crops_number=10, precision="fp32")
+    assert values_of(of_preset("dino_vitb8"), eights) == eights
+    convnet = dict(optimizer="lars", epochs=800, batch_size_per_gpu=51, arch="resnet50")
+    assert values_of(of_preset("dino_resnet50_800ep"), convnet) == convnet
 
 
 def test_auto_scale_leaves_the_papers_where_they_are_and_obeys_flags():

@@ -5,7 +5,8 @@
 2. A bare backbone gets new heads, which learn alone as long as the backbone is frozen.
 3. At another image size the positions are resampled, and learn.
 4. The network is that of the weights, the crops are unless something else is said; what
-   contradicts the weights is refused in one line. A k-NN below the first one is warned of.
+   contradicts the weights is refused in one line. A preset's crops become whole patches. A k-NN
+   below the first one is warned of.
 5. A network of colours goes on with grey images of 16 bits, inflated, and is judged by them.
 6. Killed and resumed, such a run equals one that never stopped.
 """
@@ -28,8 +29,10 @@ import visualize
 from augment import Pixels
 from backbones.weights import load_backbone
 from evaluation.judge import Judge
+from machinery.flags import UsageError
+from training.config import check
 from training.warmstart import config_from_init
-from vit import resize_pos_embed
+from vit import ARCHS, VisionTransformer, resize_pos_embed
 
 
 def config_of(output_dir, *flags):
@@ -132,6 +135,21 @@ def test_another_size(first, tmp_path, quick_runs):
     assert before.shape[1] == 1 + 9 and after.shape[1] == 1 + 25
     torch.testing.assert_close(after, resampled, rtol=0, atol=1e-4)  # a few steps of 1e-6 ...
     assert not torch.equal(after, resampled)  # ... but steps
+
+
+@pytest.mark.parametrize("patch_size, sizes", [(14, (518, 98)), (16, (512, 96)),
+                                               (8, (520, 96))])
+def test_the_last_stage_takes_any_patch(patch_size, sizes, tmp_path):
+    """The sizes of a preset follow the patches of the weights; those of flags do not."""
+    network = VisionTransformer(2 * patch_size, patch_size, **ARCHS["vit_pico"])
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    line = ["hires", "--init", str(tmp_path / "weights.pth")]
+    config = config_from_init(train.read_flags(line))
+    check(config)
+    assert (config.global_crops_size, config.local_crops_size) == sizes
+    config = config_from_init(train.read_flags([*line, "--global_crops_size", "519"]))
+    with pytest.raises(UsageError, match="--global_crops_size 519 is not a multiple"):
+        check(config)
 
 
 @pytest.mark.parametrize("flags, words", [
