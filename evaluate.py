@@ -23,7 +23,7 @@ from evaluation import copies, export, finetune, knn, linear, logreg, retrieval
 from evaluation.protocol import Extractor, results_folder
 from machinery.checkpoints import write_json
 from machinery.flags import UsageError, command, parse, require, user_errors
-from machinery.process import start_process
+from machinery.process import resolve_precision, start_process
 
 # Each of these modules has a dataclass Config, its flags, and a function run(extractor), which
 # prints its table and returns its figures; "headline" in them goes on the report card.
@@ -116,6 +116,7 @@ def main(argv):
 
     begun = time.time()
     process = start_process(config.device)
+    config.precision = resolve_precision(config.precision, process.device, ("tf32",))
     with user_errors():
         extractor = Extractor(config, process)
         results = run(extractor)

@@ -34,6 +34,8 @@ from machinery.process import Process
 # ----------------------------------------------------------------------------------------------
 # Flags. A protocol's own dataclass is made of these and of what it alone uses
 
+Precision = Literal["auto", "fp32", "tf32", "bf16"]
+
 
 @dataclass
 class NetworkConfig:
@@ -48,7 +50,7 @@ class NetworkConfig:
     # -- machine
     batch_size: int = 128  # images at once, on all processes together
     device: str = "auto"  # auto | cpu | cuda | mps
-    precision: Literal["fp32", "bf16"] = "fp32"  # the precision of matrix products
+    precision: Precision = "auto"  # of matrix products; auto: tf32 on GPUs that have it
     num_workers: int = 2  # loader processes for each process
     # -- where to
     output_dir: str = ""  # the folder for results.json; empty: evaluations/TASK

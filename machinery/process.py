@@ -18,6 +18,7 @@ import ctypes
 import dataclasses
 import functools
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -90,6 +91,8 @@ def start_process(device: str = "auto") -> Process:
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = accelerator.type if accelerator else "cpu"
+        if device == "cpu":
+            warn_of_unused_gpu()
     available = {
         "cpu": True, "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available()}
@@ -112,6 +115,18 @@ def start_process(device: str = "auto") -> Process:
     if not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     return Process(torch.device(device), dist.get_rank(), dist.get_world_size())
+
+
+@functools.cache  # once, however often a program asks
+def warn_of_unused_gpu():
+    """Say so where a machine has Nvidia's driver, but PyTorch finds no GPU that it can use."""
+    # This is before the processes of torchrun know each other, so the rank is read from the
+    # environment.
+    if shutil.which("nvidia-smi") and os.environ.get("RANK", "0") == "0":
+        built_for = torch.version.cuda or "no CUDA"
+        print(
+            f"warning: nvidia-smi is there, but PyTorch {torch.__version__} (built for "
+            f"{built_for}) finds no GPU that works: this runs on the CPU", flush=True)
 
 
 def keep_freed_memory(process: Process):
@@ -226,23 +241,40 @@ def side_stream(device: torch.device):
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}  # precisions below float32
 
 
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """auto -> bf16 where the hardware multiplies matrices in it, else fp32.
+def fast_precisions(device: torch.device) -> tuple[str, ...]:
+    """Those below float32 in which the hardware multiplies matrices, the best one first.
 
     Hardware without such instructions computes bf16 by converting to float32 and back, which is
     slower than float32 itself.
     """
-    if precision != "auto":
-        return precision
-
-    # Nvidia GPUs from the A100 on (compute capability 8.0), and CPUs with matrix instructions.
+    # Nvidia GPUs from the A100 on (compute capability 8.0) have all of them. V100 (7.0) and T4
+    # (7.5) have fp16 only, whose small range needs a loss scale (training/optim.py).
     if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= (8, 0):
+            return "bf16", "fp16", "tf32"
+        return ("fp16",) if capability >= (7, 0) else ()
     if device.type == "cpu":
         instructions = torch.cpu.get_capabilities()
-        multiplies = instructions.get("amx_bf16") or instructions.get("avx512_bf16")
-        return "bf16" if multiplies else "fp32"
-    return "fp32"  # other devices: what all of them can
+        if instructions.get("amx_bf16") or instructions.get("avx512_bf16"):
+            return ("bf16",)
+    return ()  # float32 alone, which all devices can
+
+
+def resolve_precision(precision: str, device: torch.device, candidates=("bf16", "fp16")) -> str:
+    """auto -> the first of `candidates` that the hardware is fast in, else fp32.
+
+    UsageError for tf32 on hardware that does not have it, and for bf16 on a GPU that only
+    imitates it, at a fraction of the speed of float32.
+    """
+    fast = fast_precisions(device)
+    if precision == "auto":
+        return next((name for name in candidates if name in fast), "fp32")
+    imitated = precision == "bf16" and device.type == "cuda"
+    if precision not in fast and (precision == "tf32" or imitated):
+        raise UsageError(f"--precision {precision}: {device} has no instructions for it; "
+                         f"choose from {', '.join([*fast, 'fp32'])}")
+    return precision
 
 
 def autocast(precision: str, device: torch.device):
@@ -250,7 +282,11 @@ def autocast(precision: str, device: torch.device):
 
     The parameters have to: one step often changes a parameter by less than a thousandth, and
     bfloat16, which has 8 bits for the digits of a number, would round that away.
+
+    tf32 is float32 whose products read 11 of the 24 bits of each factor. It is no type of
+    tensors but a switch of the process, which stays after the context: backward passes obey it.
     """
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     return torch.autocast(device.type, LOW.get(precision), enabled=precision in LOW)
 
 

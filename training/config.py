@@ -31,7 +31,7 @@ from vit import ARCHS, FFNS, POS_EMBED_RESIZE
 Range = tuple[float, float]  # the smallest and the largest value
 LrScaling = Literal["linear_256", "sqrt_1024", "none"]
 ClipMode = Literal["parameter", "network"]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 Parallel = Literal["ddp", "fsdp"]
 
 
@@ -127,7 +127,7 @@ class Config:
     seed: int = 0  # seed of everything that is random
     # -- machine
     device: str = "auto"  # auto (a GPU, if there is one) | cpu | cuda | mps
-    precision: Precision = "auto"  # precision of matrix products; auto: bf16 where it is fast
+    precision: Precision = "auto"  # of matrix products; auto: bf16 or fp16 where it is fast
     # Only where several processes work together; process.shard explains fsdp.
     parallel: Parallel = "ddp"  # ddp: a copy of the network on each process; fsdp: a part
     compile: bool | None = None  # fuse the operations of a block by torch.compile [on CUDA]

@@ -1,8 +1,10 @@
 """Claims
 1. A device that is not there is refused with the choices; one process exchanges with itself.
-2. --precision auto is bf16 where the hardware multiplies matrices in it.
+2. --precision auto is bf16 where the hardware multiplies matrices in it, fp16 on GPUs that have
+   nothing better, and tf32 for frozen networks; what a GPU does not have is refused by its flag.
 3. A first SIGTERM is noted and a second one interrupts; afterwards the handlers are as before.
 4. Freed memory is kept on a CPU: the same block, needed again, is not mapped anew.
+5. A GPU that PyTorch cannot use is mentioned once, by the main process.
 
 What several processes tell each other is checked in tests/test_distributed.py.
 """
@@ -16,9 +18,10 @@ import torch
 
 from machinery.flags import UsageError
 from machinery.process import (Process, StopSignal, autocast, keep_freed_memory,
-                               resolve_precision, start_process)
+                               resolve_precision, start_process, warn_of_unused_gpu)
 
 CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
 
 
 def test_device_is_checked():
@@ -45,6 +48,55 @@ def test_auto_is_bf16_where_a_cpu_multiplies_in_it(capabilities, expected, monke
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert resolve_precision("auto", CPU) == expected
     assert resolve_precision("fp32", CPU) == "fp32"
+
+
+@pytest.mark.parametrize("capability, training, frozen", [((6, 1), "fp32", "fp32"),
+                                                          ((7, 0), "fp16", "fp32"),
+                                                          ((7, 5), "fp16", "fp32"),
+                                                          ((8, 0), "bf16", "tf32"),
+                                                          ((9, 0), "bf16", "tf32")])
+def test_auto_follows_the_generation_of_the_gpu(capability, training, frozen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert resolve_precision("auto", CUDA) == training
+    assert resolve_precision("auto", CUDA, ("tf32",)) == frozen
+    assert resolve_precision("fp32", CUDA) == "fp32"
+    assert resolve_precision("fp16", CUDA) == "fp16"
+    for precision in ("bf16", "tf32"):
+        if capability >= (8, 0):
+            assert resolve_precision(precision, CUDA) == precision
+            continue
+        with pytest.raises(UsageError, match=f"--precision {precision}: cuda has no.*fp32"):
+            resolve_precision(precision, CUDA)
+
+
+def test_tf32_is_for_gpus_and_stays_on():
+    with pytest.raises(UsageError, match="--precision tf32: cpu has no instructions"):
+        resolve_precision("tf32", CPU)
+    assert torch.get_float32_matmul_precision() == "highest"
+    with autocast("tf32", CPU):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    assert torch.get_float32_matmul_precision() == "high"  # for the backward pass
+    with autocast("bf16", CPU):
+        pass
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_gpu_that_does_not_work_is_mentioned_once(monkeypatch, capsys):
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    warn_of_unused_gpu.cache_clear()
+    start_process("auto")
+    start_process("auto")
+    assert capsys.readouterr().out.count("warning: nvidia-smi is there, but PyTorch") == 1
+    warn_of_unused_gpu.cache_clear()
+    monkeypatch.setenv("RANK", "1")
+    warn_of_unused_gpu()
+    warn_of_unused_gpu.cache_clear()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    warn_of_unused_gpu()
+    start_process("cpu")  # the CPU was asked for
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16),
