@@ -75,7 +75,9 @@ PHOTOMETRY = {
                   solarize=(0.0, 0.2, 0.0), strength=(0.4, 0.4, 0.2, 0.1)),
     "none": dict(jitter=(0.0, 0.0, 0.0), gray=(0.0, 0.0, 0.0), blur=(0.0, 0.0, 0.0),
                  solarize=(0.0, 0.0, 0.0), strength=(0.0, 0.0, 0.0, 0.0))}
-BLUR_TAPS = 9  # width of the kernel in pixels, along rows and along columns
+# Width of the blur's kernel in pixels, along rows and along columns: that of DINOv2's code. A
+# sigma of 2 spreads a point by 1.85 pixels in it, as the tails of the curve are cut off.
+BLUR_TAPS = 9
 BLUR_SIGMA = (0.1, 2.0)  # pixels
 SOLARIZE_THRESHOLD = 128 / 255
 

@@ -1,5 +1,6 @@
 """Claims
 1. Batched photometry equals torchvision's functionals, image by image, in the order that was drawn.
+   Its blur is as wide as PIL's, but for the largest sigmas.
 2. Photometry of a batch does not depend on what else is in it.
 3. Crop boxes lie in the image and follow RandomResizedCrop's rule for area and ratio.
 4. Views are functions of the generator alone; the batch is crop-major.
@@ -13,11 +14,12 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import ImageFilter
 from torchvision.transforms.v2 import functional as TF
 
 from augment import (MASK_SHAPES, ORDERS, PHOTOMETRY, RGB, SOLARIZE_THRESHOLD, Masking,
-                     MultiCrop, center_crop, collate, crop_box, draw_photometry, normalise,
-                     photometry, pixels_of)
+                     MultiCrop, blur, center_crop, collate, crop_box, draw_photometry,
+                     normalise, photometry, pixels_of)
 from machinery.process import keep_freed_memory, start_process
 
 
@@ -55,6 +57,23 @@ def test_photometry_equals_torchvision(view):
     # A pixel within rounding of the threshold may be solarized by one and not by the other.
     apart = ((batched - looped).abs() > 1e-4).sum().item()  # in units of the normalised image
     assert apart <= (0.0005 * batched.numel() if view == 1 else 0)
+
+
+@pytest.mark.parametrize("sigma, ours, pil", [(1.0, 1.0, 1.0), (1.5, 1.48, 1.5),
+                                              (2.0, 1.85, 2.0)])
+def test_blur_beside_pils(sigma, ours, pil):
+    """What a blur makes of one bright line: its spread in pixels. DINO's code blurs with PIL."""
+    line = torch.zeros(1, 3, 41, 41, dtype=torch.uint8)
+    line[:, :, :, 20] = 255
+    params = torch.zeros(1, 8)
+    params[:, 6] = sigma
+    image = TF.to_pil_image(line[0]).filter(ImageFilter.GaussianBlur(sigma))
+    blurred = [(ours, blur(line / 255, params)[0]), (pil, TF.pil_to_tensor(image) / 255)]
+    distance = torch.arange(41.0) - 20
+    for expected, picture in blurred:
+        row = picture[0, 20] / picture[0, 20].sum()
+        spread = (row * distance**2).sum().sqrt().item()
+        assert abs(spread - expected) < 0.01  # PIL rounds to 255 levels
 
 
 def test_one_channel_has_no_colours():

@@ -3,8 +3,8 @@
 2. Every misuse is one line that names the flag, and exit code 2; control-C is one line and 130.
 3. The help is in the groups of the dataclass and has the comments beside the fields.
 4. A rule that several fields must obey is refused by the name of the field that breaks it.
-5. No number ends in a traceback: in every program each numeric flag takes NaN, infinity, -1, 0, 1e30
-   and 10^24, or refuses them in one line that names it; what it takes is finite.
+5. No number ends in a traceback: in every program each numeric flag takes NaN, infinity, -1, 0,
+   1e30 and 10^24, or refuses them in one line that names it; what it takes is finite.
 6. A file that the system refuses is one line with its name, and exit code 2.
 """
 
