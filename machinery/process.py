@@ -9,7 +9,7 @@ Idea     A program asks once where it runs, and hands the answer to every functi
 Paper    FSDP: PyTorch's fully_shard (Zhao 2023)
 Try      python -m machinery.process      what this machine would run with
 Change   another kind of accelerator is one entry of `available` in start_process; it runs in
-         float32 unless resolve_precision gets a branch for it
+         float32 unless fast_precisions gets a branch for it
 Tests    pytest tests/machinery/test_process.py
 """
 
