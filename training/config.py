@@ -300,8 +300,9 @@ def check_sizes(config: Config):
     require(config, lambda x: 1 <= x <= 2**20, "1 to 1,048,576", "batch_size_per_gpu",
             "n_prototypes", "ibot_n_prototypes", "head_hidden_dim", "head_bottleneck_dim",
             "ibot_head_bottleneck_dim", "head_nlayers", "global_crops_number")
-    require(config, lambda x: x <= 2**14, "at most 16,384", *sizes, "cache_side",
-            "local_crops_number", "num_register_tokens", "num_workers")
+    require(config, lambda x: x <= 2**14, "at most 16,384", *sizes, "cache_side")
+    require(config, lambda x: x <= 1000, "at most 1,000", "local_crops_number",
+            "num_register_tokens", "num_workers")
 
 
 def check_pixels(config: Config):
