@@ -45,7 +45,8 @@ from training.memory import expected_memory
 # How the cost grows: one thing at a time, all else as the preset has it
 
 # What grows, a field of Config or the network's depth -> times as much as the preset has of it.
-# Example: dino_vits16 has patches of 16 pixels, so 8, 16 and 32 are measured.
+# Example: dino_vits16 has patches of 16 pixels, so 8, 16 and 32 are measured. Of what the preset
+# has none, such as registers, the numbers themselves are measured.
 GROWTH = {
     # how finely an image is seen: attention compares all tokens of a crop with each other
     "global_crops_size": (0.5, 1, 1.5, 2),
@@ -101,13 +102,13 @@ def values_of(name: str, config: Config) -> list[int]:
 
     Example: of a depth of 4, GROWTH's factors .25, .5, 1 and 2 make [1, 2, 4, 8]. Where a
     factor leaves nothing, such as 1/64 of 32 prototypes, that value is left out; but a run
-    without local crops is one that can be measured.
+    without local crops is one that can be measured, and so is any 0 of the preset itself.
     """
     usual = vit.ARCHS[config.arch]["depth"] if name == "depth" else getattr(config, name)
     values = []
     for factor in GROWTH[name]:
-        value = int(usual * factor)
-        may_be_zero = name == "local_crops_number"
+        value = int((usual or 1) * factor)
+        may_be_zero = name == "local_crops_number" or not usual
         if value not in values and (value or may_be_zero):
             values.append(value)
     return values

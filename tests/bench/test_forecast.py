@@ -1,6 +1,7 @@
 """Claims
 1. A plan adds up, and meets a run that was published.
-2. Cost grows point by point: each point is the fastest of its steps, of the network it names.
+2. Cost grows point by point: each point is the fastest of its steps, of the network it names;
+   what the preset has none of grows, too.
 3. The processes that growth starts train what was asked, and their failure is told.
 
 Time is that of a clock which the work under test moves (bench_helpers.FakeClock).
@@ -19,7 +20,7 @@ import bench.step
 import train
 import vit
 from bench.__main__ import main
-from bench.forecast import growth, point, rates_of_processes
+from bench.forecast import growth, point, rates_of_processes, values_of
 from bench.step import Config
 from machinery.flags import UsageError
 
@@ -59,6 +60,16 @@ def test_a_point_is_the_fastest_of_its_steps(clock):
     config = config_of([*TINY, "--steps", "2"], Config)
     assert point(config, CPU, "local_crops_number", 1) == {
         "value": 1, "step_seconds": 3, "seconds_per_image": 3 / 8, "peak_memory_gb": 1.5}
+
+
+def test_what_the_preset_has_none_of_grows(monkeypatch):
+    monkeypatch.setitem(bench.forecast.GROWTH, "num_register_tokens", (0, 1, 2, 4))
+    usual = config_of(["shapes"], Config)
+    without = config_of(["shapes", "--local_crops_number", "0"], Config)
+    assert values_of("num_register_tokens", usual) == [0, 1, 2, 4]
+    assert values_of("local_crops_number", usual) == [0, 1, 2, 4]  # the preset has 2
+    assert values_of("local_crops_number", without) == [0, 1, 2]
+    assert values_of("depth", usual) == [1, 2, 4, 8]
 
 
 @pytest.mark.parametrize("name, value", [("depth", 2), ("batch_size_per_gpu", 4)])
