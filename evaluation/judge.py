@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from augment import MultiCrop, photometry
-from evaluation.extract import extract, same_labels
+from evaluation.extract import extract, gather, same_labels, spread
 from evaluation.knn import knn_accuracy, top_neighbours
-from images.data import Images, Views
+from images.data import Images, Views, training_loader
 from machinery.process import Process, autocast
 from training.config import Config
 
@@ -92,19 +92,31 @@ class Judge:
                           config.global_crops_scale, photometry=config.photometry)
         views = Views(self.queries, crops, seed=0)
 
+        # Each process takes a share of the images, as `extract` does, and its workers read and
+        # crop them. Both views of 64 images are one batch of the network.
+        own_rows = spread(range(len(self.queries)), self.process)
+        keys = []
+        for i in range(0, len(own_rows), 64):
+            keys.append([(0, 0, row) for row in own_rows[i:i + 64]])
+
         was_training = backbone.training
         backbone.eval()
         features = []
-        for i in range(len(self.queries)):
-            sample = views[0, 0, i]
-            pair = photometry(sample["global_crops"].to(device), sample["photometry"],
-                              config.pixels)
+        left = len(self.queries)
+        for batch in training_loader(views, keys, min(config.num_workers, len(keys) - 1)):
+            pixels = batch["global_crops"].flatten(0, 1).to(device)  # (2*B, C, s, s)
+            crops = photometry(pixels, batch["photometry"].flatten(0, 1), config.pixels)
             with autocast(config.precision, device):
-                features.append(backbone(pair).float().cpu())  # (2, D)
+                rows = backbone(crops).float()  # (2*B, D): all first views, all second views
+
+            # A row for each image, so that every process gets the rows of all in their order.
+            pairs = gather(rows.unflatten(0, (2, -1)).transpose(0, 1), left, self.process)
+            features.append(pairs.cpu())  # (B, 2, D)
+            left -= len(pairs)
         backbone.train(was_training)
 
         # All first views look for their neighbour among all second views.
-        first, second = torch.stack(features).unbind(1)  # (n, D) each
+        first, second = torch.cat(features).unbind(1)  # (n, D) each
         nearest = top_neighbours(first, second, 1)[1][:, 0]
         return (nearest == torch.arange(len(nearest))).float().mean().item()
 

@@ -1,22 +1,25 @@
 """Claims
 1. With labels the judge's figure is the k-NN of the images that are held out; without labels it
-   is how often an image's other view is the nearest of all.
+   is how often an image's other view is the nearest of all: for any number of workers and of
+   processes what a loop over single images gives.
 2. The same network gets the same figure again, and is left in the mode that it was in.
 3. Large sets are thinned out evenly; two images are needed; classes have to match.
 4. A run on photographs without labels is judged.
 """
 
+import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+import torch.nn.functional as F
+from conftest import finish, start, tiny_config
 from torch import nn
 
 import train
-from augment import center_crop, normalise
+from augment import MultiCrop, center_crop, normalise, photometry
 from evaluation.judge import Judge, evenly_spaced, pixels_as_features
 from evaluation.knn import knn_accuracy
 from images.data import Images, open_images
-from machinery.process import Process
+from machinery.process import Process, start_process
 
 ALONE = Process(torch.device("cpu"))
 
@@ -57,6 +60,45 @@ def test_images_without_labels(tmp_path):
     constant = nn.Sequential(FewPixels(), nn.Linear(48, 8))
     nn.init.zeros_(constant[1].weight)
     assert judge(constant) <= 1 / 32  # one and the same neighbour for all
+
+
+def one_by_one(images, backbone, config):
+    """Other-view retrieval by its definition: one image after the other, then all pairs."""
+    crops = MultiCrop(config.global_crops_size, config.local_crops_size, 2, 0,
+                      config.global_crops_scale, photometry=config.photometry)
+    features = []
+    for i in range(len(images)):
+        sample = crops(images.read(i), np.random.default_rng([0, 0, i]))
+        with torch.no_grad():
+            features.append(backbone(photometry(sample["global_crops"], sample["photometry"])))
+    first, second = F.normalize(torch.stack(features), dim=2).unbind(1)
+    nearest = (first @ second.T).argmax(1)
+    return (nearest == torch.arange(len(images))).float().mean().item()
+
+
+def other_view_figure(rank, folder):
+    process = start_process("cpu")
+    config = tiny_config(folder)
+    torch.manual_seed(0)
+    backbone = train.build(config, ALONE)[0].backbone
+    images = unlabelled(open_images("shapes:67"))
+    figure = Judge(images, images, config, process)(backbone)
+    (folder / f"figure-{process.world_size}-{rank}").write_text(repr(figure))
+
+
+def test_other_view_retrieval_against_a_loop(tmp_path):
+    pair = start(other_view_figure, tmp_path)
+    images = unlabelled(open_images("shapes:67"))  # two batches, the second of three images
+    torch.manual_seed(0)
+    backbone = train.build(tiny_config(tmp_path), ALONE)[0].backbone.eval()
+    expected = one_by_one(images, backbone, tiny_config(tmp_path))
+    assert 1 / 67 < expected < 1
+    for workers in ("0", "2"):
+        config = tiny_config(tmp_path, "--num_workers", workers)
+        assert Judge(images, images, config, ALONE)(backbone) == expected
+    finish(pair)
+    for rank in (0, 1):
+        assert float((tmp_path / f"figure-2-{rank}").read_text()) == expected
 
 
 def test_the_same_figure_again(tmp_path):
