@@ -23,6 +23,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ from torchvision.transforms.v2 import functional as TF
 from augment import RGB, Pixels, center_crop, normalise
 from backbones.weights import load_backbone
 from images.data import read_file
-from machinery.flags import UsageError, command, parse, require, user_errors
+from machinery.flags import (UsageError, command, did_you_mean, near_path, parse, require,
+                             user_errors)
 from training.config import read_config
 from vit import VisionTransformer
 
@@ -251,12 +253,18 @@ def read_metrics(run: Path) -> tuple[list[dict], list[dict]]:
     """(rows of steps, rows of evaluations) of a run directory; ValueError if there is none."""
     file = run / "metrics.jsonl"
     if not file.exists():
-        raise ValueError(f"{run}: no metrics.jsonl in it; is it the directory of a run?")
+        hint = near_path(run) if not run.exists() else ""
+        raise ValueError(f"{run}: no metrics.jsonl in it; is it the directory of a run?{hint}")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
     if not steps:
         raise ValueError(f"{run}: its metrics.jsonl has no step yet")
     return steps, [row for row in rows if "knn" in row]
+
+
+def marker(rows: list[dict]) -> str:
+    """Dots for a short run: a line through a single point would be invisible."""
+    return "." if len(rows) < 10 else ""
 
 
 def draw_losses(axis, steps: list[dict], prototypes: dict[str, int]):
@@ -274,13 +282,13 @@ def draw_losses(axis, steps: list[dict], prototypes: dict[str, int]):
             term: "loss = H + KL", f"{term}_entropy": "H, entropy of a target",
             f"{term}_kl": "KL, still to be learned"}
         for i, (key, label) in enumerate(curves.items()):
-            axis.plot(x, [row[key] for row in steps], style, color=f"C{i}",
-                      label=hidden + label)
+            axis.plot(x, [row[key] for row in steps],
+                      marker(steps) + style, color=f"C{i}", label=hidden + label)
         # A uniform answer costs ln K, whatever the target: there the network knows nothing.
         axis.axhline(math.log(K), color="gray", ls=":", label=f"{hidden}ln K, uniform answers")
 
     if not prototypes:  # distillation of features alone: a loss without prototypes
-        axis.plot(x, [row["loss"] for row in steps], label="loss")
+        axis.plot(x, [row["loss"] for row in steps], marker(steps) + "-", label="loss")
     title = "losses; dashed: of patches" if len(prototypes) > 1 else "losses"
     axis.set_title(title, fontsize=10)
     axis.set_ylabel("nats" if prototypes else "loss")
@@ -290,7 +298,7 @@ def draw_balance(axis, steps: list[dict], prototypes: dict[str, int]):
     """Whether prototypes and directions of the features are in use: both fall in a collapse."""
     x = [row["step"] for row in steps]
     for term, K in prototypes.items():
-        style = LINE_STYLES[term]
+        style = marker(steps) + LINE_STYLES[term]
         entropies = [row[f"{term}_mean_entropy"] for row in steps]
         axis.plot(x, entropies, style, color="C0", label=f"mean target, {term}")
         hidden = "" if term == next(iter(prototypes)) else "_"
@@ -305,7 +313,7 @@ def draw_balance(axis, steps: list[dict], prototypes: dict[str, int]):
     # right, in the colour of its curve. A tenth of the height stays free above the curve.
     ranks = [row["rank"] for row in steps]
     right = axis.twinx()
-    right.plot(x, ranks, color="tab:green")
+    right.plot(x, ranks, marker(steps) + "-", color="tab:green")
     right.set_ylim(0, 1.1 * max(ranks))
     right.set_ylabel("effective rank (green)", color="tab:green")
     right.tick_params(axis="y", labelcolor="tab:green")
@@ -316,11 +324,15 @@ def draw_knn(axis, evaluations: list[dict]):
     """How often the teacher's neighbours are right, and what raw pixels reach."""
     x = [row["step"] for row in evaluations]
     axis.plot(x, [100 * row["knn"] for row in evaluations], "o-", label="teacher")
-    if evaluations and "pixels" in evaluations[0]:
-        pixels = 100 * evaluations[0]["pixels"]
-        axis.axhline(pixels, color="gray", ls=":", label="raw pixels")
-    axis.set_title("k-NN of the teacher; step 0: before training", fontsize=10)
-    axis.set_ylabel("k-NN, %")
+    first = evaluations[0]
+    if "pixels" in first:
+        axis.axhline(100 * first["pixels"], color="gray", ls=":", label="raw pixels")
+
+    # Images without labels are judged by other-view retrieval (evaluation/judge.py). Runs of
+    # earlier versions have not written down which of the two it was.
+    protocol = first.get("protocol", "k-NN(20), or other-view retrieval")
+    axis.set_title("the teacher's features; step 0: before training", fontsize=10)
+    axis.set_ylabel(f"{protocol}, %")
 
 
 def draw_schedules(axis, steps: list[dict]):
@@ -329,7 +341,8 @@ def draw_schedules(axis, steps: list[dict]):
     for key in ("lr", "weight_decay", "teacher_temp"):
         values = [row[key] for row in steps]
         peak = max(values)
-        axis.plot(x, [value / (peak or 1) for value in values], label=f"{key}, peak {peak:.2g}")
+        axis.plot(x, [value / (peak or 1) for value in values],
+                  marker(steps) + "-", label=f"{key}, peak {peak:.2g}")
     axis.set_ylim(bottom=0)
     axis.set_title("schedules", fontsize=10)
     axis.set_ylabel("share of the peak")
@@ -338,7 +351,8 @@ def draw_schedules(axis, steps: list[dict]):
 def draw_curves(run: Path, path: Path | None = None) -> Path:
     """metrics.jsonl of a run -> a page of four panels; returns its path, RUN/curves.png.
 
-    ValueError where there is no run, or no step in it yet.
+    A run that judged nothing has three: without the one of k-NN. ValueError where there is no
+    run, or no step in it yet.
     """
     steps, evaluations = read_metrics(run)
 
@@ -350,12 +364,15 @@ def draw_curves(run: Path, path: Path | None = None) -> Path:
     prototypes = {term: config[field] for term, field in field_of.items() if term in steps[0]}
 
     plt = pyplot()
-    fig, axes = plt.subplots(1, 4, figsize=(17, 4), layout="constrained")
+    panels = 4 if evaluations else 3
+    fig, axes = plt.subplots(1, panels, figsize=(4.25 * panels, 4), layout="constrained")
     fig.get_layout_engine().set(w_pad=0.12)  # inches between the panels
+    fig.suptitle(run.resolve().name, fontsize=11)
     draw_losses(axes[0], steps, prototypes)
     draw_balance(axes[1], steps, prototypes)
-    draw_knn(axes[2], evaluations)
-    draw_schedules(axes[3], steps)
+    if evaluations:
+        draw_knn(axes[2], evaluations)
+    draw_schedules(axes[-1], steps)
 
     # The legends stand below the panels, where they cannot hide a curve.
     for axis in axes:
@@ -377,6 +394,8 @@ def draw_curves(run: Path, path: Path | None = None) -> Path:
 class AttentionConfig:
     # -- attention
     weights: str = ""  # the network: a run, a released name such as dino_vits8, a URL, a file
+    checkpoint_key: Literal["teacher",
+                            "student"] = "teacher"  # which network of a training's two
     image_size: int = 480  # shorter side of the photo in pixels, before it is cut to patches
     block: int = -1  # the block whose attention is drawn; -1: the last
     share: float = 0.6  # share of the attention that the patches of a mask hold together
@@ -394,7 +413,7 @@ def draw_photo(photo: str, config: AttentionConfig) -> Path:
     if not config.weights:
         raise UsageError("--weights: give a run, a file, or a released name such as dino_vits8")
     require(config, lambda x: 0 < x < 1, "between 0 and 1", "share")
-    model = load_backbone(config.weights)
+    model = load_backbone(config.weights, config.checkpoint_key)
     if not isinstance(model, VisionTransformer):
         raise UsageError(f"--weights {config.weights}: a convnet, which has no attention")
 
@@ -432,7 +451,7 @@ USAGE = "python visualize.py " + " | ".join(f"{name} {figure.arguments}"
 
 
 def overview() -> str:
-    """The answer to `python visualize.py --help`: the figures, and where their flags are."""
+    """The answer to `python visualize.py`: the figures, and where their flags are."""
     lines = [f"usage: {USAGE}", "", "The figures:"]
     for name, figure in FIGURES.items():
         lines.append(f"  {name:10s} {figure.draw.__doc__.splitlines()[0]}")
@@ -443,11 +462,11 @@ def overview() -> str:
 @command
 def main(argv):
     help_flags = ("-h", "--help")
-    if argv and argv[0] in help_flags:
+    if not argv or argv[0] in help_flags:
         print(overview())
         return None
-    if not argv or argv[0] not in FIGURES:
-        raise UsageError(f"usage: {USAGE}")
+    if argv[0] not in FIGURES:
+        raise UsageError(f"usage: {USAGE}{did_you_mean(argv[0], FIGURES)}")
     figure = FIGURES[argv[0]]
     usage = f"python visualize.py {argv[0]} {figure.arguments} [--flag ...]"
 

@@ -26,6 +26,7 @@ import re
 import sys
 import textwrap
 import typing
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -48,6 +49,21 @@ def user_errors():
         yield
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def did_you_mean(given: str, choices, folder: Path = Path()) -> str:
+    """The end of a message: "; did you mean NAME?", or "" where no choice is like the given one.
+
+    Where the choices are the names of files, they lie in `folder`.
+    """
+    near = difflib.get_close_matches(given, choices, 1)
+    return f"; did you mean {folder / near[0]}?" if near else ""
+
+
+def near_path(path: Path) -> str:
+    """did_you_mean for a file or folder that does not exist, among those beside it."""
+    beside = [other.name for other in path.parent.glob("*")]
+    return did_you_mean(path.name, beside, path.parent)
 
 
 def command(main):
@@ -135,9 +151,8 @@ class Parser(argparse.ArgumentParser):
         if match := re.search(r"unrecognized arguments: (--\S+)", message):
             given = match[1].split("=")[0]
             all_flags = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(given, all_flags, 1)
-            hint = f"did you mean {near[0]}?" if near else "--help lists them"
-            message = f"there is no flag {given}; {hint}"
+            hint = did_you_mean(given, all_flags) or "; --help lists them"
+            message = f"there is no flag {given}{hint}"
         raise UsageError(message.replace("argument --", "--"))
 
 
@@ -266,10 +281,8 @@ def parse(config_class, argv: list[str], presets: dict[str, dict] | None = None,
     if presets:
         preset = flags.pop("preset") or next(iter(presets))
         if preset not in presets:
-            near = difflib.get_close_matches(preset, presets, 1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise UsageError(
-                f"there is no preset {preset!r}; {hint}choose from {', '.join(presets)}")
+            raise UsageError(f"there is no preset {preset!r}: choose from {', '.join(presets)}"
+                             f"{did_you_mean(preset, presets)}")
         values = dict(presets[preset], preset=preset)
 
     # Some settings follow others unless the user named them: such a program asks `given`.
