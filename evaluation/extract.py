@@ -10,7 +10,7 @@ Change   another reading of the network: any module that maps images to (B, D), 
          in backbones/classifier.py
 Tests    pytest tests/evaluation/test_extract.py
 
-Letters  n images, B images of a batch, D width.
+Letters  n images, B images of a batch, D width, C classes, b best of them: five, or all of fewer.
 """
 
 from collections.abc import Callable
@@ -130,17 +130,25 @@ def same_labels(bank: Images, queries: Images) -> Tensor:
     return torch.tensor([bank.classes.index(name) for name in queries.classes])[labels]
 
 
-def accuracy(predicted: Tensor, labels) -> dict[str, float]:
-    """top1, the share of images that are right; mean_per_class, the mean of the classes'
-    shares.
+def best_classes(scores: Tensor) -> Tensor:
+    """The five classes with the highest scores, best first: (..., C) -> (..., b)."""
+    return scores.topk(min(5, scores.shape[-1])).indices
 
-    The second counts a rare class as much as a frequent one. Classes without an image do not
+
+def accuracy(predicted: Tensor, labels) -> dict[str, float]:
+    """top1, the share of images that are right; top5; mean_per_class, the mean of the shares.
+
+    predicted: the classes of best_classes, (n, b), or one answer for each image, (n,). An image
+    counts for top5 if any of its classes is right. mean_per_class is the mean of top1 over the
+    classes: it counts a rare class as much as a frequent one. Classes without an image do not
     count.
     """
-    predicted = predicted.cpu()
     labels = torch.as_tensor(labels).cpu()
-    right = (predicted == labels).double()  # (n,)
+    answers = predicted.cpu().view(len(labels), -1)  # (n, b)
+    right = (answers == labels[:, None]).double()  # (n, b)
+    first = right[:, 0]  # (n,)
     count = labels.bincount()  # (C,)
-    hits = labels.bincount(right)  # (C,)
+    hits = labels.bincount(first)  # (C,)
     return {
-        "top1": right.mean().item(), "mean_per_class": (hits / count)[count > 0].mean().item()}
+        "top1": first.mean().item(), "top5": right.sum(1).mean().item(),
+        "mean_per_class": (hits / count)[count > 0].mean().item()}

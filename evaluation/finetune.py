@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
 
 from evaluation import protocol
-from evaluation.extract import accuracy, extract, spread
+from evaluation.extract import accuracy, best_classes, extract, spread
 from evaluation.protocol import (Extractor, open_judged, open_labelled, random_crops,
                                  results_folder, training_steps)
 from images.data import Images
@@ -210,13 +210,13 @@ def run(extractor: Extractor) -> dict:
     per_process = -(-config.batch_size // process.world_size)  # rounded up
     logits = extract(network, val, extractor.size, process, per_process, config.num_workers,
                      config.precision)
-    extractor.check(logits, val.names, f"--lr {config.lr}")
-    figures = accuracy(logits.argmax(1), labels)
+    extractor.check(logits, val.names, f"--lr {recipe['lr']}")
+    figures = accuracy(best_classes(logits), labels)
     if process.main:
         save_tensors(results_folder(config, "finetune") / "model.pt", network.state_dict())
     process.print(f"fine-tuning: {epochs} epochs at {extractor.size} px, batch {batch}\n  "
-                  f"{figures['top1']:.2%}, mean per class {figures['mean_per_class']:.2%} of "
-                  f"{len(val):,d} images")
+                  f"{figures['top1']:.2%}, top-5 {figures['top5']:.2%}, mean per class "
+                  f"{figures['mean_per_class']:.2%} of {len(val):,d} images")
     return {
         "finetune": figures, "protocol": f"{epochs} epochs, batch {batch}, {recipe}",
         "headline": {"fine-tuning": figures["top1"]}}
@@ -239,6 +239,6 @@ if __name__ == "__main__":
     for epochs in (0, 5):
         network = train_network(backbone, pictures, 10, process, 32, epochs=epochs,
                                 batch_size=20, lr=5e-3, mixup=0, cutmix=0)
-        predicted = extract(network, pictures, 32, process).argmax(1)
+        predicted = best_classes(extract(network, pictures, 32, process))
         right = accuracy(predicted, pictures.labels)["top1"]
         print(f"after {epochs} epochs: {right:.0%} of 100 pictures")

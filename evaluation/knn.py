@@ -11,7 +11,7 @@ Try      python -m evaluation.knn               the vote on four clouds of point
 Change   another vote is another function of (similarities, labels); see knn_vote
 Tests    pytest tests/evaluation/test_knn.py
 
-Letters  n images, D width, k neighbours, C classes.
+Letters  n images, D width, k neighbours, C classes, b best of them (five).
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evaluation import protocol
-from evaluation.extract import accuracy, gather, spread
+from evaluation.extract import accuracy, best_classes, gather, spread
 from evaluation.protocol import Extractor, open_judged, open_labelled
 from machinery.flags import UsageError, require
 
@@ -57,8 +57,8 @@ def top_neighbours(queries: Tensor, bank: Tensor, k: int, chunk: int = 0):
 
 
 def knn_vote(similarities: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
-    """(n, k) similarities and labels of the neighbours -> predicted class (n,). Wu 2018 sec.
-    3.4.
+    """(n, k) similarities and labels of the neighbours -> best classes (n, b), best first. Wu
+    2018 sec. 3.4.
 
     Each neighbour votes for its label with weight exp(similarity / temperature). At .07 a
     cosine of .9 counts four times as much as one of .8. Example with k = 3:
@@ -66,17 +66,21 @@ def knn_vote(similarities: Tensor, labels: Tensor, temperature: float = 0.07) ->
         similarities   .90     .80     .80         weights, divided by exp(.80 / .07)
         labels          2       0       0
         weights        4.2     1.0     1.0     --> class 2 has 4.2 votes, class 0 has 2.0
+
+    So the answer is 2, and second 0. Class 1 has no vote at all: the places that are left over
+    are -1, which is no class.
     """
     # Column c of `votes` adds up the weights of the neighbours with label c.
     weights = (similarities / temperature).exp()  # (n, k)
     votes = weights.new_zeros(len(labels), int(labels.max()) + 1)  # (n, C)
     votes = votes.scatter_add_(1, labels, weights)  # (n, C)
-    return votes.argmax(1)
+    best = best_classes(votes)  # (n, b)
+    return best.masked_fill(votes.gather(1, best) == 0, -1)
 
 
 def knn_predict(bank: Tensor, bank_labels, queries: Tensor, ks: tuple[int, ...] = (20,),
                 temperature: float = 0.07) -> dict[int, Tensor]:
-    """The class that the neighbours of each query vote for, (n,) for each k in ks."""
+    """The classes that the neighbours of each query vote for, (n, b) for each k in ks."""
     bank_labels = torch.as_tensor(bank_labels, device=bank.device)
 
     # The neighbours are searched once, for the largest k: the nearest k of them serve each
@@ -140,7 +144,7 @@ def run(extractor: Extractor) -> dict:
     queries = extractor(val, "knn-val_data")[share].to(process.device)
 
     def vote(bank, bank_labels, ks):
-        """k -> top1 and mean_per_class over all queries, of which each process did a share."""
+        """k -> accuracy over all queries, of which each process did a share."""
         predicted = knn_predict(bank, bank_labels, queries, ks, config.temperature)
         return {k: accuracy(gather(p, len(val), process), labels) for k, p in predicted.items()}
 
@@ -149,7 +153,7 @@ def run(extractor: Extractor) -> dict:
         f"k-NN: class token, {extractor.size} px centre crop, T = {config.temperature}, "
         f"{len(train):,d} images vote on {len(val):,d}")
     for k, value in full.items():
-        process.print(f"  k-NN({k:3d})  {value['top1']:.2%}   "
+        process.print(f"  k-NN({k:3d})  {value['top1']:.2%}   top-5 {value['top5']:.2%}   "
                       f"mean per class {value['mean_per_class']:.2%}")
 
     # Few-shot: the same vote with a bank of n images of each class. Which n they are matters
@@ -171,9 +175,10 @@ def run(extractor: Extractor) -> dict:
 
     # The keys are strings, as they will be in results.json.
     top1 = {str(k): value["top1"] for k, value in full.items()}
+    top5 = {str(k): value["top5"] for k, value in full.items()}
     mean_per_class = {str(k): value["mean_per_class"] for k, value in full.items()}
     return {
-        "knn": top1, "mean_per_class": mean_per_class, "few_shot": few_shot,
+        "knn": top1, "top5": top5, "mean_per_class": mean_per_class, "few_shot": few_shot,
         "protocol": f"class token, weighted vote, T = {config.temperature}",
         "headline": {"k-NN": max(top1.values())}}
 

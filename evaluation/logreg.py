@@ -24,7 +24,7 @@ from torch import Tensor
 
 from augment import center_crop
 from evaluation import protocol
-from evaluation.extract import accuracy
+from evaluation.extract import accuracy, best_classes
 from evaluation.protocol import Extractor, open_judged, open_labelled
 from machinery.clock import Progress
 
@@ -154,7 +154,7 @@ def run(extractor: Extractor) -> dict:
     own_accuracies = {}
     for done, C in enumerate(PENALTIES[process.rank::process.world_size], 1):
         weight, bias = problem.fit(C)
-        predicted = (rows[held_out] @ weight.T + bias).argmax(1)
+        predicted = best_classes(rows[held_out] @ weight.T + bias)
         own_accuracies[C] = accuracy(predicted, targets[held_out])["top1"]
         report(min(done * process.world_size, len(PENALTIES)))
     accuracies = {}
@@ -165,11 +165,11 @@ def run(extractor: Extractor) -> dict:
     # With it all images are fitted once more, the held-out tenth included.
     best = max(sorted(accuracies), key=accuracies.get)
     weight, bias = Logistic(rows, targets, classes).fit(best)
-    figures = accuracy((val_rows @ weight.T + bias).argmax(1), labels)
-    process.print(
-        f"logistic regression: {len(train):,d} images, a tenth chose C = {best:.2g} "
-        f"({accuracies[best]:.2%} of them right)\n  {figures['top1']:.2%}, mean per class "
-        f"{figures['mean_per_class']:.2%} of {len(val):,d} images")
+    figures = accuracy(best_classes(val_rows @ weight.T + bias), labels)
+    process.print(f"logistic regression: {len(train):,d} images, a tenth chose C = {best:.2g} "
+                  f"({accuracies[best]:.2%} of them right)\n  {figures['top1']:.2%}, top-5 "
+                  f"{figures['top5']:.2%}, mean per class {figures['mean_per_class']:.2%} of "
+                  f"{len(val):,d} images")
     chosen_by = {f"{C:.3g}": accuracies[C] for C in PENALTIES}
     return {
         "logreg": figures | {"C": best}, "chosen_by": chosen_by,

@@ -2,13 +2,14 @@
 1. Features do not depend on the batch size, and come in order.
 2. Shares of processes put together are the whole in order, whatever their number.
 3. Labels of two sets are compared by the names of their classes.
-4. Accuracy and its mean over classes equal a loop, with classes of one image and of none.
+4. Accuracy, that of the five best classes, and its mean over classes equal a loop, with classes
+   of one image and of none.
 """
 
 import pytest
 import torch
 
-from evaluation.extract import accuracy, extract, gather, same_labels, spread
+from evaluation.extract import (accuracy, best_classes, extract, gather, same_labels, spread)
 from images.data import Images, open_images
 from machinery.process import Process
 from vit import VisionTransformer
@@ -45,11 +46,16 @@ def test_accuracies_against_a_loop():
     generator = torch.Generator().manual_seed(0)
     labels = torch.tensor([0, 1, 1, 4, 4, 4, 4, 4])  # one image of 0, none of 2 and 3
     for _ in range(20):
-        predicted = torch.randint(0, 5, (8,), generator=generator)
+        scores = torch.rand(8, 9, generator=generator)
         right = {}  # class -> for each image of it, whether it was recognised
-        for answer, label in zip(predicted.tolist(), labels.tolist()):
-            right.setdefault(label, []).append(answer == label)
+        among_five = []  # for each image, whether its class was among the five best
+        for row, label in zip(scores.tolist(), labels.tolist()):
+            order = sorted(range(9), key=lambda c: -row[c])
+            right.setdefault(label, []).append(order[0] == label)
+            among_five.append(label in order[:5])
         per_class = [sum(images) / len(images) for images in right.values()]
-        figures = accuracy(predicted, labels)
+        figures = accuracy(best_classes(scores), labels)
+        assert accuracy(scores.argmax(1), labels)["top1"] == figures["top1"]
         assert figures["top1"] == pytest.approx(sum(map(sum, right.values())) / 8, abs=1e-12)
+        assert figures["top5"] == pytest.approx(sum(among_five) / 8, abs=1e-12)
         assert figures["mean_per_class"] == pytest.approx(sum(per_class) / 3, abs=1e-12)
