@@ -7,6 +7,8 @@
 4. A run on photographs without labels is judged.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -82,7 +84,10 @@ def other_view_figure(rank, folder):
     torch.manual_seed(0)
     backbone = train.build(config, ALONE)[0].backbone
     images = unlabelled(open_images("shapes:67"))
-    figure = Judge(images, images, config, process)(backbone)
+    read = []
+    counted = replace(images, read=lambda i: read.append(i) or images.read(i))
+    figure = Judge(counted, counted, config, process)(backbone)
+    assert read == [*range(rank, 67, 2), 0][:34]  # its share, and one more to fill it up
     (folder / f"figure-{process.world_size}-{rank}").write_text(repr(figure))
 
 
