@@ -22,7 +22,7 @@ import time
 from evaluation import copies, export, finetune, knn, linear, logreg, retrieval
 from evaluation.protocol import Extractor, results_folder
 from machinery.checkpoints import write_json
-from machinery.flags import UsageError, command, parse, require, user_errors
+from machinery.flags import (UsageError, command, did_you_mean, parse, require, user_errors)
 from machinery.process import resolve_precision, start_process
 
 # Each of these modules has a dataclass Config, its flags, and a function run(extractor), which
@@ -72,7 +72,8 @@ def choose_task(argv: list[str]):
     choices = ", ".join([*TASKS, "all"])
     if not argv or argv[0] not in (*TASKS, "all"):
         given = argv[0] if argv else ""
-        raise UsageError(f"task {given!r}: choose from {choices}; {USAGE}")
+        hint = did_you_mean(given, [*TASKS, "all"])
+        raise UsageError(f"task {given!r}: choose from {choices}; {USAGE}{hint}")
     name = argv[0]
     if name == "all":
         return name, config_of_all(), run_all
@@ -80,7 +81,7 @@ def choose_task(argv: list[str]):
 
 
 def overview() -> str:
-    """What `python evaluate.py --help` prints: the tasks, and how to see the flags of one."""
+    """What `python evaluate.py` prints: the tasks, and how to see the flags of one."""
     # What a task does is the first line of the docstring of its function, so that a new line in
     # TASKS needs no second place to be explained in.
     lines = [f"usage: {USAGE}", "", "TASK is one of"]
@@ -108,7 +109,7 @@ def read_flags(config_class: type, name: str, argv: list[str]):
 
 @command
 def main(argv):
-    if argv[:1] in (["-h"], ["--help"]):
+    if argv[:1] in ([], ["-h"], ["--help"]):
         print(overview())
         return None
     name, config_class, run = choose_task(argv)

@@ -30,6 +30,7 @@ from torch import Tensor
 from augment import pixels_of
 from backbones.convnet import CONVNETS, ConvNet
 from backbones.layouts import LAYOUTS, read_tensors
+from machinery.flags import did_you_mean, near_path
 from vit import ARCHS, VisionTransformer
 
 # ----------------------------------------------------------------------------------------------
@@ -110,8 +111,9 @@ def weights_file(what: str | Path) -> Path:
         path = Path(name).expanduser()
 
     if not path.exists():
+        hint = did_you_mean(name, RELEASED) or near_path(path)
         raise ValueError(f"--weights {name}: there is no such file or run directory, and no "
-                         f"released model of that name ({', '.join(RELEASED)})")
+                         f"released model of that name ({', '.join(RELEASED)}){hint}")
     if not path.is_dir():
         return path
 
@@ -160,10 +162,40 @@ def read_run_fields(file: Path) -> dict:
     return {name: tuple(x) if type(x) is list else x for name, x in fields.items()}
 
 
-def read_backbone(what: str | Path) -> tuple[dict[str, Tensor], dict]:
+def student_of(file: Path, state: dict) -> dict:
+    """The student's tensors of a training; ValueError if they were not kept.
+
+    file: where its teacher is. Of a run of ours the student is in the newest checkpoint beside
+    it; of other trainings in the file itself, whose content is `state`.
+    """
+    if run_config_file(file) is None:
+        if not isinstance(state, dict) or not isinstance(state.get("student"), dict):
+            raise ValueError(f"--checkpoint_key student: {file} holds one network only")
+        return state["student"]
+
+    # Imported here, because hardly anybody asks for a student. The index of the checkpoint says
+    # which tensors there are: student.backbone.cls_token, ...
+    from machinery.checkpoints import Reader, find_checkpoint, load_checkpoint
+    from machinery.process import Process
+
+    alone = Process(torch.device("cpu"))
+    checkpoint = find_checkpoint(file.parent / "checkpoint", alone)
+    if checkpoint is None:
+        raise ValueError(f"--checkpoint_key student: {file.parent} has no checkpoint")
+    tensors = {}
+    for name, about in Reader(checkpoint[0]).read_metadata().state_dict_metadata.items():
+        if name.startswith("student."):
+            tensors[name] = torch.empty(about.size, dtype=about.properties.dtype)
+    load_checkpoint(checkpoint[0], tensors, alone)
+    return {name.removeprefix("student."): value for name, value in tensors.items()}
+
+
+def read_backbone(what: str | Path,
+                  checkpoint_key: str = "teacher") -> tuple[dict[str, Tensor], dict]:
     """A released name, URL, file or run -> (flat state dict with official keys, RUN_FIELDS).
 
-    The second is {} for anything but a run of ours.
+    checkpoint_key: teacher or student, where a training has left both. The second is {} for
+    anything but a run of ours.
     """
     file = weights_file(what)
     try:
@@ -171,6 +203,9 @@ def read_backbone(what: str | Path) -> tuple[dict[str, Tensor], dict]:
     except Exception as error:  # torch.load raises different exceptions for different damage
         reason = (str(error) or repr(error)).splitlines()[0]  # an empty file: EOFError()
         raise ValueError(f"--weights {file}: not a readable weights file ({reason})") from None
+
+    if checkpoint_key == "student":
+        state = student_of(file, state)
 
     # Each layout renames what it knows and leaves the rest alone. All are applied, because a
     # file can be of two layouts: DINOv2's training checkpoints (from_training) have their
@@ -265,14 +300,16 @@ def written_down(options: dict, config: dict) -> dict:
     return better
 
 
-def load_backbone(what: str | Path) -> VisionTransformer | ConvNet:
+def load_backbone(what: str | Path,
+                  checkpoint_key: str = "teacher") -> VisionTransformer | ConvNet:
     """The network with its weights, in eval mode.
 
-    what: a name of RELEASED, a URL, a file of any of LAYOUTS, or a run directory of ours. The
-    network's `pixels` say what images it wants: channels, mean, spread. ValueError names the
-    first four tensors that are missing, left over or of another shape.
+    what: a name of RELEASED, a URL, a file of any of LAYOUTS, or a run directory of ours;
+    checkpoint_key: teacher or student, where a training has left both. The network's `pixels`
+    say what images it wants: channels, mean, spread. ValueError names the first four tensors
+    that are missing, left over or of another shape.
     """
-    state, config = read_backbone(what)
+    state, config = read_backbone(what, checkpoint_key)
     if config.get("arch") in CONVNETS or is_resnet50(state):
         model = ConvNet(config.get("arch", "resnet50"), config.get("global_crops_size", 224))
     else:

@@ -43,6 +43,8 @@ class NetworkConfig:
 
     # -- what to judge
     weights: str = "dino_vits16"  # the network: a run, a released name, a URL, or a file
+    checkpoint_key: Literal["teacher",
+                            "student"] = "teacher"  # which network of a training's two
     data: str = "shapes"  # images to learn from or to search in: shapes, folder:PATH, CIFAR10
     data_root: str = "data"  # the folder where torchvision keeps its data sets
     download: bool = False  # let torchvision fetch the data set
@@ -97,8 +99,8 @@ class Extractor:
 
         self.config = config
         self.process = process
-        self.model = load_backbone(config.weights).to(process.device)
-        self.size = config.image_size or self.model.img_size
+        self.model = load_backbone(config.weights, config.checkpoint_key).to(process.device)
+        self.size = config.image_size or judged_size(self.model)
         if self.size < self.model.patch_size:
             raise UsageError(
                 f"--image_size {self.size} is smaller than one patch of {self.model.patch_size}"

@@ -143,6 +143,8 @@ def test_help_lists_the_flags_of_a_task(name, capsys):
 def test_help_of_the_program(capsys):
     evaluate.main(["--help"])
     overview = capsys.readouterr().out
+    evaluate.main([])  # nothing given: what can be given
+    assert capsys.readouterr().out == overview
     assert all(re.search(rf"(?m)^  {name} ", overview) for name in [*evaluate.TASKS, "all"])
     argv = [sys.executable, "evaluate.py", "knn", "--help"]
     done = subprocess.run(argv, cwd=ROOT, check=True, capture_output=True, text=True)
@@ -209,8 +211,10 @@ def test_a_line_in_tasks_is_a_task(small_backbone, tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("line, words", [
-    ("", "choose from knn, linear"), ("classify", "choose from"),
+    ("classify", "choose from knn, linear"), ("linera", "did you mean linear?"),
     ("knn --weights /none", "no such file"),
+    ("knn --weights dino_vits17", "did you mean dino_vits16?"),
+    ("knn --weights runs/shapes_dyno", "did you mean runs/shapes_dino?"),
     ("knn --data folder:FLAT --val_data shapes:10:val", "needs labels"),
     ("linear --val_data folder:FLAT", "--val_data folder"), ("knn --nb_knn 0", "--nb_knn"),
     ("knn --n_per_class 3", "smallest class of --data has 2"),
@@ -229,17 +233,19 @@ def test_a_line_in_tasks_is_a_task(small_backbone, tmp_path, monkeypatch, capsys
     ("all --temperature 0", "--temperature 0")])
 def test_misuse(line, words, small_backbone, photos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    for run in ("shapes", "shapes_dino", "shapes_ibot"):
+        (tmp_path / "runs" / run).mkdir(parents=True)
     not_numbers = {k: v * torch.nan for k, v in torch.load(small_backbone).items()}
     torch.save(not_numbers, tmp_path / "nan.pth")
     for name, path in (("WEIGHTS", small_backbone), ("NAN", tmp_path / "nan.pth"),
                        ("FLAT", photos / "cats"), ("PHOTOS", photos)):
         line = line.replace(name, str(path))
-    task, *flags = line.split() or [""]
+    task, *flags = line.split()
     usual = ["--weights", small_backbone, "--data", "shapes:20", "--num_workers", "0"]
     if task != "features":
         usual += ["--val_data", "shapes:9:val"]
     with pytest.raises(SystemExit) as stop:
-        evaluate.main([task, *usual, *flags] if task else [])
+        evaluate.main([task, *usual, *flags])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and words in error and error.count("\n") == 1
     assert not list(tmp_path.glob("evaluations/*/*"))
