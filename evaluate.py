@@ -125,11 +125,13 @@ def main(argv):
     # What the figures belong to, so that results.json can be read a year later. The weights are
     # a file or a run, whose path is kept, or else a name or a URL.
     is_file = os.path.exists(config.weights)
-    results |= {
+    about = {
         "task": name, "data": config.data, "val_data": getattr(config, "val_data", ""),
         "weights": os.path.abspath(config.weights) if is_file else config.weights,
-        "weights_sha256": extractor.sha256, "image_size": extractor.size,
-        "precision": config.precision, "minutes": round((time.time() - begun) / 60, 2)}
+        "checkpoint_key": config.checkpoint_key, "weights_sha256": extractor.sha256,
+        "image_size": extractor.size, "precision": config.precision, "minutes": round(
+            (time.time() - begun) / 60, 2)}
+    results = about | results  # a task with an image size of its own has told it
 
     # All processes have the same figures; one of them writes. `features` has written its own
     # file by now, and wants a results.json only where --output_dir asks for it.

@@ -158,6 +158,7 @@ class Config(protocol.Config):
     # -- copies
     val_data: str = "shapes:val"  # the images that get copied; those of --data are distractors
     n_originals: int = 157  # how many of --val_data get copied; Copydays has 157
+    whitening_data: str = ""  # images to learn the whitening on; empty: those of --data
     copydays: str = ""  # the folder of Copydays, with original, strong, ...; empty: make copies
 
     def check(self):
@@ -202,9 +203,11 @@ def copydays(config: Config) -> tuple[Images, dict[str, Images]]:
 def run(extractor: Extractor) -> dict:
     """Copies are looked for among originals and --data. DINO sec. 4.2.1, at 320 pixels.
 
-    Class token and GeM of patches, whitened on --data; images squashed to a square. The copies
-    are those of --copydays, or made on the spot of --n_originals of --val_data.
+    Class token and GeM of patches, whitened on --whitening_data or on --data; images squashed
+    to a square. The copies are those of --copydays, or made on the spot of --n_originals of
+    --val_data.
     """
+    extractor = extractor.at(320)
     config = extractor.config
     process = extractor.process
     model = extractor.model
@@ -214,12 +217,17 @@ def run(extractor: Extractor) -> dict:
     distractors = extractor.open("data")
     originals, copies = copydays(config) if config.copydays else made_copies(extractor)
 
-    # The whitening is learned on the distractors, which show nothing that is asked for. All
+    # DINO's code learns the whitening on images that are not searched in. Without such images
+    # it is learned on the distractors, which at least show nothing that is asked for. All
     # images are squashed to a square, so that nothing of them is cut off.
     read = Descriptor(model)
     square = partial(squash, size=extractor.size)
     distractor_rows = extractor(distractors, "copies-data", read, square)
-    whiten = Whitening(distractor_rows)
+    whitening_rows = distractor_rows
+    if config.whitening_data:
+        images = extractor.open("whitening_data")
+        whitening_rows = extractor(images, "copies-whitening_data", read, square)
+    whiten = Whitening(whitening_rows)
     original_rows = extractor(originals, "copies-originals", read, square)
     rows = whiten(torch.cat([original_rows, distractor_rows]))
 
@@ -247,9 +255,11 @@ def run(extractor: Extractor) -> dict:
     if "strong" in figures:
         headline["copies mAP, strong"] = figures["strong"]
     source = f"Copydays in {config.copydays}" if config.copydays else "made copies"
+    whitening = "--whitening_data" if config.whitening_data else "--data"
     return {
         "copies": figures, "mean": mean, "n_originals": len(originals), "headline": headline,
-        "protocol": f"class token + GeM of patches, PCA whitening on --data, {source}"}
+        "image_size": extractor.size,
+        "protocol": f"class token + GeM of patches, PCA whitening on {whitening}, {source}"}
 
 
 if __name__ == "__main__":

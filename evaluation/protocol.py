@@ -15,6 +15,7 @@ Tests    pytest tests/evaluation/test_protocol.py
 Letters  n images, D width, b images of a batch on one process, C channels, H W pixels.
 """
 
+import copy
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from machinery.process import Process
 # Flags. A protocol's own dataclass is made of these and of what it alone uses
 
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
+PHOTOGRAPHS = 224  # pixels: the size of the crops in most of the papers' evaluations
 
 
 @dataclass
@@ -48,7 +50,7 @@ class NetworkConfig:
     data: str = "shapes"  # images to learn from or to search in: shapes, folder:PATH, CIFAR10
     data_root: str = "data"  # the folder where torchvision keeps its data sets
     download: bool = False  # let torchvision fetch the data set
-    image_size: int = 0  # side of the crop in pixels; 0: what the network was trained at
+    image_size: int = 0  # side of the images in pixels; 0: the paper's, or a small training's
     # -- machine
     batch_size: int = 128  # images at once, on all processes together
     device: str = "auto"  # auto | cpu | cuda | mps
@@ -86,6 +88,23 @@ def results_folder(config: NetworkConfig, task: str) -> Path:
 # The network and its features
 
 
+def judged_size(model: nn.Module, size: int = PHOTOGRAPHS) -> int:
+    """The side in pixels at which a network is judged by a protocol with images of `size`.
+
+    A published figure belongs to the size of its protocol, whatever the size that the network
+    saw last: DINOv2's networks ended their training at 518 pixels, and their figures are those
+    of crops of 224. A network of smaller crops than photographs have would lose by it, and is
+    judged at the size of its crops. Examples, by the size that the table of positions is for:
+
+        trained at    judged by k-NN, where `size` is 224    by copy detection, 320
+        518, 224      224                                    320 (patches of 14: 308)
+        96, 40        96, 40                                 96, 40
+    """
+    if model.img_size < PHOTOGRAPHS:
+        return model.img_size
+    return size // model.patch_size * model.patch_size  # whole patches
+
+
 class Extractor:
     """The network of --weights: call it with images to get their features.
 
@@ -114,11 +133,21 @@ class Extractor:
             digest.update(key.encode() + value.cpu().numpy().tobytes())
         self.sha256 = digest.hexdigest()
 
+    def at(self, size: int) -> "Extractor":
+        """The same for a protocol whose images have another size than 224 pixels."""
+        other = copy.copy(self)
+        other.size = self.config.image_size or judged_size(self.model, size)
+        return other
+
     def open(self, flag: str) -> Images:
         """The images of a flag such as "data", in the channels that the network expects."""
         config = self.config
         return open_images(getattr(config, flag), config.data_root, config.download,
                            f"--{flag}", self.model.pixels)
+
+    def hash_of(self, images: Images) -> str:
+        """A hash of the names of the images, to recognise the same set again."""
+        return hashlib.sha256("\n".join(images.names).encode()).hexdigest()
 
     def __call__(self, images: Images, name: str, read: nn.Module | None = None, prepare=None,
                  batch_size: int = 0) -> Tensor:
@@ -134,8 +163,7 @@ class Extractor:
         # What the features depend on. It is written beside them: features that are found on
         # disk are taken only if all of it is the same as now.
         source = {
-            "weights": self.sha256,
-            "images": hashlib.sha256("\n".join(images.names).encode()).hexdigest(),
+            "weights": self.sha256, "images": self.hash_of(images),
             "precision": config.precision, "protocol": f"{name}, {self.size} px"}
 
         # The main process decides for all whether the file is there: on a network file system
@@ -262,20 +290,20 @@ def training_steps(config, images: Images, default_epochs: int) -> tuple[int, in
 
 
 def random_crops(images: Images, size: int, batch_size: int, steps: int, process: Process,
-                 num_workers: int = 0, seed: int = 0, together: int = 1):
+                 num_workers: int = 0, seed: int = 0, together: int = 1, start: int = 0):
     """What classifiers are trained on: this process's share of each batch of random crops.
 
-    Yields crops (b, C, size, size), normalised, and their labels (b,). A crop covers 8 to 100 %
-    of its image. The batches, batch_size images on all processes together, are the same for any
-    number of processes; `together` neighbours stay on one of them. An image that does not
-    decode raises ValueError.
+    From step `start` to step `steps`. Yields crops (b, C, size, size), normalised, and their
+    labels (b,). A crop covers 8 to 100 % of its image. The batches, batch_size images on all
+    processes together, are the same for any number of processes; `together` neighbours stay on
+    one of them. An image that does not decode raises ValueError.
     """
 
     def shares():
         # Every process draws the same whole batches, and takes its groups of neighbours from
         # each. Example: a batch of 6, together 2 and 2 processes make the groups 01, 23, 45:
         # process 0 gets 01 and 45, process 1 gets 23 and, to be as long, 01 once more.
-        for keys in Sampler(len(images), batch_size, steps, seed=seed):
+        for keys in Sampler(len(images), batch_size, steps, start, seed):
             groups = [keys[i:i + together] for i in range(0, len(keys), together)]
             yield [key for group in spread(groups, process) for key in group]
 

@@ -4,6 +4,7 @@
    EDITS is one more kind of copy.
 3. An unedited copy is found; so are those of a folder laid out as Copydays, and a folder that
    is not is refused.
+4. The whitening is learned on --whitening_data, if they are given, and these are not searched in.
 """
 
 import shutil
@@ -92,3 +93,23 @@ def test_copydays(small_backbone, photos, tmp_path):
                                  } and results["n_originals"] == 6
     with pytest.raises(SystemExit):
         run_evaluate(line, copydays=photos, output_dir=tmp_path)
+
+
+def test_whitening_on_images_of_their_own(small_backbone, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(copies, "EDITS", {"blur": EDITS["blur"]})
+    learned_on = []
+
+    class Noted(Whitening):
+
+        def __init__(self, features):
+            learned_on.append(len(features))
+            super().__init__(features)
+
+    monkeypatch.setattr(copies, "Whitening", Noted)
+    line = f"copies --weights {small_backbone} --data shapes:20 --val_data shapes:9:val"
+    results = run_evaluate(line, n_originals=3, output_dir=tmp_path)
+    assert "whitening on --data," in results["protocol"]
+    results = run_evaluate(line, n_originals=3, output_dir=tmp_path, whitening_data="shapes:31")
+    assert "whitening on --whitening_data," in results["protocol"]
+    assert learned_on == [20, 31]
+    assert capsys.readouterr().out.count("copies of 3 images among 23\n") == 2

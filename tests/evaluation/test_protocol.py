@@ -1,22 +1,32 @@
 """Claims
 1. Random crops of all processes together are those of one process; neighbours that belong
-   together stay together.
+   together stay together. They are torchvision's RandomResizedCrop, bicubic.
 2. A broken image among those to learn from is named, not replaced.
 3. Kept features are used again; those of another network, of other images or of another size,
    those that are no numbers, and files of anything else are refused.
-4. A file of --class_mapping renames classes, and a class without an image to learn from is
+4. The protocol says at which size a network is judged, unless it was trained at a smaller one;
+   --image_size says otherwise.
+5. The student of a training can be judged in the place of its teacher: of a run of ours, and of
+   a file with both.
+6. A file of --class_mapping renames classes, and a class without an image to learn from is
    named.
 """
 
+import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import run_evaluate
+from conftest import run_evaluate, same_tensors, saved, tiny_config
+from torchvision.transforms.v2 import functional as TF
 
-from evaluation.protocol import mapped_classes, open_judged, random_crops
-from images.data import Images, open_images
-from machinery.flags import UsageError
+import train
+from augment import crop_box, normalise
+from backbones.weights import load_backbone
+from evaluation.protocol import (Config, Extractor, mapped_classes, open_judged, random_crops)
+from images.data import Images, Sampler, open_images
+from machinery.flags import UsageError, parse
 from machinery.process import Process
 from vit import VisionTransformer
 
@@ -26,12 +36,28 @@ def test_random_crops_of_all_processes_are_those_of_one(world):
     processes = [Process(torch.device("cpu"), rank, world) for rank in range(world)]
     images, alone = open_images("shapes:9"), Process(torch.device("cpu"))
     whole = list(random_crops(images, 8, 7, 2, alone))
+    later = list(random_crops(images, 8, 7, 2, alone, start=1))
+    assert len(later) == 1 and torch.equal(later[0][0], whole[1][0])  # a training that goes on
     parts = [list(random_crops(images, 8, 7, 2, process, together=3)) for process in processes]
     for step, (crops, labels) in enumerate(whole):
         groups = [list(zip(*(v.split(3) for v in part[step]))) for part in parts]
         order = [groups[g % world][g // world] for g in range(3)]  # of 3, 3 and 1
         assert torch.equal(torch.cat([crops for crops, _ in order]), crops)
         assert torch.equal(torch.cat([labels for _, labels in order]), labels)
+
+
+def test_random_crops_are_torchvisions(photos):
+    """RandomResizedCrop's box, resized bicubically: also for --protocol dino."""
+    images = open_images(f"folder:{photos}")
+    crops, labels = next(random_crops(images, 24, 8, 1, Process(torch.device("cpu"))))
+    (_, _, first), *_ = next(iter(Sampler(len(images), 8, 1)))
+    image, rng = images.read(first), np.random.default_rng([0, 0, first])
+    top, left, h, w = crop_box(*image.shape[-2:], (0.08, 1.0), rng.random((10, 4)))
+    expected = TF.resized_crop(image, top, left, h, w, [24, 24], TF.InterpolationMode.BICUBIC,
+                               antialias=True)
+    expected = expected.flip(-1) if rng.random() < 0.5 else expected
+    assert torch.equal(crops[0], normalise(expected[None])[0])
+    assert labels[0] == images.labels[first]
 
 
 def test_a_broken_image_is_named(photos):
@@ -67,6 +93,62 @@ def test_kept_features(small_backbone, photos, tmp_path, capsys):
     check_refused("1 of 24 images have features that are no numbers")
     file.write_bytes(b"nothing")
     check_refused("holds no features")
+
+
+# The size of the network's training, its patches, and the sizes that follow.
+SIZES = [(518, 14, 224, 308), (224, 16, 224, 320), (224, 8, 224, 320), (256, 16, 224, 320),
+         (96, 16, 96, 96), (40, 5, 40, 40)]
+
+
+@pytest.mark.parametrize("trained_at, patch, size, size_of_copies", SIZES)
+def test_the_size_at_which_a_network_is_judged(trained_at, patch, size, size_of_copies,
+                                               tmp_path):
+    model = VisionTransformer(trained_at, patch, embed_dim=64, depth=1, num_heads=1)
+    torch.save(model.state_dict(), tmp_path / "backbone.pth")
+    for given in (0, 112):
+        flags = ["--weights", str(tmp_path / "backbone.pth"), "--image_size", str(given)]
+        extractor = Extractor(parse(Config, flags), Process(torch.device("cpu")))
+        assert extractor.size == given or size
+        assert extractor.at(320).size == (given or size_of_copies)
+        assert extractor.size == (given or size)  # that of the other protocols is as it was
+
+
+def test_the_student_is_judged(tmp_path, quick_runs):
+    train.run(tiny_config(tmp_path / "run", "--epochs", "1"))
+    step, state = saved(tmp_path / "run/checkpoint")
+    networks = {}
+    for name in ("teacher", "student"):
+        networks[name] = {
+            key.removeprefix(f"{name}.backbone."): value
+            for key, value in state.items() if key.startswith(f"{name}.backbone.")}
+    assert not same_tensors(networks["teacher"], networks["student"])
+
+    # A file of both, as DINO's code writes it.
+    both = {}
+    for name, network in networks.items():
+        both[name] = {f"module.backbone.{key}": value for key, value in network.items()}
+        both[name]["module.head.mlp.0.weight"] = torch.zeros(2, 2)
+    torch.save(both, tmp_path / "checkpoint.pth")
+    for what in (tmp_path / "run", tmp_path / "run/teacher.pt", tmp_path / "checkpoint.pth"):
+        for name, network in networks.items():
+            assert same_tensors(load_backbone(what, name).state_dict(), network), (what, name)
+    line = f"knn --weights {tmp_path / 'run'} --data shapes:20 --val_data shapes:9:val --nb_knn 1"
+    of = {
+        key: run_evaluate(line, checkpoint_key=key, output_dir=tmp_path / key)
+        for key in ("teacher", "student")}
+    assert of["student"]["checkpoint_key"] == "student"
+    assert of["student"]["weights_sha256"] != of["teacher"]["weights_sha256"]
+
+
+def test_a_student_that_is_not_there(tmp_path, small_backbone, capsys):
+    (tmp_path / "config.json").write_text('{"global_batch": 8}')
+    shutil.copy(small_backbone, tmp_path / "teacher.pt")
+    for what, words in ((small_backbone, "holds one network only"), (tmp_path,
+                                                                     "has no checkpoint")):
+        with pytest.raises(SystemExit):
+            run_evaluate(f"knn --weights {what} --checkpoint_key student")
+        error = capsys.readouterr().err
+        assert f"--checkpoint_key student: {what} {words}" in error and error.count("\n") == 1
 
 
 def test_classes_by_other_names(tmp_path):
