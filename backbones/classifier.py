@@ -67,10 +67,11 @@ def kinds_of_input(width: int, blocks: tuple[int, ...], avgpool: tuple[bool, ...
     return kinds
 
 
-def released_head(state: dict, width: int) -> tuple[int, bool, Tensor, Tensor]:
+def released_head(state: dict, width: int,
+                  kind: tuple[int, bool] | None = None) -> tuple[int, bool, Tensor, Tensor]:
     """A linear head, ours or released -> (blocks, with the mean patch or not, weight, bias).
 
-    width: D of the backbone. What the head was trained on follows from its own number of
+    width: D of the backbone; kind: the first two of the answer, if they are known. Else what the head was trained on follows from its own number of
     columns. Example with D = 384: a weight (1000, 1920) reads 1920 / 384 = 5 tokens, which are
     four class tokens and the mean patch. ValueError for anything else than a linear head.
     """
@@ -89,6 +90,8 @@ def released_head(state: dict, width: int) -> tuple[int, bool, Tensor, Tensor]:
     # Columns -> what they are: the four choices that the papers train.
     choices = {
         width: (1, False), 2 * width: (1, True), 4 * width: (4, False), 5 * width: (4, True)}
+    if kind:
+        choices = {sum(kind) * width: kind}  # of (2, True) the columns of 2 + 1 tokens
     if weight.shape[1] not in choices:
         raise ValueError(
             f"it reads {weight.shape[1]} columns; of a network of width {width} it "

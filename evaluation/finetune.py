@@ -177,7 +177,7 @@ def train_network(backbone: nn.Module, images: Images, classes: int, process: Pr
 class Config(protocol.Labelled, protocol.NetworkConfig):
     # -- fine-tuning
     epochs: int = 0  # passes over --data; 0: 10
-    lr: float = 5e-4  # the peak of the learning rate, for a batch of 256 images
+    lr: float = 0.0  # the peak of the learning rate, for a batch of 256 images; 0: 5e-4
     weight_decay: float = 0.05  # of AdamW
     layerwise_decay: float = 0.75  # factor of the learning rate from a block to the one below
     label_smoothing: float = 0.1  # share of each target that is spread over all classes
@@ -201,6 +201,7 @@ def run(extractor: Extractor) -> dict:
     names = ("lr", "weight_decay", "layerwise_decay", "label_smoothing", "mixup", "cutmix",
              "precision", "num_workers", "seed")
     recipe = {name: getattr(config, name) for name in names}
+    recipe["lr"] = config.lr or 5e-4
     network = train_network(extractor.model, train, 1 + max(train.labels), process,
                             extractor.size, epochs=epochs, batch_size=batch,
                             report=Progress("fine-tuning", steps, process), **recipe)

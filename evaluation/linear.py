@@ -13,12 +13,13 @@ Try      python -m evaluation.linear            52 probes on clouds of points
 Change   another grid of learning rates: LRS
 Tests    pytest tests/evaluation/test_linear.py
 
-Letters  B rows of a batch, D width, n blocks, L learning rates, C classes, w columns of one
-         kind of input.
+Letters  B rows of a batch, D width, n blocks, L learning rates, C classes, b best of them
+         (five), w columns of one kind of input.
 """
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,18 +29,22 @@ from torch import Tensor
 
 from backbones.classifier import Blocks, kinds_of_input, read_head, released_head
 from evaluation import protocol
-from evaluation.extract import accuracy, gather
+from evaluation.extract import accuracy, best_classes, gather
 from evaluation.protocol import (Extractor, open_judged, open_labelled, random_crops,
                                  results_folder, training_steps)
 from images.data import Images
-from machinery.checkpoints import save_tensors
+from machinery.checkpoints import (find_checkpoint, load_checkpoint, save_checkpoint,
+                                   save_tensors)
 from machinery.clock import Progress
 from machinery.flags import UsageError
-from machinery.process import autocast
+from machinery.process import Process, autocast
 from training.optim import cosine
 
 # The learning rates of DINOv2's code, for a batch of 256 images.
 LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
+
+# The folder in --output_dir with the checkpoint of a training that is not finished.
+UNFINISHED = "linear-checkpoint"
 
 
 class Probes:
@@ -127,7 +132,7 @@ class Probes:
 
     @torch.no_grad()
     def predict(self, rows: Tensor, chunk: int = 1024) -> dict[tuple, Tensor]:
-        """(kind, learning rate) -> predicted classes (n,), on the CPU.
+        """(kind, learning rate) -> the best classes (n, b), best first, on the CPU.
 
         The rows may be on the CPU while the probes are on a GPU: `chunk` of them at a time are
         moved and worked through.
@@ -137,10 +142,25 @@ class Probes:
             parts = []
             for part in rows.split(chunk):
                 part = part.to(self.rates.device)
-                parts.append(self.logits(kind, part).argmax(-1).cpu())  # (chunk, L)
+                parts.append(best_classes(self.logits(kind, part)).cpu())  # (chunk, L, b)
             for lr, predicted in zip(self.lrs, torch.cat(parts).unbind(1)):
                 predictions[kind, lr] = predicted
         return predictions
+
+    def state(self) -> dict[str, Tensor]:
+        """What the training goes on from, by name: the very tensors in use, and not copies.
+
+        Each probe has entries of its own, so that any number of processes can share them.
+        """
+        state = {}
+        for kind in self.kinds:
+            for part, tensors in (("value", self.values), ("velocity", self.velocities)):
+                weight, bias = tensors[kind]
+                for i, lr in enumerate(self.lrs):
+                    name = f"{title(kind)}, lr {lr}, {part} of the"
+                    state[f"{name} weight"] = weight[i]
+                    state[f"{name} bias"] = bias[i]
+        return state
 
     def head(self, kind, lr: float) -> dict[str, Tensor]:
         """One probe as the weight (C, w) and the bias (C,) of a linear layer, on the CPU."""
@@ -166,6 +186,13 @@ def real_accuracy(predicted: Tensor, names: list[str], file: str) -> float:
     return sum(right) / len(right)
 
 
+def title(kind: tuple[int, bool]) -> str:
+    """A kind of input in words: 1 block, 4 blocks + patches, ..."""
+    blocks, pool = kind
+    words = "1 block" if blocks == 1 else f"{blocks} blocks"
+    return f"{words} + patches" if pool else words
+
+
 # ----------------------------------------------------------------------------------------------
 # The protocol
 
@@ -175,10 +202,15 @@ class Config(protocol.Labelled, protocol.Config):
     # -- linear
     protocol: Literal["dinov2",
                       "dino"] = "dinov2"  # whose grid of probes: 52 for DINOv2, one for DINO
+    # Each of these three leaves one value of the grid: of the blocks, of the mean patch, of lr.
+    n_last_blocks: int = 0  # blocks whose class tokens are read, from the last; 0: the grid's
+    avgpool_patchtokens: bool | None = None  # read the mean patch, too; not given: the grid's
+    lr: float = 0.0  # learning rate of the probes, for a batch of 256 images; 0: the grid's
     epochs: int = 0  # passes over --data; 0: 10, or 100 with --protocol dino
     head: str = ""  # judge this linear head, a file or a released NAME_lc, and train none
     test_data: str = ""  # further images, judged by the probe that was best on --val_data
     real_labels: str = ""  # ImageNet-ReaL's real.json, for ImageNet's validation images
+    resume: bool = True  # continue a training in --output_dir that was stopped before its end
     seed: int = 0  # the seed of first weights, order of the images, and crops
 
 
@@ -187,7 +219,7 @@ def run(extractor: Extractor) -> dict:
 
     --protocol dinov2: 13 learning rates x {1, 4} blocks x {without, with} mean patch at once,
     the best of them on --val_data. dino: one rate; 4 blocks for ViT-S and smaller, else 1 block
-    with the mean patch.
+    with the mean patch. --n_last_blocks, --avgpool_patchtokens and --lr narrow the grid.
     """
     config = extractor.config
     process = extractor.process
@@ -196,6 +228,8 @@ def run(extractor: Extractor) -> dict:
     if config.head:
         return judge_head(extractor, train, open_head(config.head))
     val, labels = open_judged(extractor, train)
+    if config.real_labels:  # asked of the right answers, so that a wrong file is refused now
+        real_accuracy(labels, val.names, config.real_labels)
     blocks, pools, lrs, epochs = grid(config, model)
     kinds = kinds_of_input(model.embed_dim, blocks, pools)
 
@@ -209,7 +243,7 @@ def run(extractor: Extractor) -> dict:
     # of several equally good ones every process has to choose the same.
     own_results = {}
     for name, predicted in probes.predict(rows).items():
-        own_results[name] = accuracy(predicted, labels)
+        own_results[name] = figures_of(predicted, labels, val, config.real_labels)
     results = {}
     for part in process.all_gather(own_results):
         results |= part
@@ -221,7 +255,9 @@ def run(extractor: Extractor) -> dict:
     heads = process.all_gather(probes.head(kind, lr) if best in own_results else None)
     head = next(h for h in heads if h)
     if process.main:
-        save_tensors(results_folder(config, "linear") / "head.pt", head)
+        folder = results_folder(config, "linear")
+        save_tensors(folder / "head.pt", head)
+        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
 
     # The table: a line for each learning rate, a column for each kind of input.
     epochs, batch, _ = training_steps(config, train, epochs)
@@ -231,8 +267,7 @@ def run(extractor: Extractor) -> dict:
     for rate in lrs:
         cells = "".join(f"{results[k, rate]['top1']:>20.2%}" for k in kinds)
         process.print(f"  {rate:<8g}{cells}")
-    process.print(f"  best: {title(kind)}, lr {lr:g}: {figures['top1']:.2%}, mean per class "
-                  f"{figures['mean_per_class']:.2%}")
+    process.print(f"  best: {title(kind)}, lr {lr:g}:{in_words(figures)}")
     all_probes = {f"{title(k)}, lr {r:g}": v for (k, r), v in sorted(results.items())}
     out = {
         "linear": figures | {"blocks": kind[0], "avgpool": kind[1], "lr": lr},
@@ -242,8 +277,21 @@ def run(extractor: Extractor) -> dict:
     # The best of 52 probes on --val_data is a little too good there, because it was chosen by
     # these very images. Images that had no part in the choice judge it once more.
     if config.test_data:
-        out["test"] = judge_head(extractor, train, head, "test_data")["linear"]
+        out["test"] = judge_head(extractor, train, head, "test_data", kind)["linear"]
     return out
+
+
+def figures_of(predicted: Tensor, labels: Tensor, images: Images, real_labels: str) -> dict:
+    """Accuracies of the answers (n, b), by name; with a file of --real_labels `real`, too."""
+    figures = accuracy(predicted, labels)
+    if real_labels:
+        figures["real"] = real_accuracy(predicted[:, 0], images.names, real_labels)
+    return figures
+
+
+def in_words(figures: dict) -> str:
+    """The same for the terminal."""
+    return ",".join(f" {name} {value:.2%}" for name, value in figures.items())
 
 
 def grid(config: Config, model) -> tuple[tuple, tuple, tuple, int]:
@@ -270,14 +318,18 @@ def grid(config: Config, model) -> tuple[tuple, tuple, tuple, int]:
     blocks = tuple(n for n in blocks if n <= depth) or (1,)
     if depth <= 1:
         pools = (False,)
+
+    # A flag leaves one value of what it names, and the rest of the grid stays as it is.
+    # Example: --lr 0.01 leaves the four kinds of input of DINOv2's 52 probes, at one rate.
+    if config.n_last_blocks > depth:
+        raise UsageError(f"--n_last_blocks {config.n_last_blocks}: the network has {depth}")
+    if config.n_last_blocks:
+        blocks = (config.n_last_blocks,)
+    if config.avgpool_patchtokens is not None:
+        pools = (config.avgpool_patchtokens,)
+    if config.lr:
+        lrs = (config.lr,)
     return blocks, pools, lrs, epochs
-
-
-def title(kind: tuple[int, bool]) -> str:
-    """A kind of input in words: 1 block, 4 blocks + patches, ..."""
-    blocks, pool = kind
-    words = "1 block" if blocks == 1 else f"{blocks} blocks"
-    return f"{words} + patches" if pool else words
 
 
 def sweep(extractor: Extractor, train: Images, read: Blocks, kinds: dict, lrs,
@@ -285,17 +337,29 @@ def sweep(extractor: Extractor, train: Images, read: Blocks, kinds: dict, lrs,
     """Train this process's share of the probes; all processes make the features together."""
     config = extractor.config
     process = extractor.process
-    _, batch, steps = training_steps(config, train, epochs)
+    epochs, batch, steps = training_steps(config, train, epochs)
     classes = 1 + max(train.labels)
 
     # Of W processes this one takes every W-th learning rate, with all kinds of input.
     own_lrs = lrs[process.rank::process.world_size]
     probes = Probes(kinds, classes, own_lrs, process.device, seed=config.seed)
 
+    # What the probes become depends on all of this. It is kept in the checkpoint, because the
+    # training of other probes must not be continued.
+    settings = {
+        "weights": extractor.sha256, "data": extractor.hash_of(train),
+        "inputs": [title(kind)
+                   for kind in kinds], "lr": list(lrs), "epochs": epochs, "batch_size": batch,
+        "image_size": extractor.size, "precision": config.precision, "seed": config.seed}
+    folder = results_folder(config, "linear") / UNFINISHED
+    start = continue_from(folder, probes, settings, config.resume, process)
+
+    # Crops are a function of the seed and the step: a training that is continued gets those
+    # that it would have got.
     batches = random_crops(train, extractor.size, batch, steps, process, config.num_workers,
-                           config.seed)
-    report = Progress(f"linear, {len(kinds) * len(lrs)} probes", steps, process)
-    for step, (crops, targets) in enumerate(batches):
+                           config.seed, start=start)
+    report = Progress(f"linear, {len(kinds) * len(lrs)} probes", steps - start, process)
+    for step, (crops, targets) in enumerate(batches, start):
         # Each process runs the network on its share of the batch.
         with torch.no_grad(), autocast(config.precision, process.device):
             rows = read(crops).float()
@@ -304,8 +368,40 @@ def sweep(extractor: Extractor, train: Images, read: Blocks, kinds: dict, lrs,
         # along half a cosine from batch / 256, because LRS is for 256 images, to 0.
         factor = cosine(step, batch / 256, 0.0, steps)
         probes.step(gather(rows, batch, process), gather(targets, batch, process), factor)
-        report(step + 1)
+        report(step + 1 - start)
+
+        # After each pass over the images but the last: the probes, and their velocities.
+        done = step + 1
+        if done % (steps // epochs) == 0 and done < steps:
+            save_checkpoint(folder, done, probes.state(), {"settings": settings}, process, 1)
     return probes
+
+
+def continue_from(folder: Path, probes: Probes, settings: dict, resume: bool,
+                  process: Process) -> int:
+    """The step to go on from: that of the checkpoint in `folder`, which is loaded, or else 0.
+
+    Without `resume` the checkpoint is removed. UsageError if it has other settings.
+    """
+    if not resume:
+        if process.main:
+            shutil.rmtree(folder, ignore_errors=True)
+        return 0
+    checkpoint = find_checkpoint(folder, process)
+    if not checkpoint:
+        return 0
+    path, manifest = checkpoint
+    stored = manifest["settings"]
+    different = [name for name in settings if settings[name] != stored.get(name)]
+    if different:
+        name = different[0]
+        raise UsageError(
+            f"{folder} holds an unfinished training with other {name} ({stored.get(name)!s:.40}"
+            f", here {settings[name]!s:.40}); give the same flags, another --output_dir, or "
+            "--no_resume")
+    load_checkpoint(path, probes.state(), process)
+    process.print(f"linear: continuing from step {manifest['step']}")
+    return manifest["step"]
 
 
 def open_head(what: str) -> dict:
@@ -318,11 +414,11 @@ def open_head(what: str) -> dict:
         ) from None
 
 
-def judge_head(extractor: Extractor, train: Images, state: dict,
-               flag: str = "val_data") -> dict:
+def judge_head(extractor: Extractor, train: Images, state: dict, flag: str = "val_data",
+               kind: tuple[int, bool] | None = None) -> dict:
     """Judge one linear head on the images of `flag`; train none.
 
-    Where these images have fewer classes than the head, only those classes compete. UsageError
+    kind: what the head reads (blocks, with the mean patch or not), where that is known. Where these images have fewer classes than the head, only those classes compete. UsageError
     if the head does not fit the network or the classes.
     """
     config = extractor.config
@@ -330,9 +426,12 @@ def judge_head(extractor: Extractor, train: Images, state: dict,
     model = extractor.model
     images, labels = open_judged(extractor, train, flag)
 
-    # On which tokens the head was trained follows from its number of columns.
+    # On which tokens the head was trained follows from its number of columns, unless the flags
+    # say it: two blocks have as many columns as one block with the mean patch.
+    if config.n_last_blocks:
+        kind = kind or (config.n_last_blocks, bool(config.avgpool_patchtokens))
     try:
-        n, pool, weight, bias = released_head(state, model.embed_dim)
+        n, pool, weight, bias = released_head(state, model.embed_dim, kind)
     except ValueError as error:
         raise UsageError(f"--head {config.head}: {error}") from None
     if len(bias) <= max(train.labels):
@@ -347,13 +446,11 @@ def judge_head(extractor: Extractor, train: Images, state: dict,
     # names of classes it is not known which are absent: then all compete.
     present = torch.zeros(len(bias), dtype=torch.bool)
     present[labels if images.classes and train.classes else slice(None)] = True
-    predicted = logits.masked_fill(~present, -torch.inf).argmax(1)
-    figures = accuracy(predicted, labels)
-    if config.real_labels:
-        figures["real"] = real_accuracy(predicted, images.names, config.real_labels)
-    listed = ",".join(f" {key} {value:.2%}" for key, value in figures.items())
+    predicted = best_classes(logits.masked_fill(~present, -torch.inf))
+    real_labels = config.real_labels if flag == "val_data" else ""
+    figures = figures_of(predicted, labels, images, real_labels)
     process.print(f"linear head on --{flag}, {len(images):,d} images of "
-                  f"{int(present.sum())} classes:{listed}")
+                  f"{int(present.sum())} classes:{in_words(figures)}")
     return {
         "linear": figures, "protocol": f"head {config.head}",
         "headline": {"linear": figures["top1"]}}
@@ -372,7 +469,7 @@ if __name__ == "__main__":
         probes.step(rows[batch], labels[batch], 4 * (1 - step / 400))
     right = {}
     for name, predicted in probes.predict(rows[1000:]).items():
-        right[name] = (predicted == labels[1000:]).float().mean()
+        right[name] = accuracy(predicted, labels[1000:])["top1"]
     print("lr        " + "  ".join(f"{title(kind):18s}" for kind in probes.kinds))
     for lr in LRS:
         print(f"{lr:<10g}" + "  ".join(f"{right[kind, lr]:<18.1%}" for kind in probes.kinds))

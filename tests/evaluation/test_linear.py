@@ -2,8 +2,13 @@
 1. A sweep of 52 probes equals 52 separate runs of torch's SGD (float64), and so do its shares.
 2. All probes of a task are trained on the same passes through the network: one for each batch.
    `python -m bench probes` times what they cost beside one.
-3. ImageNet-ReaL counts any of an image's labels, and no image without one.
+3. ImageNet-ReaL counts any of an image's labels, and no image without one; a task that trains
+   its probes reports it, and refuses a wrong file before it trains.
 4. A saved head, judged again, gives its figures; of classes that are absent none is answered.
+5. --lr, --n_last_blocks and --avgpool_patchtokens narrow the grid; what remains of it ends as it
+   does among all probes, and is told with its accuracy among the five best classes.
+6. A task that is killed and started again ends as if it had never stopped; the training of other
+   probes is not continued.
 """
 
 import json
@@ -12,7 +17,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_evaluate
+from conftest import Killed, run_evaluate
 
 from backbones.classifier import Blocks, kinds_of_input
 from evaluation.linear import LRS, Probes, real_accuracy
@@ -52,7 +57,7 @@ def test_sweep_equals_separate_runs(batches):
                 for key, value in alone.state_dict().items():
                     torch.testing.assert_close(head[key], value, rtol=1e-10, atol=1e-12)
                 predicted = probes.predict(batches[0][0], chunk=4)[kind, lr]
-                assert torch.equal(predicted, alone(batches[0][0][:, columns]).argmax(1))
+                assert torch.equal(predicted[:, 0], alone(batches[0][0][:, columns]).argmax(1))
             change = (alone.weight.data - start[kind]["weight"]).abs().max().item()
             largest_change = max(largest_change, change)
     assert largest_change > 0.1
@@ -81,6 +86,24 @@ def test_real_labels(tmp_path):
         real_accuracy(torch.tensor([1]), ["cat.jpg"], str(tmp_path / "real.json"))
 
 
+def test_real_labels_of_trained_probes(small_backbone, photos, tmp_path, capsys):
+    truth = []
+    for i, file in enumerate(sorted(photos.glob("*/*"))):
+        folder = tmp_path / "val" / file.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, folder / f"ILSVRC2012_val_{i + 1:08d}{file.suffix}")
+        truth.append([0, 1])  # either answer is right
+    (tmp_path / "real.json").write_text(json.dumps(truth))
+    line = f"linear --weights {small_backbone} --data folder:{photos} --epochs 1 --lr 0.1"
+    flags = dict(real_labels=tmp_path / "real.json", output_dir=tmp_path)
+    results = run_evaluate(line, **flags, val_data=f"folder:{tmp_path / 'val'}")
+    assert results["linear"]["real"] == 1.0 and "real 100.00%" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run_evaluate(line, **flags, val_data=f"folder:{photos}")  # not ImageNet's names
+    error = capsys.readouterr().err
+    assert "--real_labels" in error and "probes" not in error
+
+
 def test_saved_head(small_backbone, photos, tmp_path):
     line = f"linear --weights {small_backbone} --data folder:{photos} --epochs 2"
     flags = dict(val_data=f"folder:{photos}", output_dir=tmp_path)
@@ -101,3 +124,75 @@ def test_saved_head(small_backbone, photos, tmp_path):
     with_head["val_data"] = f"folder:{tmp_path / 'german'}"
     mapped = run_evaluate(line, **with_head, class_mapping=tmp_path / "map.csv")
     assert mapped["linear"]["top1"] == 1
+
+
+# -- a part of the grid, and a training that goes on
+
+SWEEP = "linear --data shapes:40 --val_data shapes:20:val --batch_size 10 --epochs 3"
+
+
+@pytest.mark.parametrize("flags, count, chosen", [
+    ("--lr 0.01", 4, {"lr": 0.01}), ("--n_last_blocks 2", 26, {"blocks": 2}),
+    ("--avgpool_patchtokens", 26, {"avgpool": True}),
+    ("--n_last_blocks 4 --no_avgpool_patchtokens --lr 0.001", 1, {
+        "blocks": 4, "avgpool": False, "lr": 0.001}),
+    ("--protocol dino --lr 0.3", 1, {"blocks": 4, "avgpool": False, "lr": 0.3})])
+def test_flags_narrow_the_grid(flags, count, chosen, small_backbone, tmp_path):
+    line = f"{SWEEP} --epochs 1 --weights {small_backbone} {flags}"
+    results = run_evaluate(line, output_dir=tmp_path, test_data="shapes:20:val")
+    assert len(results["probes"]) == count
+    for name, value in chosen.items():
+        assert results["linear"][name] == value
+    assert results["linear"]["top1"] <= results["linear"]["top5"] <= 1
+    assert results["test"]["top1"] == results["linear"]["top1"]  # read from the same tokens
+    if chosen.get("blocks") == 2:  # of its columns alone nobody could tell
+        pool = "--avgpool_patchtokens true" if results["linear"]["avgpool"] else ""
+        again = run_evaluate(f"{line} {pool}", head=tmp_path / "head.pt", output_dir=tmp_path)
+        assert again["linear"]["top1"] == results["linear"]["top1"]
+
+
+def test_a_part_of_the_grid_ends_as_in_the_whole(small_backbone, tmp_path):
+    line = f"{SWEEP} --epochs 1 --weights {small_backbone}"
+    whole = run_evaluate(line, output_dir=tmp_path)["probes"]
+    part = run_evaluate(f"{line} --n_last_blocks 4 --lr 0.1", output_dir=tmp_path)["probes"]
+    assert part == {name: whole[name] for name in part} and len(part) == 2
+
+
+def test_more_blocks_than_there_are(small_backbone, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_evaluate(f"{SWEEP} --weights {small_backbone} --n_last_blocks 5",
+                     output_dir=tmp_path)
+    assert "--n_last_blocks 5: the network has 4" in capsys.readouterr().err
+
+
+def test_killed_and_started_again(small_backbone, tmp_path, monkeypatch, capsys):
+    line = f"{SWEEP} --weights {small_backbone}"
+    reference = run_evaluate(line, output_dir=tmp_path / "whole")
+    steps = []
+    step = Probes.step
+
+    def dies(self, *args):
+        steps.append(1)
+        if len(steps) == 11:  # the third step of the third pass of four
+            raise Killed
+        step(self, *args)
+
+    monkeypatch.setattr(Probes, "step", dies)
+    with pytest.raises(Killed):
+        run_evaluate(line, output_dir=tmp_path / "killed")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run_evaluate(f"{line} --lr 0.1", output_dir=tmp_path / "killed")
+    error = capsys.readouterr().err
+    assert "unfinished training with other lr" in error and "--no_resume" in error
+    resumed = run_evaluate(line, output_dir=tmp_path / "killed")
+    assert len(steps) == 11 + 4 and "continuing from step 8" in capsys.readouterr().out
+    for name in set(reference) - {"minutes"}:
+        assert resumed[name] == reference[name], name
+    heads = [torch.load(tmp_path / name / "head.pt") for name in ("whole", "killed")]
+    assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
+
+    # Finished is finished: nothing is left to continue, and --no_resume has nothing to leave out.
+    assert not (tmp_path / "killed/linear-checkpoint").exists()
+    run_evaluate(f"{line} --no_resume", output_dir=tmp_path / "killed")
+    assert len(steps) == 11 + 4 + 12
