@@ -252,9 +252,10 @@ LINE_STYLES = {"dino": "-", "ibot": "--"}  # class tokens solid, patches dashed
 def read_metrics(run: Path) -> tuple[list[dict], list[dict]]:
     """(rows of steps, rows of evaluations) of a run directory; ValueError if there is none."""
     file = run / "metrics.jsonl"
+    if not run.exists():
+        raise ValueError(f"{run}: there is no such directory of a run{near_path(run)}")
     if not file.exists():
-        hint = near_path(run) if not run.exists() else ""
-        raise ValueError(f"{run}: no metrics.jsonl in it; is it the directory of a run?{hint}")
+        raise ValueError(f"{run}: no metrics.jsonl in it; is it the directory of a run?")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
     if not steps:

@@ -71,9 +71,10 @@ def released_head(state: dict, width: int,
                   kind: tuple[int, bool] | None = None) -> tuple[int, bool, Tensor, Tensor]:
     """A linear head, ours or released -> (blocks, with the mean patch or not, weight, bias).
 
-    width: D of the backbone; kind: the first two of the answer, if they are known. Else what the head was trained on follows from its own number of
-    columns. Example with D = 384: a weight (1000, 1920) reads 1920 / 384 = 5 tokens, which are
-    four class tokens and the mean patch. ValueError for anything else than a linear head.
+    width: D of the backbone; kind: the first two of the answer, if they are known. Else what
+    the head was trained on follows from its own number of columns. Example with D = 384: a
+    weight (1000, 1920) reads 1920 / 384 = 5 tokens, which are four class tokens and the mean
+    patch. ValueError for anything else than a linear head.
     """
     # Ours and DINOv2's are {"weight": .., "bias": ..}; DINO's lie in "state_dict" and are
     # called module.linear.weight and module.linear.bias.

@@ -45,8 +45,8 @@ from training.memory import expected_memory
 # How the cost grows: one thing at a time, all else as the preset has it
 
 # What grows, a field of Config or the network's depth -> times as much as the preset has of it.
-# Example: dino_vits16 has patches of 16 pixels, so 8, 16 and 32 are measured. Of what the preset
-# has none, such as registers, the numbers themselves are measured.
+# Example: dino_vits16 has patches of 16 pixels, so 8, 16 and 32 are measured. Where the preset
+# has none, of registers for example, the factors themselves are the numbers that are measured.
 GROWTH = {
     # how finely an image is seen: attention compares all tokens of a crop with each other
     "global_crops_size": (0.5, 1, 1.5, 2),

@@ -10,7 +10,8 @@ Change   another reading of the network: any module that maps images to (B, D), 
          in backbones/classifier.py
 Tests    pytest tests/evaluation/test_extract.py
 
-Letters  n images, B images of a batch, D width, C classes, b best of them: five, or all of fewer.
+Letters  n images, B images of a batch, D width, C classes, b best of them: five, or all where
+         there are fewer.
 """
 
 from collections.abc import Callable

@@ -346,11 +346,11 @@ def sweep(extractor: Extractor, train: Images, read: Blocks, kinds: dict, lrs,
 
     # What the probes become depends on all of this. It is kept in the checkpoint, because the
     # training of other probes must not be continued.
+    inputs = [title(kind) for kind in kinds]
     settings = {
-        "weights": extractor.sha256, "data": extractor.hash_of(train),
-        "inputs": [title(kind)
-                   for kind in kinds], "lr": list(lrs), "epochs": epochs, "batch_size": batch,
-        "image_size": extractor.size, "precision": config.precision, "seed": config.seed}
+        "weights": extractor.sha256, "data": extractor.hash_of(train), "inputs": inputs,
+        "lr": list(lrs), "epochs": epochs, "batch_size": batch, "image_size": extractor.size,
+        "precision": config.precision, "seed": config.seed}
     folder = results_folder(config, "linear") / UNFINISHED
     start = continue_from(folder, probes, settings, config.resume, process)
 
@@ -383,13 +383,15 @@ def continue_from(folder: Path, probes: Probes, settings: dict, resume: bool,
 
     Without `resume` the checkpoint is removed. UsageError if it has other settings.
     """
-    if not resume:
-        if process.main:
-            shutil.rmtree(folder, ignore_errors=True)
-        return 0
+    # Otherwise an old checkpoint of a later step would be taken for the newest one.
+    if not resume and process.main:
+        shutil.rmtree(folder, ignore_errors=True)
     checkpoint = find_checkpoint(folder, process)
     if not checkpoint:
         return 0
+
+    # To go on from another training's probes would give figures that belong to neither of the
+    # two, and to overwrite them would lose what may have taken hours: the user has to decide.
     path, manifest = checkpoint
     stored = manifest["settings"]
     different = [name for name in settings if settings[name] != stored.get(name)]
@@ -399,6 +401,8 @@ def continue_from(folder: Path, probes: Probes, settings: dict, resume: bool,
             f"{folder} holds an unfinished training with other {name} ({stored.get(name)!s:.40}"
             f", here {settings[name]!s:.40}); give the same flags, another --output_dir, or "
             "--no_resume")
+
+    # Each process reads the probes that it trains, whichever process wrote them.
     load_checkpoint(path, probes.state(), process)
     process.print(f"linear: continuing from step {manifest['step']}")
     return manifest["step"]
@@ -418,8 +422,9 @@ def judge_head(extractor: Extractor, train: Images, state: dict, flag: str = "va
                kind: tuple[int, bool] | None = None) -> dict:
     """Judge one linear head on the images of `flag`; train none.
 
-    kind: what the head reads (blocks, with the mean patch or not), where that is known. Where these images have fewer classes than the head, only those classes compete. UsageError
-    if the head does not fit the network or the classes.
+    kind: what the head reads, where that is known: (blocks, with the mean patch or not). Where
+    these images have fewer classes than the head, only those classes compete. UsageError if the
+    head does not fit the network or the classes.
     """
     config = extractor.config
     process = extractor.process

@@ -52,7 +52,7 @@ def user_errors():
 
 
 def did_you_mean(given: str, choices, folder: Path = Path()) -> str:
-    """The end of a message: "; did you mean NAME?", or "" where no choice is like the given one.
+    """The end of a message: "; did you mean NAME?", or "" where no choice is like `given`.
 
     Where the choices are the names of files, they lie in `folder`.
     """

@@ -3,8 +3,8 @@
 2. Registers and the class token are left out of a map.
 3. The figures are drawn for any photo; misuse is one line, exit code 2.
 4. A run ends with a page at several times its size, and leaves its network as it was.
-5. Curves name their run and what was measured; a short run has dots, and a run that judged nothing
-   no panel for it.
+5. Curves name their run and what was measured; a short run has dots, and a run that judged
+   nothing no panel for it.
 """
 
 import dataclasses
@@ -50,7 +50,8 @@ def test_photo(tmp_path, photos):
 
 @pytest.mark.parametrize("line, words",
                          [("atention", "did you mean attention?"), ("attention", "usage"),
-                          ("attention x.jpg", "--weights"), ("curves /none", "metrics"),
+                          ("attention x.jpg", "--weights"), ("curves RUNS", "metrics"),
+                          ("curves /none", "no such"),
                           ("curves RUNS/shapes_dyno", "RUNS/shapes_dino?"),
                           ("attention /none.jpg --weights W", "not a readable image"),
                           ("attention x --weights W --share 2", "--share")])

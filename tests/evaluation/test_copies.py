@@ -4,7 +4,7 @@
    EDITS is one more kind of copy.
 3. An unedited copy is found; so are those of a folder laid out as Copydays, and a folder that
    is not is refused.
-4. The whitening is learned on --whitening_data, if they are given, and these are not searched in.
+4. The whitening is learned on --whitening_data, where that is given; nothing is searched in it.
 """
 
 import shutil

@@ -5,10 +5,10 @@
 3. ImageNet-ReaL counts any of an image's labels, and no image without one; a task that trains
    its probes reports it, and refuses a wrong file before it trains.
 4. A saved head, judged again, gives its figures; of classes that are absent none is answered.
-5. --lr, --n_last_blocks and --avgpool_patchtokens narrow the grid; what remains of it ends as it
-   does among all probes, and is told with its accuracy among the five best classes.
-6. A task that is killed and started again ends as if it had never stopped; the training of other
-   probes is not continued.
+5. --lr, --n_last_blocks and --avgpool_patchtokens narrow the grid; what remains of it ends as
+   it does among all probes, and is told with its accuracy among the five best classes.
+6. A task that is killed and started again ends as if it had never stopped; the training of
+   other probes is not continued.
 """
 
 import json
@@ -185,6 +185,7 @@ def test_killed_and_started_again(small_backbone, tmp_path, monkeypatch, capsys)
         run_evaluate(f"{line} --lr 0.1", output_dir=tmp_path / "killed")
     error = capsys.readouterr().err
     assert "unfinished training with other lr" in error and "--no_resume" in error
+    shutil.copytree(tmp_path / "killed", tmp_path / "anew")
     resumed = run_evaluate(line, output_dir=tmp_path / "killed")
     assert len(steps) == 11 + 4 and "continuing from step 8" in capsys.readouterr().out
     for name in set(reference) - {"minutes"}:
@@ -192,7 +193,8 @@ def test_killed_and_started_again(small_backbone, tmp_path, monkeypatch, capsys)
     heads = [torch.load(tmp_path / name / "head.pt") for name in ("whole", "killed")]
     assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
 
-    # Finished is finished: nothing is left to continue, and --no_resume has nothing to leave out.
+    # Once it has ended, nothing is left to be continued: the same command starts anew.
     assert not (tmp_path / "killed/linear-checkpoint").exists()
-    run_evaluate(f"{line} --no_resume", output_dir=tmp_path / "killed")
+    assert (tmp_path / "anew/linear-checkpoint").exists()
+    run_evaluate(f"{line} --lr 0.1 --no_resume", output_dir=tmp_path / "anew")
     assert len(steps) == 11 + 4 + 12

@@ -132,7 +132,7 @@ def test_the_student_is_judged(tmp_path, quick_runs):
     for what in (tmp_path / "run", tmp_path / "run/teacher.pt", tmp_path / "checkpoint.pth"):
         for name, network in networks.items():
             assert same_tensors(load_backbone(what, name).state_dict(), network), (what, name)
-    line = f"knn --weights {tmp_path / 'run'} --data shapes:20 --val_data shapes:9:val --nb_knn 1"
+    line = f"knn --weights {tmp_path / 'run'} --data shapes:20 --val_data shapes:9:val"
     of = {
         key: run_evaluate(line, checkpoint_key=key, output_dir=tmp_path / key)
         for key in ("teacher", "student")}
