@@ -4,7 +4,8 @@
    EDITS is one more kind of copy.
 3. An unedited copy is found; so are those of a folder laid out as Copydays, and a folder that
    is not is refused.
-4. The whitening is learned on --whitening_data, where that is given; nothing is searched in it.
+4. They are looked for at 320 pixels, or at the size of a smaller training.
+5. The whitening is learned on --whitening_data, where that is given; nothing is searched in it.
 """
 
 import shutil
@@ -17,6 +18,7 @@ from conftest import run_evaluate
 
 from evaluation import copies
 from evaluation.copies import EDITS, Whitening, gem
+from vit import VisionTransformer
 
 
 def test_gem_and_whitening():
@@ -113,3 +115,17 @@ def test_whitening_on_images_of_their_own(small_backbone, tmp_path, monkeypatch,
     assert "whitening on --whitening_data," in results["protocol"]
     assert learned_on == [20, 31]
     assert capsys.readouterr().out.count("copies of 3 images among 23\n") == 2
+
+
+def test_the_size_of_copy_detection(tmp_path, monkeypatch):
+    monkeypatch.setattr(copies, "EDITS", {"blur": EDITS["blur"]})
+    torch.manual_seed(0)
+    for trained_at, size in ((224, 320), (64, 64)):
+        model = VisionTransformer(trained_at, 32, embed_dim=64, depth=1, num_heads=1)
+        torch.save(model.state_dict(), tmp_path / "backbone.pth")
+        line = f"copies --weights {tmp_path / 'backbone.pth'} --data shapes:9"
+        results = run_evaluate(f"{line} --val_data shapes:3:val", output_dir=tmp_path,
+                               features_dir=tmp_path / str(trained_at))
+        assert results["image_size"] == size  # what the features are of is what is told
+        kept = torch.load(tmp_path / str(trained_at) / "copies-data.pt")
+        assert kept["protocol"] == f"copies-data, {size} px"

@@ -166,7 +166,7 @@ def test_more_blocks_than_there_are(small_backbone, tmp_path, capsys):
 
 
 def test_killed_and_started_again(small_backbone, tmp_path, monkeypatch, capsys):
-    line = f"{SWEEP} --weights {small_backbone}"
+    line = f"{SWEEP} --weights {small_backbone} --n_last_blocks 1"
     reference = run_evaluate(line, output_dir=tmp_path / "whole")
     steps = []
     step = Probes.step
