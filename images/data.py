@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -403,6 +403,11 @@ class Sampler:
             yield [(epoch, step, int(i)) for i in order[first:first + self.batch_size]]
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message; the name of its kind where the message is empty."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class Views(torch.utils.data.Dataset):
     """Key (epoch, step, index) -> the crops of one image and the colours they will get.
 
@@ -438,7 +443,7 @@ class Views(torch.utils.data.Dataset):
             try:
                 return self.images.read(index), broken
             except Exception as error:  # decoders raise exceptions of many kinds
-                broken.append(f"{self.images.names[index]}: {str(error).splitlines()[0]}")
+                broken.append(f"{self.images.names[index]}: {first_line(error)}")
                 index = int(replacements.integers(len(self.images)))
         raise RuntimeError(f"ten images in a row do not decode, the last: {broken[-1]}")
 
@@ -490,7 +495,15 @@ def read_file(file: Path | io.BytesIO, channels: int = 3) -> Tensor:
             # A pickle in an array could run code, so it is refused.
             return from_array(np.load(stream, allow_pickle=False), channels)
 
-        with Image.open(stream) as image:
+        # Pillow's own message would show the Python object that it was given. Of a tar file these
+        # are bytes without a name: who asked for them knows it.
+        try:
+            image = Image.open(stream)
+        except UnidentifiedImageError:
+            name = file if isinstance(file, Path) else "this"
+            raise OSError(f"{name} is no image that Pillow can read") from None
+
+        with image:
             # A camera that was held sideways writes the image as its sensor saw it, and beside
             # it how to turn it.
             image = ImageOps.exif_transpose(image)

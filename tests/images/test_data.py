@@ -3,7 +3,8 @@
    name.
 2. The sampler continues anywhere, and any number of processes sees the same images in order.
 3. A batch does not depend on the number of workers.
-4. An image that does not decode is replaced by one that follows from the seed, and named.
+4. An image that does not decode is replaced by one that follows from the seed, and named in one
+   line, whatever the error says.
 5. What is held out depends on the name alone.
 6. Images of 16 bits and of any number of channels are read whole; a miss names both numbers.
 """
@@ -152,7 +153,22 @@ def test_broken_images_are_replaced_and_named(photos):
     broken = images.names.index("cats/01.png")
     sample, again = views[0, 0, broken], views[0, 0, broken]
     assert torch.equal(sample["global_crops"], again["global_crops"])
-    assert len(sample["broken"]) == 1 and sample["broken"][0].startswith("cats/01.png")
+    assert sample["broken"] == [
+        f"cats/01.png: {photos}/cats/01.png is no image that Pillow can read"]
+
+
+@pytest.mark.parametrize("error, words", [(OSError(), "OSError"),
+                                          (ValueError("\n"), "ValueError"),
+                                          (OSError("cut off\nat byte 7"), "cut off")])
+def test_an_error_of_any_message_is_one_line(error, words):
+
+    def read(i):
+        if i == 0:
+            raise error
+        return torch.zeros(3, 20, 20, dtype=torch.uint8)
+
+    views = Views(Images("x", read, [f"{i}.png" for i in range(9)]), MultiCrop(16, 8, 2, 0))
+    assert views[0, 0, 0]["broken"] == [f"0.png: {words}"]
 
 
 def test_nothing_but_broken_images_ends():

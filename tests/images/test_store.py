@@ -3,7 +3,7 @@
 2. A build that was killed anywhere, or ran twice at once, ends with the same files; what was
    whole is not decoded again.
 3. Another source, a changed one and a damaged cache are refused, naming the folder.
-4. Shards give each file's own bytes and labels; half a tar file is refused.
+4. Shards give each file's own bytes and labels; a broken image is named, half a tar file refused.
 5. An epoch's order has every image once, near its place in a shuffled row of shards.
 6. A run on shards with a cache, killed and run again, has the same weights, bit for bit.
 """
@@ -230,6 +230,18 @@ def test_no_shards_and_half_shards(shards, tmp_path):
         (tmp_path / "1.tar").write_bytes(whole[:size])
         with pytest.raises(ValueError, match="1.tar is no whole tar file"):
             open_images(f"shards:{shards}")
+
+
+def test_a_broken_image_of_a_shard_is_named(photos, shards):
+    (photos / "cats" / "01.png").write_bytes(b"not an image")
+    with tarfile.open(shards.replace("*", "0"), "w") as tar:
+        for path in sorted(photos.rglob("*.*")):
+            tar.add(path, str(path.relative_to(photos)))
+    images = open_images(f"shards:{shards}")
+    views = Views(images, MultiCrop(24, 16, 2, 0))
+    name = "0.tar/cats/01.png"
+    line = f"{name}: this is no image that Pillow can read"
+    assert views[0, 0, images.names.index(name)]["broken"][0] == line
 
 
 # -- 5: the order of an epoch
