@@ -45,7 +45,8 @@ import losses
 from augment import MultiCrop, Pixels, photometry, send
 from backbones.convnet import ConvNet
 from heads import DINOHead
-from images.data import Images, Sampler, Views, cached, held_out, open_images, training_loader
+from images.data import (Images, Sampler, Views, beside_validation, cached, open_images,
+                         part_by_name, training_loader)
 from losses import CENTERING, all_sum, koleo_loss, make_targets, patch_loss, view_pair_loss
 from machinery import process as machine
 from machinery.checkpoints import (find_checkpoint, live_state, load_checkpoint,
@@ -456,17 +457,13 @@ def open_data(config: Config) -> tuple[Images, Images]:
     Without --val_data one image in twenty is held out, chosen by a hash of its name: the same
     ones in every run, whatever other files lie beside them.
     """
-    images = open_images(config.data, config.data_root, config.download, "--data",
-                         config.pixels)
+    data = beside_validation(config.data, config.val_data)
+    images = open_images(data, config.data_root, config.download, "--data", config.pixels)
     images = cached(images, config.cache, config.cache_side, config.num_workers)
     if config.val_data:  # read as they are: the cache is for images that are read every epoch
         return images, open_images(config.val_data, config.data_root, config.download,
                                    "--val_data", config.pixels)
-
-    is_held_out = [held_out(name) for name in images.names]
-    train = images.subset([i for i, out in enumerate(is_held_out) if not out])
-    val = images.subset([i for i, out in enumerate(is_held_out) if out])
-    return train, val
+    return part_by_name(images, "train"), part_by_name(images, "val")
 
 
 def batches_from(step: int, total: int, images: Images, config: Config, process: Process):

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from augment import MultiCrop, normalise
 from evaluation.extract import extract, same_labels, spread
-from images.data import Images, Sampler, Views, open_images, training_loader
+from images.data import (Images, Sampler, Views, beside_validation, open_images,
+                         training_loader)
 from machinery.checkpoints import save_tensors
 from machinery.clock import Progress
 from machinery.flags import UsageError
@@ -142,8 +143,11 @@ class Extractor:
     def open(self, flag: str) -> Images:
         """The images of a flag such as "data", in the channels that the network expects."""
         config = self.config
-        return open_images(getattr(config, flag), config.data_root, config.download,
-                           f"--{flag}", self.model.pixels)
+        name = getattr(config, flag)
+        if flag == "data":
+            name = beside_validation(name, getattr(config, "val_data", ""))
+        return open_images(name, config.data_root, config.download, f"--{flag}",
+                           self.model.pixels)
 
     def hash_of(self, images: Images) -> str:
         """A hash of the names of the images, to recognise the same set again."""

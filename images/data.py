@@ -69,6 +69,7 @@ class Images:
     pixels: Pixels = RGB  # the channels, mean and spread that a network will be fed
     # Where images are drawn: (number, side) -> the same picture, drawn with `side` pixels.
     draw: Callable[[int, int], Tensor] | None = None
+    split: str = ""  # train or val, if the set itself is divided so; empty: it is not
 
     def __len__(self) -> int:
         return len(self.names)
@@ -113,20 +114,30 @@ def _order_of_part(order, indices: list[int], rng: np.random.Generator) -> np.nd
 # Data sets by name
 #
 # Each function takes (argument, split, root, download, channels) and returns Images. Of
-# "folder:PATH:val", PATH is the argument and val the split; root and download are --data_root
-# and --download; channels are those that `read` has to give.
+# "folder:PATH:val", PATH is the argument and val the split, which is empty where none is named;
+# root and download are --data_root and --download; channels are those that `read` has to give.
+# A function that does not know of splits returns all images: open_images divides them.
 
 
 def open_folder(argument: str, split: str, root: str, download: bool, channels: int) -> Images:
-    """folder:PATH, all images below a folder.
+    """folder:PATH, all images below a folder; with :train or :val its folder of this name.
 
     Where all of them lie in folders, of which there are two at least, the first folder on the
-    way to an image is its label; else there are no labels. The split is ignored: two splits are
-    two folders.
+    way to an image is its label; else there are no labels.
     """
     path = Path(argument).expanduser()
     if not argument or not path.is_dir():
         raise ValueError(f"folder:{argument}: there is no such folder")
+
+    # If one of the two folders is there the other one is wanted, too: all images without those
+    # of PATH/val would not be the rest of them.
+    parts = [part for part in ("train", "val") if (path / part).is_dir()]
+    if split and parts:
+        if split not in parts:
+            raise ValueError(f"folder:{argument}:{split}: there is a folder {parts[0]} in it, "
+                             f"but no folder {split}")
+        path /= split
+    divided = split if parts else ""
 
     # Names are relative to the folder. So they, and what is chosen by them (see held_out), stay
     # the same when the folder moves. They are sorted, because a file system lists files in an
@@ -151,10 +162,10 @@ def open_folder(argument: str, split: str, root: str, download: bool, channels: 
     tops = [Path(name).parts[0] for name in names]
     classes = sorted(set(tops))
     if any(top == name for top, name in zip(tops, names)) or len(classes) < 2:
-        return Images("folder", read, names)
+        return Images("folder", read, names, split=divided)
     number = {name: i for i, name in enumerate(classes)}
     labels = [number[top] for top in tops]
-    return Images("folder", read, names, labels, classes)
+    return Images("folder", read, names, labels, classes, split=divided)
 
 
 def _read_path(root: Path, names: list[str], channels: int, i: int) -> Tensor:
@@ -194,10 +205,12 @@ def open_shapes(argument: str, split: str, root: str, download: bool, channels: 
     """shapes, or shapes:N for N images, drawn by shapes.py; train and val share no image."""
     if argument and not argument.isdigit():
         raise ValueError(f"shapes:{argument}: expected a number of images, or nothing")
+    split = split or "train"
     drawn = _drawn(split, int(argument or 0) or None)
     names = [f"{split}-{i:06d}" for i in range(len(drawn.world))]
+    draw = partial(_draw_scene, drawn.world, channels)
     return Images("shapes", partial(_read_drawn, drawn, channels), names, drawn.world.labels,
-                  drawn.world.classes, draw=partial(_draw_scene, drawn.world, channels))
+                  drawn.world.classes, draw=draw, split=split)
 
 
 def _read_drawn(drawn: _Drawn, channels: int, i: int) -> Tensor:
@@ -209,50 +222,6 @@ def _draw_scene(world, channels: int, i: int, side: int) -> Tensor:
 
     image, _, _ = render(world.scene(i), side)
     return in_channels(torch.from_numpy(image), channels)
-
-
-def open_torchvision(argument: str, split: str, root: str, download: bool,
-                     channels: int) -> Images:
-    """Any classification set of torchvision, by its class name: CIFAR10, Flowers102, ..."""
-    # These classes have no common interface. Some are asked for a split by train=True, some by
-    # split="train", and some have no splits. A set that has no "val" has a "test": both are
-    # tried, in this order.
-    cls = getattr(torchvision.datasets, argument)
-    takes = inspect.signature(cls).parameters
-    options = [{}]
-    if "train" in takes:
-        options = [{"train": split == "train"}]
-    elif "split" in takes:
-        options = [{"split": s} for s in (["train"] if split == "train" else ["val", "test"])]
-    more = {"download": download} if "download" in takes else {}
-
-    # The error of the first option is the one to show: the second is only a guess.
-    dataset = None
-    errors = []
-    for option in options:
-        try:
-            dataset = cls(root, **option, **more)
-            break
-        except Exception as error:  # each class raises exceptions of its own kind
-            errors.append(str(error).split("\n")[0])
-    if dataset is None:
-        raise ValueError(
-            f"{argument} in --data_root {root}: {errors[0]} (--download fetches it)")
-
-    # Most classes keep their labels in a list, under one of these names. Otherwise each image
-    # has to be decoded once, to get the label that comes with it.
-    attributes = [a for a in ("targets", "labels", "_labels", "y") if hasattr(dataset, a)]
-    if attributes:
-        labels = list(map(int, getattr(dataset, attributes[0])))
-    else:
-        labels = [int(dataset[i][1]) for i in range(len(dataset))]
-    names = [f"{argument}-{split}-{i:07d}" for i in range(len(dataset))]
-    return Images(argument, partial(_read_torchvision, dataset, channels), names, labels,
-                  getattr(dataset, "classes", None))
-
-
-def _read_torchvision(dataset, channels: int, i: int) -> Tensor:
-    return in_channels(pil_to_tensor(dataset[i][0].convert("RGB")), channels)
 
 
 def open_shards(argument: str, split: str, root: str, download: bool, channels: int) -> Images:
@@ -279,7 +248,7 @@ def open_images(spec: str, root: str = "data", download: bool = False, flag: str
     is the name shapes, the argument 100 and the split val; in folder:a:b the argument is a:b,
     because b is no split.
     """
-    split = "train"
+    split = ""
     before, _, last = spec.rpartition(":")
     if before and last in ("train", "val"):
         spec = before
@@ -294,7 +263,23 @@ def open_images(spec: str, root: str = "data", download: bool = False, flag: str
         if name in DATASETS:
             images = DATASETS[name](argument, split, root, download, pixels.channels)
         else:
-            images = open_torchvision(name, split, root, download, pixels.channels)
+            from images import torchvision_sets  # few runs need it
+
+            images = torchvision_sets.open_torchvision(name, argument, split, root, download,
+                                                       pixels.channels)
+
+        # A set that is not divided, of which a part is wanted. torchrun numbers the processes
+        # by RANK, and one of them says it for all.
+        if split and not images.split:
+            part = part_by_name(images, split)
+            if not len(part):
+                raise ValueError(f"{spec}:{split}: by their names none of its {len(images)} "
+                                 f"images is for {split}; give another set")
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{flag} {spec}:{split}: the set itself has no such part; these are "
+                      f"{len(part):,d} of its {len(images):,d} images, chosen by their names")
+            images = part
+
         # Photographs have three channels, or are given them. Whether the images have another
         # number is found out by reading one of them now, and not by a worker hours later. A
         # file that is merely broken is no reason to stop: training replaces it (Views.read).
@@ -338,7 +323,22 @@ def held_out(name: str, share: int = 20) -> bool:
     Chosen by a hash of its name. So it is the same images in every run, and adding or removing
     files does not change what is held out of the others.
     """
-    return zlib.crc32(name.encode()) % share == 0
+    return zlib.crc32(os.fsencode(name)) % share == 0
+
+
+def part_by_name(images: Images, split: str) -> Images:
+    """The part "val" of a set that is not divided: what held_out says; "train": all others."""
+    wanted = split == "val"
+    return images.subset([i for i, name in enumerate(images.names) if held_out(name) == wanted])
+
+
+def beside_validation(data: str, val_data: str) -> str:
+    """--data as it is meant beside this --val_data.
+
+    Beside X:val the name X stands for X:train. So no image is in both, also where X alone would
+    be all images of a set that is not divided.
+    """
+    return f"{data}:train" if val_data == f"{data}:val" else data
 
 
 # ----------------------------------------------------------------------------------------------
@@ -495,8 +495,8 @@ def read_file(file: Path | io.BytesIO, channels: int = 3) -> Tensor:
             # A pickle in an array could run code, so it is refused.
             return from_array(np.load(stream, allow_pickle=False), channels)
 
-        # Pillow's own message would show the Python object that it was given. Of a tar file these
-        # are bytes without a name: who asked for them knows it.
+        # Pillow's own message would show the Python object that it was given. The bytes from a
+        # tar file have no name here: the caller knows it.
         try:
             image = Image.open(stream)
         except UnidentifiedImageError:

@@ -6,14 +6,18 @@
 4. An image that does not decode is replaced by one that follows from the seed, and named in one
    line, whatever the error says.
 5. What is held out depends on the name alone.
-6. Images of 16 bits and of any number of channels are read whole; a miss names both numbers.
+6. Where a set is not divided, :val are the images that are held out by name and :train all
+   others; a folder is divided by its folders train and val. Nothing is held out twice.
+7. Images of 16 bits and of any number of channels are read whole; a miss names both numbers.
 """
 
 import json
+import tarfile
 
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_config
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
@@ -21,6 +25,7 @@ import evaluate
 from augment import MultiCrop, pixels_of
 from images.data import (DATASETS, Images, Sampler, Views, held_out, open_images, open_shapes,
                          training_loader)
+from train import open_data
 
 
 def test_folder_with_classes(photos):
@@ -63,11 +68,11 @@ def test_a_line_in_datasets_is_a_name_for_data(small_backbone, tmp_path, monkeyp
     with pytest.raises(ValueError, match="choose from shapes, folder, shards"):
         open_images("new:12")
     monkeypatch.setitem(DATASETS, "new", open_new)
-    assert len(open_images("new:12")) == 12 and calls == [("12", "train", 3)]
+    assert len(open_images("new:12")) == 12 and calls == [("12", "", 3)]
     flags = f"knn --weights {small_backbone} --data new:20 --val_data new:10:val --nb_knn 5 "
     flags += f"--num_workers 0 --device cpu --output_dir {tmp_path}"
     evaluate.main(flags.split())
-    assert calls[1:] == [("20", "train", 3), ("10", "val", 3)]
+    assert calls[1:] == [("20", "", 3), ("10", "val", 3)]
     assert json.loads((tmp_path / "results.json").read_text())["data"] == "new:20"
     with pytest.raises(ValueError, match="choose from shapes, folder, shards, new"):
         open_images("nothing")
@@ -184,6 +189,75 @@ def test_nothing_but_broken_images_ends():
 def test_held_out_share():
     names = [f"{i}.jpg" for i in range(20000)]
     assert abs(np.mean([held_out(n) for n in names]) - 0.05) < 0.005
+
+
+@pytest.fixture
+def many(tmp_path):
+    """100 images in two folders, most of which are no images."""
+    for i in range(100):
+        file = tmp_path / "many" / "ab"[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    return tmp_path / "many"
+
+
+def names_of(name):
+    return set(open_images(name).names)
+
+
+def test_a_folder_without_parts_is_divided_by_names(many, capsys):
+    everything = names_of(f"folder:{many}")
+    assert len(everything) == 100 and not capsys.readouterr().out
+    val = names_of(f"folder:{many}:val")
+    assert val == {name for name in everything if held_out(name)} and 0 < len(val) < 20
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and f"these are {len(val)} of its 100 images" in said
+    assert names_of(f"folder:{many}:train") == everything - val
+    with tarfile.open(many / "x.tar", "w") as tar:
+        tar.add(many / "a", "a")
+        tar.add(many / "b", "b")
+    shards = f"shards:{many}/x.tar"
+    train, val = names_of(f"{shards}:train"), names_of(f"{shards}:val")
+    assert val and not train & val and train | val == names_of(shards)
+    with pytest.raises(ValueError,
+                       match="--data folder:.*:val: by their names none of its 1 im"):
+        (many / "one").mkdir()
+        (many / "one/1.png").touch()
+        open_images(f"folder:{many}/one:val")
+
+
+def test_the_main_process_says_how_a_set_is_divided(many, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    open_images(f"folder:{many}:val")
+    assert not capsys.readouterr().out
+
+
+def test_folders_train_and_val(many, capsys):
+    (many / "a").rename(many / "train")
+    with pytest.raises(
+            ValueError, match="--data folder:.*:val: there is a folder train in it, "
+            "but no folder val"):
+        open_images(f"folder:{many}:val")
+    (many / "b").rename(many / "val")
+    assert names_of(f"folder:{many}:val") == {f"{i}.png" for i in range(1, 100, 2)}
+    assert names_of(f"folder:{many}:train") == {f"{i}.png" for i in range(0, 100, 2)}
+    assert len(names_of(f"folder:{many}")) == 100 and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("data, val_data", [("", ""), ("", ":val"), (":train", ":val")])
+def test_no_run_learns_from_what_it_is_judged_with(data, val_data, many, tmp_path):
+    """Whether a run holds images out itself or is given a part of the same folder."""
+    folder = f"folder:{many}"
+    flags = ["--data", folder + data, "--val_data", val_data and folder + val_data]
+    learned, judged = open_data(tiny_config(tmp_path, *flags))
+    assert set(judged.names) == names_of(f"{folder}:val")
+    assert set(learned.names) == names_of(f"{folder}:train")
+
+
+def test_nothing_is_held_out_twice(many, tmp_path):
+    flags = ["--data", f"folder:{many}:train", "--val_data", ""]
+    learned, judged = open_data(tiny_config(tmp_path, *flags))
+    assert set(learned.names) == names_of(f"folder:{many}:train") and not len(judged)
 
 
 def test_a_drawn_image_can_be_drawn_larger(photos):
