@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from augment import center_crop, normalise
-from images.data import Images
+from images.data import Images, repeated_class
 from machinery.process import Process, autocast
 
 # ----------------------------------------------------------------------------------------------
@@ -118,11 +118,18 @@ def same_labels(bank: Images, queries: Images) -> Tensor:
     """Labels of the queries in the numbers of the bank, (n,).
 
     Numbers follow the sorted names of the classes, and a split may lack a class: so classes are
-    matched by name. ValueError if the queries have a class that the bank has not.
+    matched by name. ValueError if the queries have a class that the bank has not, or has twice.
     """
     labels = torch.as_tensor(queries.labels)
-    if not (bank.classes and queries.classes):
+    if not (bank.classes and queries.classes) or bank.classes == queries.classes:
         return labels
+
+    # Of two classes of the same name the wrong one would be taken for half of the images.
+    repeated = repeated_class(bank.classes)
+    if repeated:
+        raise ValueError(
+            f"--data has two classes called {repeated}, which cannot be told apart")
+
     # A class that the bank lacks could never be answered: it may be a typing error in a name.
     unknown = sorted(set(queries.classes) - set(bank.classes))
     if unknown:

@@ -265,7 +265,8 @@ def open_judged(extractor: Extractor, train: Images,
 def mapped_classes(file: str, flag: str, images: Images) -> list[str]:
     """The class names of `images`, each replaced where a line of --class_mapping has it.
 
-    UsageError if the file cannot be read, or if a line is not "judged name, learned name".
+    UsageError if the file cannot be read, if a line is not "judged name, learned name", or if a
+    judged name stands in two lines.
     """
     # A line with another number of commas makes the unpacking below fail with ValueError.
     try:
@@ -273,6 +274,8 @@ def mapped_classes(file: str, flag: str, images: Images) -> list[str]:
         names = {}
         for line in lines:
             judged_name, learned_name = line.split(",")
+            if judged_name.strip() in names:
+                raise ValueError(f"{judged_name.strip()} stands in two lines")
             names[judged_name.strip()] = learned_name.strip()
     except (OSError, ValueError) as error:
         raise UsageError(f"--class_mapping {file}: expected lines 'class in --{flag}, "

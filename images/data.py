@@ -62,7 +62,7 @@ class Images:
     read: Callable[[int], Tensor]  # number -> (C, H, W), see in_channels; raises if it cannot
     names: list[str]  # one for each image: tells it apart from the others
     labels: list[int] | None = None  # one for each image; None where there are none
-    classes: list[str] | None = None  # the name of each label
+    classes: list[str] | None = None  # the name of each label, no two the same
     # Where reading in any order is slow: generator -> an order to read in. None stands for
     # "any": then the Sampler takes a random permutation.
     order: Callable[[np.random.Generator], np.ndarray] | None = None
@@ -268,6 +268,11 @@ def open_images(spec: str, root: str = "data", download: bool = False, flag: str
             images = torchvision_sets.open_torchvision(name, argument, split, root, download,
                                                        pixels.channels)
 
+        # Labels of two sets are matched by the names of their classes (evaluation/extract.py).
+        if repeated := repeated_class(images.classes or []):
+            raise ValueError(f"{spec} has two classes called {repeated}, which cannot be told "
+                             "apart; give each a name of its own")
+
         # A set that is not divided, of which a part is wanted. torchrun numbers the processes
         # by RANK, and one of them says it for all.
         if split and not images.split:
@@ -330,6 +335,16 @@ def part_by_name(images: Images, split: str) -> Images:
     """The part "val" of a set that is not divided: what held_out says; "train": all others."""
     wanted = split == "val"
     return images.subset([i for i, name in enumerate(images.names) if held_out(name) == wanted])
+
+
+def repeated_class(classes: list[str]) -> str | None:
+    """The first name that is there for the second time; None if each class has its own."""
+    known = set()
+    for name in classes:
+        if name in known:
+            return name
+        known.add(name)
+    return None
 
 
 def beside_validation(data: str, val_data: str) -> str:

@@ -1,7 +1,8 @@
 """Claims
 1. Features do not depend on the batch size, and come in order.
 2. Shares of processes put together are the whole in order, whatever their number.
-3. Labels of two sets are compared by the names of their classes.
+3. Labels of two sets are compared by the names of their classes; where a name is not that of one
+   class alone they are refused.
 4. Accuracy, that of the five best classes, and its mean over classes equal a loop, with classes
    of one image and of none.
 """
@@ -40,6 +41,14 @@ def test_labels_go_by_names():
     assert same_labels(bank, some).tolist() == [1, 2]
     with pytest.raises(ValueError, match="--val_data has classes that --data has not: cat"):
         same_labels(some, bank)
+
+
+def test_a_name_of_two_classes_is_refused():
+    bank = Images("a", None, list("abc"), [0, 1, 2], ["crane", "cat", "crane"])
+    some = Images("b", None, list("d"), [0], ["crane"])
+    with pytest.raises(ValueError, match="--data has two classes called crane"):
+        same_labels(bank, some)
+    assert same_labels(bank, bank).tolist() == [0, 1, 2]  # the same list has the same numbers
 
 
 def test_accuracies_against_a_loop():

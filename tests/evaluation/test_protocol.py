@@ -163,6 +163,9 @@ def test_classes_by_other_names(tmp_path):
     file.write_text("katze, cat\neule, owl\n")  # no image of an owl to learn from
     with pytest.raises(UsageError, match="--data a has no image of 1 classes .* first: owl"):
         open_judged(extractor, train)
+    file.write_text("katze, cat\nkatze, dog\n")
+    with pytest.raises(UsageError, match="--class_mapping .*katze stands in two lines"):
+        open_judged(extractor, train)
     file.write_text("katze cat\n")
     with pytest.raises(UsageError,
                        match="--class_mapping .*expected lines 'class in --val_data"):

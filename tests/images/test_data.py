@@ -78,6 +78,16 @@ def test_a_line_in_datasets_is_a_name_for_data(small_backbone, tmp_path, monkeyp
         open_images("nothing")
 
 
+def test_two_classes_of_one_name_are_refused(monkeypatch):
+
+    def open_new(*_):
+        return Images("new", None, list("abc"), [0, 1, 2], ["crane", "cat", "crane"])
+
+    monkeypatch.setitem(DATASETS, "new", open_new)
+    with pytest.raises(ValueError, match="--val_data new has two classes called crane"):
+        open_images("new", flag="--val_data")
+
+
 @pytest.mark.parametrize("kind", ["png", "H,W npy", "1,H,W npy", "tif"])
 def test_sixteen_bits(kind, tmp_path):
     """All of them for one channel; the upper eight for three."""

@@ -4,7 +4,7 @@
    does not divide its images, their names do.
 3. A part is asked for in the class's own word; a word that it does not know is refused.
 4. Labels and names of classes are read where the object keeps them; an image without a label
-   means that there are none.
+   means that there are none. The classes of ImageNet are its keys, no two of which are the same.
 5. What is missing is said in one line: a package, the files, and --download where it helps.
 """
 
@@ -17,7 +17,8 @@ from conftest import run_evaluate
 from PIL import Image
 from torchvision import datasets
 
-from images.data import open_images
+from evaluation.extract import same_labels
+from images.data import Images, open_images
 from images.torchvision_sets import SETS, labels_of
 
 
@@ -168,6 +169,32 @@ def test_where_labels_are_kept():
         assert labels_of(kept) == [2, 0, 1]
     for unlabelled in (Kept(labels=[2, -1, 0]), Kept(_samples=[("a", 1), ("b", None)])):
         assert labels_of(unlabelled) is None
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    """The layout of ImageNet with three classes, two of them called crane."""
+    keys = {"n02012849": ("crane",), "n03126707": ("crane",), "n02123045": ("tabby", "cat")}
+    torch.save((keys, []), tmp_path / "meta.bin")
+    for part in ("train", "val"):
+        for i, key in enumerate(sorted(keys)):
+            (tmp_path / part / key).mkdir(parents=True)
+            Image.new("RGB", (8, 8), (80 * i, 0, 0)).save(tmp_path / part / key / f"{key}.png")
+    return tmp_path
+
+
+def test_classes_of_imagenet(imagenet, small_backbone, capsys):
+    train, val = (open_images(f"ImageNet:{part}", str(imagenet)) for part in ("train", "val"))
+    assert train.classes == val.classes == ["n02012849", "n02123045", "n03126707"]
+    assert same_labels(train, val).tolist() == [0, 1, 2]
+    folders = open_images(f"folder:{imagenet}:val")
+    assert same_labels(train, folders).tolist() == [0, 1, 2]
+    part = Images("part", None, list("ab"), [1, 0], ["n03126707", "n02123045"])
+    assert same_labels(train, part).tolist() == [1, 2]
+    with pytest.raises(SystemExit):
+        run_evaluate(f"knn --weights {small_backbone} --data ImageNet --data_root {imagenet} "
+                     "--val_data shapes:10:val")
+    assert "--val_data has classes that --data has not: " in capsys.readouterr().err
 
 
 # -- 5
