@@ -454,8 +454,8 @@ def schedules(step: int, epoch_steps: int, total: int, config: Config,
 def open_data(config: Config) -> tuple[Images, Images]:
     """(images to learn from, images to judge with).
 
-    Without --val_data one image in twenty is held out, chosen by a hash of its name: the same
-    ones in every run, whatever other files lie beside them.
+    Without --val_data a --val_share of the images is held out, one in twenty by default, chosen
+    by a hash of the name: the same ones in every run, whatever other files lie beside them.
     """
     data = beside_validation(config.data, config.val_data)
     images = open_images(data, config.data_root, config.download, "--data", config.pixels)
@@ -463,7 +463,8 @@ def open_data(config: Config) -> tuple[Images, Images]:
     if config.val_data:  # read as they are: the cache is for images that are read every epoch
         return images, open_images(config.val_data, config.data_root, config.download,
                                    "--val_data", config.pixels)
-    return part_by_name(images, "train"), part_by_name(images, "val")
+    share = config.val_share
+    return part_by_name(images, "train", share), part_by_name(images, "val", share)
 
 
 def batches_from(step: int, total: int, images: Images, config: Config, process: Process):
@@ -816,7 +817,7 @@ class Run:
         if self.process.main:
             self.draw()
             write_json(self.folder / "summary.json", summary)
-            written = "curves.png, attention.png"
+            written = "curves.png, attention.png" if len(self.val) else "curves.png"
             following = f"visualize.py attention PHOTO --weights {self.folder}"
             if config.convnet:  # which has no attention to draw
                 written = "curves.png"
@@ -850,7 +851,8 @@ class Run:
 def read_flags(argv: list[str], kind=Config, presets=PRESETS, program="train.py") -> Config:
     """The command line as a configuration."""
     config = parse(kind, argv, presets, f"python {program} [PRESET] [--flag value ...]")
-    # A preset's validation set belongs to its data. With other data, images are held out.
+    # A preset's validation set belongs to its data. Of other data a part is held out, unless
+    # --val_share is 0.
     if "data" in config.given and "val_data" not in config.given:
         config.val_data = ""
     return config

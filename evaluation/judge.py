@@ -48,7 +48,8 @@ class Judge:
         self.protocol = "k-NN(20)" if self.labelled else "other-view retrieval"
         if len(self.queries) < 2:
             process.print(
-                f"{len(val)} images to judge with: nothing will be judged; give --val_data")
+                f"{len(val)} images to judge with: nothing will be judged; give --val_data, "
+                "or hold images out by --val_share")
 
     def __call__(self, backbone: nn.Module) -> float | None:
         """A share of right answers, 0 to 1; None where there is nothing to judge with."""

@@ -322,19 +322,20 @@ def cached(images: Images, folder: str, side: int, num_workers: int = 0) -> Imag
     return replace(images, read=built.read)
 
 
-def held_out(name: str, share: int = 20) -> bool:
-    """Whether an image is kept back from training, to judge by: one in `share` is.
+def held_out(name: str, share: float = 0.05) -> bool:
+    """Whether an image is kept back from training, to judge by: one in twenty, or in 1 / share.
 
     Chosen by a hash of its name. So it is the same images in every run, and adding or removing
     files does not change what is held out of the others.
     """
-    return zlib.crc32(os.fsencode(name)) % share == 0
+    return share > 0 and zlib.crc32(os.fsencode(name)) % round(1 / share) == 0
 
 
-def part_by_name(images: Images, split: str) -> Images:
+def part_by_name(images: Images, split: str, share: float = 0.05) -> Images:
     """The part "val" of a set that is not divided: what held_out says; "train": all others."""
     wanted = split == "val"
-    return images.subset([i for i, name in enumerate(images.names) if held_out(name) == wanted])
+    return images.subset([
+        i for i, name in enumerate(images.names) if held_out(name, share) == wanted])
 
 
 def repeated_class(classes: list[str]) -> str | None:

@@ -457,7 +457,8 @@ def test_images_given_are_not_judged_by_the_presets():
     ("--local_crops_scale 0.5 0.1", "--local_crops_scale"), ("--centering both", "--centering"),
     ("--warmup_epochs 99", "--warmup_epochs"),
     ("--local_crops_number 0 --global_crops_number 1", "at least two"),
-    ("--keep 0", "--keep 0"), ("--num_register_tokens -1", "--num_register_tokens"),
+    ("--keep 0", "--keep 0"), ("--val_share 0.7", "--val_share 0.7: expected at most 0.5"),
+    ("--val_share -0.1", "--val_share"), ("--num_register_tokens -1", "--num_register_tokens"),
     ("--layerwise_decay 1.5", "--layerwise_decay"), ("--parallel fsdp", "torchrun"),
     ("--arch resnet18 --ibot_weight 1", "--arch resnet18"),
     ("--arch resnet18 --activation_checkpointing", "--activation_checkpointing")])

@@ -43,7 +43,8 @@ class Config:
     given: tuple[str, ...] = ()  # names of the flags on the command line, set by flags.parse
     # -- data
     data: str = "shapes"  # shapes | folder:PATH | shards:PATTERN | a torchvision class
-    val_data: str = ""  # labelled images to judge with; empty: 5 % of --data, held out by name
+    val_data: str = ""  # labelled images to judge with; empty: --val_share of --data
+    val_share: float = 0.05  # share of --data held out by name without --val_data; 0: none
     auto_scale: bool = False  # set recipes.SCALED by the number of images and the batch
     data_root: str = "data"  # folder in which torchvision keeps its data sets
     download: bool = False  # let torchvision download a data set that is not there
@@ -341,6 +342,7 @@ def check_ranges(config: Config):
     require(config, lambda x: x <= 1, "at most 1", "momentum_teacher", "final_momentum_teacher",
             "center_momentum", "mask_probability")
     require(config, lambda x: x < 1, "below 1", "drop_path_rate")
+    require(config, lambda x: x <= 0.5, "at most 0.5", "val_share")
     require(config, lambda x: 0 < x <= 1, "above 0, at most 1", "layerwise_decay")
 
 

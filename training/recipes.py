@@ -124,22 +124,25 @@ IMAGENETTE = SMALL | dict(data="Imagenette", val_data="Imagenette:val", arch="vi
                           patch_size=16, global_crops_size=128, local_crops_size=64,
                           local_crops_number=6, batch_size_per_gpu=64, epochs=200)
 
+# The papers learned from all of ImageNet's training images. So nothing is held out of another
+# --data either: without --val_data such a run is not judged.
+IMAGENET = IMAGENET | dict(val_share=0.0)
+
 # DINO's ViT-B/16, as it was released.
-DINO_VITB16 = dict(data="ImageNet", val_data="ImageNet:val", arch="vit_base", epochs=400,
-                   lr=7.5e-4, batch_size_per_gpu=32, min_lr=2e-6, teacher_temp=0.07,
-                   warmup_teacher_temp_epochs=50, clip_grad=0.3, freeze_last_layer_epochs=3,
-                   local_crops_number=10, global_crops_scale=(0.25, 1.0),
-                   local_crops_scale=(0.05, 0.25), precision="fp32")
+DINO_VITB16 = IMAGENET | dict(arch="vit_base", epochs=400, lr=7.5e-4, batch_size_per_gpu=32,
+                              min_lr=2e-6, teacher_temp=0.07, warmup_teacher_temp_epochs=50,
+                              clip_grad=0.3, freeze_last_layer_epochs=3, local_crops_number=10,
+                              global_crops_scale=(0.25, 1.0), local_crops_scale=(0.05, 0.25),
+                              precision="fp32")
 
 # DINOv2 on ImageNet-1k adds iBOT and KoLeo to DINO, and takes a deeper ViT with LayerScale and
 # more stochastic depth. One epoch is 1,250 steps, whatever the number of images.
-DINOV2 = dict(data="ImageNet", val_data="ImageNet:val", arch="vit_large", layerscale=1e-5,
-              drop_path_rate=0.3, drop_path_uniform=True, norm_last_layer=False,
-              ibot_weight=1.0, koleo_weight=0.1, global_crops_scale=(0.32, 1.0),
-              local_crops_scale=(0.05, 0.32), photometry="dinov2", teacher_temp=0.07,
-              warmup_teacher_temp_epochs=30, momentum_teacher=0.992, epoch_length=1250, lr=4e-3,
-              lr_scaling="sqrt_1024", layerwise_decay=0.9, patch_embed_lr_mult=0.2,
-              clip_mode="network")
+DINOV2 = IMAGENET | dict(
+    arch="vit_large", layerscale=1e-5, drop_path_rate=0.3, drop_path_uniform=True,
+    norm_last_layer=False, ibot_weight=1.0, koleo_weight=0.1, global_crops_scale=(0.32, 1.0),
+    local_crops_scale=(0.05, 0.32), photometry="dinov2", teacher_temp=0.07,
+    warmup_teacher_temp_epochs=30, momentum_teacher=0.992, epoch_length=1250, lr=4e-3,
+    lr_scaling="sqrt_1024", layerwise_decay=0.9, patch_embed_lr_mult=0.2, clip_mode="network")
 
 # What the released DINOv2 models have beyond that: Sinkhorn-Knopp in place of the EMA centre, a
 # head of their own for patches, more prototypes, SwiGLU, and a schedule of 625,000 steps.
@@ -170,28 +173,25 @@ PRESETS = {
     "imagenette_dinov2": IMAGENETTE | SMALL_DINOV2,
     # The README of DINO's code: 8 V100 GPUs with 64 images each, 1.75 days; k-NN 69.3 %, linear
     # 74.0 %. All other settings are the defaults of Config.
-    "dino_vits16": dict(data="ImageNet", val_data="ImageNet:val"),
+    "dino_vits16": IMAGENET,
     # The README of DINO's code: 16 GPUs with 64 images each, 2.6 days; k-NN 73.3 %, linear
     # 76.0 %.
-    "dino_vits16_300ep": dict(data="ImageNet", val_data="ImageNet:val", epochs=300,
-                              norm_last_layer=False, teacher_temp=0.07,
-                              warmup_teacher_temp_epochs=30),
+    "dino_vits16_300ep": IMAGENET
+    | dict(epochs=300, norm_last_layer=False, teacher_temp=0.07, warmup_teacher_temp_epochs=30),
     # The released weights, 16 GPUs with 64 images each: k-NN 74.5 %, linear 77.0 % (README).
     # The README does not list their settings; min_lr, clip_grad and precision are not verified,
     # here and in the next three.
-    "dino_vits16_800ep": dict(data="ImageNet", val_data="ImageNet:val", epochs=800,
-                              norm_last_layer=False, teacher_temp=0.07,
-                              warmup_teacher_temp_epochs=30, min_lr=1e-5, clip_grad=0.0,
-                              local_crops_number=10, global_crops_scale=(0.25, 1.0),
-                              local_crops_scale=(0.05, 0.25), precision="fp32"),
+    "dino_vits16_800ep": IMAGENET
+    | dict(epochs=800, norm_last_layer=False, teacher_temp=0.07, warmup_teacher_temp_epochs=30,
+           min_lr=1e-5, clip_grad=0.0, local_crops_number=10, global_crops_scale=(0.25, 1.0),
+           local_crops_scale=(0.05, 0.25), precision="fp32"),
     # The released weights, 64 GPUs with 16 images each: k-NN 78.3 %, linear 79.7 % (README).
     # With patches of 8 pixels training is unstable in half precision, say its authors. Clipping
     # is the default of their code, which nobody could verify for this model.
-    "dino_vits8": dict(data="ImageNet", val_data="ImageNet:val", patch_size=8, epochs=800,
-                       norm_last_layer=False, batch_size_per_gpu=16, teacher_temp=0.07,
-                       warmup_teacher_temp_epochs=30, min_lr=1e-5, local_crops_number=10,
-                       global_crops_scale=(0.25, 1.0), local_crops_scale=(0.05, 0.25),
-                       precision="fp32"),
+    "dino_vits8": IMAGENET
+    | dict(patch_size=8, epochs=800, norm_last_layer=False, batch_size_per_gpu=16,
+           teacher_temp=0.07, warmup_teacher_temp_epochs=30, min_lr=1e-5, local_crops_number=10,
+           global_crops_scale=(0.25, 1.0), local_crops_scale=(0.05, 0.25), precision="fp32"),
     # The released weights, 32 GPUs with 32 images each: k-NN 76.1 %, linear 78.2 % (README).
     # Not verified either: epochs, lr, the warm-up of the temperature, freeze_last_layer_epochs.
     "dino_vitb16": DINO_VITB16,
@@ -200,26 +200,23 @@ PRESETS = {
     "dino_vitb8": DINO_VITB16 | dict(patch_size=8, batch_size_per_gpu=16),
     # The recipe of the README for 8 GPUs with 64 images each: SGD, which suits a convnet better
     # than AdamW.
-    "dino_resnet50": dict(data="ImageNet", val_data="ImageNet:val", arch="resnet50",
-                          optimizer="sgd", lr=0.03, weight_decay=1e-4, weight_decay_end=1e-4,
-                          global_crops_scale=(0.14, 1.0), local_crops_scale=(0.05, 0.14),
-                          drop_path_rate=0.0),
+    "dino_resnet50": IMAGENET
+    | dict(arch="resnet50", optimizer="sgd", lr=0.03, weight_decay=1e-4, weight_decay_end=1e-4,
+           global_crops_scale=(0.14, 1.0), local_crops_scale=(0.05, 0.14), drop_path_rate=0.0),
     # The released weights, 80 GPUs with 51 images each, LARS: k-NN 67.5 %, linear 75.3 %
     # (README; epochs, LARS and batch are its authors' answer in issue 133). Not verified: lr,
     # weight decay, local_crops_number, n_prototypes, use_bn_in_head. What is not listed here is
     # the default, and the crops are those that the README recommends for ResNet-50.
-    "dino_resnet50_800ep": dict(data="ImageNet", val_data="ImageNet:val", arch="resnet50",
-                                optimizer="lars", epochs=800, batch_size_per_gpu=51, lr=0.3,
-                                weight_decay=1e-6, weight_decay_end=1e-6, local_crops_number=6,
-                                n_prototypes=60000, use_bn_in_head=True,
-                                global_crops_scale=(0.14, 1.0), local_crops_scale=(0.05, 0.14),
-                                drop_path_rate=0.0),
+    "dino_resnet50_800ep": IMAGENET
+    | dict(arch="resnet50", optimizer="lars", epochs=800, batch_size_per_gpu=51, lr=0.3,
+           weight_decay=1e-6, weight_decay_end=1e-6, local_crops_number=6, n_prototypes=60000,
+           use_bn_in_head=True, global_crops_scale=(0.14, 1.0), local_crops_scale=(0.05, 0.14),
+           drop_path_rate=0.0),
     # The README of iBOT's code: 16 GPUs with 64 images each; k-NN 75.2 %, linear 77.9 %.
-    "ibot_vits16": dict(data="ImageNet", val_data="ImageNet:val", epochs=800,
-                        norm_last_layer=False, teacher_temp=0.07, warmup_teacher_temp_epochs=30,
-                        n_prototypes=8192, ibot_weight=1.0, mask_min_patches=16,
-                        local_crops_number=10, global_crops_scale=(0.25, 1.0),
-                        local_crops_scale=(0.05, 0.25)),
+    "ibot_vits16": IMAGENET
+    | dict(epochs=800, norm_last_layer=False, teacher_temp=0.07, warmup_teacher_temp_epochs=30,
+           n_prototypes=8192, ibot_weight=1.0, mask_min_patches=16, local_crops_number=10,
+           global_crops_scale=(0.25, 1.0), local_crops_scale=(0.05, 0.25)),
     # DINOv2's README: 32 A100 GPUs with 64 images each, about a day; k-NN 81.6 %, linear
     # 82.9 %.
     "dinov2_vitl16_in1k": DINOV2,

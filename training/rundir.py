@@ -70,6 +70,10 @@ def match_stored_run(config: Config, folder: Path, process: Process, images: int
     # the run's config.json lacks has its default there (read_config).
     asked = dataclasses.asdict(config)
     may_differ = NEUTRAL | {"batch_size_per_gpu", "preset"}
+
+    # With --val_data nothing is held out of --data, whatever its share would be.
+    if config.val_data:
+        may_differ = may_differ | {"val_share"}
     differences = []
     for name, value in asked.items():
         if name not in may_differ and value != stored.get(name):

@@ -5,7 +5,7 @@
 3. A batch does not depend on the number of workers.
 4. An image that does not decode is replaced by one that follows from the seed, and named in one
    line, whatever the error says.
-5. What is held out depends on the name alone.
+5. What is held out depends on the name alone; --val_share says how much it is.
 6. Where a set is not divided, :val are the images that are held out by name and :train all
    others; a folder is divided by its folders train and val. Nothing is held out twice.
 7. Images of 16 bits and of any number of channels are read whole; a miss names both numbers.
@@ -262,6 +262,15 @@ def test_no_run_learns_from_what_it_is_judged_with(data, val_data, many, tmp_pat
     learned, judged = open_data(tiny_config(tmp_path, *flags))
     assert set(judged.names) == names_of(f"{folder}:val")
     assert set(learned.names) == names_of(f"{folder}:train")
+
+
+@pytest.mark.parametrize("share", [0, 0.05, 0.25, 0.5])
+def test_the_share_that_is_held_out(share, many, tmp_path):
+    flags = ["--data", f"folder:{many}", "--val_data", "", "--val_share", str(share)]
+    learned, judged = open_data(tiny_config(tmp_path, *flags))
+    assert set(learned.names) ^ set(judged.names) == names_of(f"folder:{many}")
+    names = [f"{i}.jpg" for i in range(20_000)]
+    assert abs(np.mean([held_out(name, share) for name in names]) - share) < 0.01
 
 
 def test_nothing_is_held_out_twice(many, tmp_path):

@@ -2,7 +2,8 @@
 1. Every preset is a valid configuration: fields exist, values are of their type, crops fit
    patches.
 2. The papers' presets carry the papers' numbers, to the digit.
-3. --auto_scale gives DINO's own numbers for ImageNet and 1,024 images, and never overrules a
+3. The papers' presets learn from all images; the others hold out one in twenty.
+4. --auto_scale gives DINO's own numbers for ImageNet and 1,024 images, and never overrules a
    flag.
 """
 
@@ -17,7 +18,7 @@ from augment import PHOTOMETRY
 from machinery.process import Process
 from train import schedules
 from training.config import Config, check
-from training.recipes import PRESETS, SCALED, auto_scale
+from training.recipes import DISTILLATION, PRESETS, SCALED, auto_scale
 
 
 def of_preset(name):
@@ -108,6 +109,13 @@ def test_the_released_models_of_dino():
     assert values_of(of_preset("dino_vitb8"), eights) == eights
     convnet = dict(optimizer="lars", epochs=800, batch_size_per_gpu=51, arch="resnet50")
     assert values_of(of_preset("dino_resnet50_800ep"), convnet) == convnet
+
+
+def test_the_papers_hold_nothing_out():
+    papers = ("dino_", "ibot_", "dinov2_", "hires")
+    for name, preset in (PRESETS | DISTILLATION).items():
+        share = preset.get("val_share", Config().val_share)
+        assert share == (0 if name.startswith(papers) else 0.05), name
 
 
 def test_auto_scale_leaves_the_papers_where_they_are_and_obeys_flags():

@@ -1,5 +1,6 @@
 """Claims
-1. A run writes what the README says, and a finished one says so; run again it does nothing.
+1. A run writes what the README says, and a finished one says so; run again it does nothing. A run
+   without images to judge with says how to get them, and ends without their figures.
 2. The same directory with another configuration is refused, with what differs and with what to
    do; what does not change the result may differ; --no_resume starts anew.
 3. --auto_scale is settled when a run begins, and keeps no flag that was dropped.
@@ -61,6 +62,16 @@ def test_a_run_and_its_directory(first):
     assert "two networks" in parts and "kept for backward" in parts
 
 
+def test_a_run_without_images_to_judge_with(tmp_path, capsys):
+    run = tmp_path / "run"
+    summary = train.run(tiny_config(run, "--val_data", "", "--val_share", "0", "--epochs", "1"))
+    printed = capsys.readouterr().out
+    assert ": 64 images, 8 steps" in printed and summary["knn"] is None
+    assert printed.count("give --val_data, or hold images out by --val_share") == 1
+    assert "k-NN" not in printed and f"wrote {run}/curves.png and teacher.pt" in printed
+    assert FIGURES & {path.name for path in run.iterdir()} == {"curves.png"}
+
+
 def test_the_code_is_kept_with_the_run(first):
     code = first[0] / "code"
     for name in ("train.py", "vit.py", "training/config.py", "machinery/flags.py",
@@ -88,7 +99,8 @@ def test_another_configuration_is_refused(run):
 
 
 def test_what_does_not_change_the_result_may_differ(run, capsys):
-    train.run(tiny_config(run, "--num_workers", "1", "--log_every", "3"))
+    # There is a --val_data, so that nothing is held out of --data.
+    train.run(tiny_config(run, *"--num_workers 1 --log_every 3 --val_share 0.1".split()))
     assert "is finished" in capsys.readouterr().out
 
 
