@@ -232,7 +232,7 @@ def run(extractor: Extractor) -> dict:
     rows = whiten(torch.cat([original_rows, distractor_rows]))
 
     # Right is the original of the same name; nothing is junk.
-    names = np.array(originals.names + [""] * len(distractors))
+    names = np.array([*originals.names, *[""] * len(distractors)])
     no_junk = torch.zeros(len(rows), dtype=torch.bool)
     figures = {}
     for edit, images in copies.items():

@@ -25,7 +25,7 @@ import os
 import signal
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -60,7 +60,7 @@ class Images:
 
     name: str  # of the data set, as in --data
     read: Callable[[int], Tensor]  # number -> (C, H, W), see in_channels; raises if it cannot
-    names: list[str]  # one for each image: tells it apart from the others
+    names: Sequence[str]  # one for each image, tells it apart; of files they are Names
     labels: list[int] | None = None  # one for each image; None where there are none
     classes: list[str] | None = None  # the name of each label, no two the same
     # Where reading in any order is slow: generator -> an order to read in. None stands for
@@ -80,24 +80,28 @@ class Images:
 
     def subset(self, indices) -> "Images":
         """The images of these numbers alone; they are numbered anew, from 0."""
-        indices = [int(i) for i in indices]
+        # Whatever millions of images have one of each is kept in arrays: see images/names.py.
+        indices = np.fromiter(indices, np.int64)
         read = partial(_read_part, self.read, indices)
         draw = self.draw and partial(_draw_part, self.draw, indices)
-        names = [self.names[i] for i in indices]
+        if isinstance(self.names, list):
+            names = [self.names[i] for i in indices]
+        else:
+            names = self.names[indices]
         labels = self.labels and [self.labels[i] for i in indices]
         order = self.order and partial(_order_of_part, self.order, indices)
         return replace(self, read=read, names=names, labels=labels, order=order, draw=draw)
 
 
-def _read_part(read, indices: list[int], i: int) -> Tensor:
-    return read(indices[i])
+def _read_part(read, indices: np.ndarray, i: int) -> Tensor:
+    return read(int(indices[i]))
 
 
-def _draw_part(draw, indices: list[int], i: int, side: int) -> Tensor:
-    return draw(indices[i], side)
+def _draw_part(draw, indices: np.ndarray, i: int, side: int) -> Tensor:
+    return draw(int(indices[i]), side)
 
 
-def _order_of_part(order, indices: list[int], rng: np.random.Generator) -> np.ndarray:
+def _order_of_part(order, indices: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The order of the whole set, less the images that are not in the part.
 
     Example: the part has the images 1, 3 and 4 of five, which it calls 0, 1 and 2. The order of
@@ -125,6 +129,8 @@ def open_folder(argument: str, split: str, root: str, download: bool, channels: 
     Where all of them lie in folders, of which there are two at least, the first folder on the
     way to an image is its label; else there are no labels.
     """
+    from images.names import Names, list_files  # here, because drawn images have no files
+
     path = Path(argument).expanduser()
     if not argument or not path.is_dir():
         raise ValueError(f"folder:{argument}: there is no such folder")
@@ -140,35 +146,28 @@ def open_folder(argument: str, split: str, root: str, download: bool, channels: 
     divided = split if parts else ""
 
     # Names are relative to the folder. So they, and what is chosen by them (see held_out), stay
-    # the same when the folder moves. They are sorted, because a file system lists files in an
-    # order of its own. Hidden files, such as the ._x.jpg of macOS, are no images.
-    files = []
-    for folder, _, file_names in os.walk(path, followlinks=True):
-        for file_name in file_names:
-            if not file_name.startswith("."):
-                files.append(os.path.relpath(os.path.join(folder, file_name), path))
-    files.sort()
-
-    # Arrays count only where there is no other image: beside photographs a .npy is more likely
-    # to be a depth map or a table of features.
-    names = [name for name in files if name.lower().endswith(EXTENSIONS)]
-    names = names or [name for name in files if name.lower().endswith(ARRAYS)]
-    if not names:
+    # the same when the folder moves. Arrays count only where there is no other image: beside
+    # photographs a .npy is more likely to be a depth map or a table of features.
+    for endings in (EXTENSIONS, ARRAYS):
+        names = Names(name for name in list_files(path) if name.lower().endswith(endings))
+        if len(names):
+            break
+    else:
         raise ValueError(f"folder:{argument}: found 0 images under it; expected "
                          f"{', '.join(EXTENSIONS + ARRAYS)} files, or folders of them")
     read = partial(_read_path, path, names, channels)
 
     # The first part of cats/07.jpg is the class cats; the first part of 07.jpg is the file.
-    tops = [Path(name).parts[0] for name in names]
-    classes = sorted(set(tops))
-    if any(top == name for top, name in zip(tops, names)) or len(classes) < 2:
+    flat = any("/" not in name for name in names)
+    classes = [] if flat else sorted({name.split("/")[0] for name in names})
+    if len(classes) < 2:
         return Images("folder", read, names, split=divided)
     number = {name: i for i, name in enumerate(classes)}
-    labels = [number[top] for top in tops]
+    labels = [number[name.split("/")[0]] for name in names]
     return Images("folder", read, names, labels, classes, split=divided)
 
 
-def _read_path(root: Path, names: list[str], channels: int, i: int) -> Tensor:
+def _read_path(root: Path, names: Sequence[str], channels: int, i: int) -> Tensor:
     return read_file(root / names[i], channels)
 
 
@@ -227,8 +226,9 @@ def _draw_scene(world, channels: int, i: int, side: int) -> Tensor:
 def open_shards(argument: str, split: str, root: str, download: bool, channels: int) -> Images:
     """shards:PATTERN, tar files of images, read nearly in order. Labels: see store.Shards."""
     from images import store  # tar files: few runs need them
+    from images.names import Names
 
-    shards = store.Shards(argument, EXTENSIONS + ARRAYS)
+    shards = store.Shards(argument, EXTENSIONS + ARRAYS, Names)
     return Images("shards", partial(_read_shards, shards, channels), shards.names,
                   shards.labels, shards.classes, shards.order)
 
@@ -334,8 +334,8 @@ def held_out(name: str, share: float = 0.05) -> bool:
 def part_by_name(images: Images, split: str, share: float = 0.05) -> Images:
     """The part "val" of a set that is not divided: what held_out says; "train": all others."""
     wanted = split == "val"
-    return images.subset([
-        i for i, name in enumerate(images.names) if held_out(name, share) == wanted])
+    chosen = (held_out(name, share) == wanted for name in images.names)
+    return images.subset(np.fromiter(chosen, bool, len(images)).nonzero()[0])
 
 
 def repeated_class(classes: list[str]) -> str | None:

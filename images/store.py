@@ -21,8 +21,10 @@ import glob
 import hashlib
 import json
 import os
+import sys
 import tarfile
 import zlib
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -219,30 +221,41 @@ class Shards:
     all images have one. names, labels and classes are those of data.Images.
     """
 
-    def __init__(self, pattern: str, extensions: tuple[str, ...]):
+    def __init__(self, pattern: str, extensions: tuple[str, ...], collect=list):
+        """collect: what makes a sequence of the names that come one by one."""
         self.files = sorted(glob.glob(os.path.expanduser(pattern)))
         if not self.files:
             raise ValueError(
                 f"{pattern}: no such file; expected tar files, as in 'shards:/data/train-*.tar'"
             )
 
-        # One short row for each image is all that is kept in memory; pixels stay on the disk.
-        rows = []  # (number of the tar file, name, first byte, bytes, label) of each image
-        for shard, file in enumerate(self.files):
-            for member in self.list_members(file):
-                if member[0].lower().endswith(extensions):
-                    rows.append((shard, *member))
-        if not rows:
+        # A name, a label and three numbers for each image are all that is kept in memory; pixels
+        # stay on the disk. Equal labels are one object, by `intern`.
+        places = array("q")  # (number of the tar file, first byte, bytes) of each image
+        labels = []
+
+        def names():
+            for shard, file in enumerate(self.files):
+                for name, start, size, label in self.list_members(file):
+                    if name.lower().endswith(extensions):
+                        places.extend((shard, start, size))
+                        labels.append(label and sys.intern(label))
+                        yield f"{Path(file).name}/{name}"
+
+        self.names = collect(names())
+        if not places:
             raise ValueError(
                 f"{pattern}: found 0 images in {len(self.files)} tar files; expected "
                 f"{', '.join(extensions)}")
-        self.names = [f"{Path(self.files[shard]).name}/{name}" for shard, name, *_ in rows]
-        self.places = np.array([(shard, start, size) for shard, _, start, size, _ in rows])
+        self.places = np.frombuffer(places, np.int64).reshape(-1, 3)
 
-        # Labels only where every image has one. A single folder for all tells nothing apart.
-        labels = [label for *_, label in rows]
+        # Labels only where every image has one. A single folder for all tells nothing apart. In
+        # x.tar/cats/01.jpg it is cats, and in x.tar/01.jpg there is none.
         if None in labels:
-            labels = [name.split("/")[0] if "/" in name else None for _, name, *_ in rows]
+            labels = []
+            for name in self.names:
+                parts = name.split("/")
+                labels.append(sys.intern(parts[1]) if len(parts) > 2 else None)
             if None in labels or len(set(labels)) < 2:
                 labels = None
 

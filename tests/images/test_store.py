@@ -155,7 +155,7 @@ def test_another_source_is_refused(photos, tmp_path):
     images, folder = open_images(f"folder:{photos}"), tmp_path / "cache"
     store.build(folder, images.read, images.names, 32)
     before = content(folder)
-    for names, side in ((images.names[:-1] + ["new.png"], 32), (images.names, 48)):
+    for names, side in (([*images.names[:-1], "new.png"], 32), (images.names, 48)):
         with pytest.raises(ValueError,
                            match="--cache .*cache was made from 24 images at 32 px"):
             cached(Images("x", images.read, names), str(folder), side)

@@ -1,0 +1,103 @@
+"""Names: what millions of images are called, without a Python object for each of them.
+
+    folder --list_files, sorted--> cats/1.png, dogs/22.png, ... --> Names: letters, starts, ends
+
+Idea     A string of Python takes about 50 bytes beside its letters, and a list 8 more to point
+         to it. A worker process that is forked shares the memory of the training process until
+         one of them writes to it; and Python writes into each string that is merely looked at,
+         because it counts who uses it. So every worker would have a copy of all names in the
+         end. Here the names are three long arrays, into which nobody writes.
+Paper    none
+Try      python -m images.names      how many bytes a name takes
+Change   which files are listed: list_files; how names are kept: Names
+Tests    pytest tests/images/test_names.py
+"""
+
+import copy
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+
+class Names(Sequence):
+    """A list of strings that cannot be changed; a slice or an array of numbers gives a part.
+
+    Example: cats/1.png and dogs/22.png are the letters cats/1.pngdogs/22.png. The first name
+    starts at 0 and ends at 10, the second one starts at 10 and ends at 21.
+    """
+
+    def __init__(self, names: Iterable[str]):
+        # The names may come one by one, so that they are never all there as strings.
+        self.letters = bytearray()
+        bounds = array("q", [0])  # whole numbers of 64 bits
+        for name in names:
+            self.letters += os.fsencode(name)
+            bounds.append(len(self.letters))
+
+        # Each name ends where the next one starts: both are views of one array.
+        self.starts = np.frombuffer(bounds, np.int64)[:-1]
+        self.ends = np.frombuffer(bounds, np.int64)[1:]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, i):
+        # A single number may come from an array, too.
+        if isinstance(i, (int, np.integer)):
+            return self.string(self.starts[i], self.ends[i])
+
+        # A part has the letters of the whole: only its bounds are chosen.
+        part = copy.copy(self)
+        part.starts = self.starts[i]
+        part.ends = self.ends[i]
+        return part
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self.string, self.starts, self.ends)
+
+    def __eq__(self, other) -> bool:
+        return list(self) == list(other)
+
+    def string(self, start: int, end: int) -> str:
+        """The name whose letters lie between these two places."""
+        return os.fsdecode(bytes(self.letters[start:end]))
+
+
+def list_files(folder: Path, prefix: str = "") -> Iterator[str]:
+    """The names of all files below a folder, relative to it and sorted.
+
+    Hidden files, such as the ._x.jpg of macOS, are left out; links are followed.
+    """
+    # A folder that may not be read counts as empty.
+    entries = []
+    try:
+        for entry in os.scandir(folder):
+            entries.append(f"{entry.name}/" if entry.is_dir() else entry.name)
+    except OSError:
+        return
+
+    # A file system lists files in an order of its own, so they are sorted. One folder at a time
+    # is enough for that, if a folder counts as its name with a slash behind it. Example: a.jpg
+    # comes before a/1.jpg and a/2.jpg, and these before a0.jpg, because "." is below "/", and
+    # "/" below "0".
+    for name in sorted(entries):
+        if name.endswith("/"):
+            yield from list_files(folder / name, prefix + name)
+        elif not name.startswith("."):
+            yield prefix + name
+
+
+if __name__ == "__main__":
+    import sys
+
+    # Names as in ImageNet, in folders of 1,300 images each.
+    strings = [f"n{i // 1300:08d}/n{i // 1300:08d}_{i % 1300}.JPEG" for i in range(100_000)]
+    names = Names(strings)
+    as_list = sys.getsizeof(strings) + sum(map(sys.getsizeof, strings))
+    as_names = len(names.letters) + names.starts.nbytes + 8
+    print(f"{len(names):,d} names such as {names[0]}, bytes for each")
+    print(f"    a list of strings  {as_list / len(names):5.0f}")
+    print(f"    Names              {as_names / len(names):5.0f}")

@@ -1,0 +1,106 @@
+"""Claims
+1. Names are the strings that they were made from, in any language and of any bytes, one by one,
+   in parts, and after a pickle.
+2. The files of a folder come in the order of their whole names, without the hidden ones.
+3. What a set of files keeps for each image is little more than the letters of its name, and so is
+   what it takes while it is listed: a folder, tar files, and parts of them.
+"""
+
+import os
+import pickle
+import tracemalloc
+
+import numpy as np
+import pytest
+
+import images.names
+from images import store
+from images.data import EXTENSIONS, open_images, part_by_name
+from images.names import Names, list_files
+from images.store import Shards
+
+STRINGS = ["", "a.png", "b/ä-日本.jpg", "b/\udcff.png",
+           "c"]  # the fourth has a byte that is no letter
+
+# -- 1
+
+
+def test_names_are_strings():
+    names = Names(iter(STRINGS))
+    assert len(names) == 5 and list(names) == STRINGS and names == STRINGS
+    assert [names[i] for i in range(5)] == STRINGS and names[-1] == names[np.int64(4)] == "c"
+    assert names[1:3] == STRINGS[1:3] and names[np.array([4, 0, 4])] == ["c", "", "c"]
+    assert names[1:][np.array([0])] == ["a.png"] and names[:0] == [] and not Names([])
+    assert "c" in names and names.index("a.png") == 1 and names != STRINGS[:4]
+    assert pickle.loads(pickle.dumps(names)) == STRINGS
+    with pytest.raises(IndexError):
+        names[5]
+
+
+# -- 2
+
+
+def test_files_of_a_folder(tmp_path):
+    for name in ("a.jpg", "a/2.jpg", "a/1.jpg", "a/.hidden.jpg", "a/b/c.txt", "a0.jpg", "B/x",
+                 "a.b/y", ".c/z", ".d"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to(tmp_path / "B")
+    expected = []
+    for folder, _, files in os.walk(tmp_path, followlinks=True):
+        expected += [
+            os.path.relpath(f"{folder}/{file}", tmp_path) for file in files if file[0] != "."]
+    assert list(list_files(tmp_path)) == sorted(expected) and len(expected) == 9
+    (tmp_path / "a/b").chmod(0)  # what may not be read is left out, unless by the superuser
+    assert len(list(list_files(tmp_path))) in (8, 9)
+    (tmp_path / "a/b").chmod(0o700)
+
+
+# -- 3
+
+COUNT = 2_000
+
+
+def file_names(folder=None):
+    return (f"n{i // 100:08d}/n{i // 100:08d}_{i:06d}.jpg" for i in range(COUNT))
+
+
+def bytes_for_each_image(function):
+    """(what the function returns, bytes for each image that are kept, at the peak)."""
+    tracemalloc.start()
+    result = function()
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return result, kept / COUNT, peak / COUNT
+
+
+def test_the_memory_of_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(images.names, "list_files", file_names)
+    letters = len(next(file_names()))
+    folder, kept, peak = bytes_for_each_image(lambda: open_images(f"folder:{tmp_path}"))
+    assert folder.names == list(file_names()) and len(folder.classes) == COUNT // 100
+    # 8 bytes for the name, 8 for the label, and what arrays have in reserve while they grow.
+    assert kept < 1.2 * letters + 24 and peak < 2 * letters + 48
+    # Of a part: 16 for the name, 8 for its number in the whole, 8 for the label.
+    part, kept, peak = bytes_for_each_image(lambda: part_by_name(folder, "train"))
+    assert part.names == list(part.names) and kept < 36 and peak < 64
+    assert len(pickle.dumps(part.read)) / COUNT < letters + 32
+
+
+def test_the_memory_of_tar_files(tmp_path, monkeypatch):
+    for shard in range(10):
+        (tmp_path / f"{shard}.tar").touch()
+    names = list(file_names())
+    size = COUNT // 10
+
+    def list_members(file):
+        first = size * int(file[-5])
+        return [[name, 0, 0, None] for name in names[first:first + size]]
+
+    monkeypatch.setattr(Shards, "list_members", staticmethod(list_members))
+    opened, kept, peak = bytes_for_each_image(lambda: open_images(f"shards:{tmp_path}/*.tar"))
+    letters = len(opened.names[0])
+    assert len(opened) == COUNT and len(opened.classes) == COUNT // 100
+    # 24 bytes for its place, 8 for the name, 8 for the label, and a reserve.
+    assert kept < 1.2 * letters + 48 and peak < 2 * letters + 100
+    assert store.Shards(f"{tmp_path}/*.tar", EXTENSIONS).names == list(opened.names)
