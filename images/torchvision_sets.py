@@ -7,7 +7,7 @@ Idea     Each class of torchvision.datasets has words of its own for the images 
          knows them. Some classes have no such parts: then an image's name decides (part_by_name
          in images/data.py).
 Paper    none
-Try      python -m images.data FakeData FakeData:val
+Try      python -m images.data FakeData:val      noise, of which one image in twenty is taken
 Change   another class of torchvision is one entry in SETS
 Tests    pytest tests/images/test_torchvision_sets.py
 """
@@ -78,15 +78,18 @@ def open_torchvision(name: str, argument: str, split: str, root: str, download: 
     if name not in NO_DOWNLOAD:
         options["download"] = download
 
-    # Each class raises exceptions of its own kind, some of them of many lines.
+    # Each class raises exceptions of its own kind, some of them of many lines. Some say
+    # themselves which package they miss; then --download would not help.
     try:
         dataset = getattr(torchvision.datasets, name)(**options)
     except ModuleNotFoundError as error:
         raise ValueError(f"{name} needs a package that is not there: pip install {error.name}; "
                          "or give its images as folder:PATH") from None
     except Exception as error:
-        fetch = " (--download fetches it)" if not options.get("download", True) else ""
-        raise ValueError(f"{name} in --data_root {root}: {first_line(error)}{fetch}") from None
+        message = first_line(error)
+        if not options.get("download", True) and "pip install" not in message:
+            message += " (--download fetches it)"
+        raise ValueError(f"{name} in --data_root {root}: {message}") from None
 
     # Where the class does not divide its images, an image has to have the same name whichever
     # part is asked for: the name decides in which part it is.

@@ -119,6 +119,21 @@ def test_noise_is_not_recognised(eurosat, small_backbone, tmp_path, capsys):
     assert 0 < part < 20
 
 
+def test_fake_data(monkeypatch):
+    """The only set that is there without any file."""
+
+    class Small(datasets.FakeData):
+
+        def __init__(self):
+            super().__init__(size=50, image_size=(3, 8, 8), num_classes=4)
+
+    monkeypatch.setattr(datasets, "FakeData", Small)
+    whole, train, val = (open_images(f"FakeData{part}") for part in ("", ":train", ":val"))
+    assert len(whole) == 50 and set(whole.labels) == {0, 1, 2, 3} and whole.classes is None
+    assert set(train.names) ^ set(val.names) == set(whole.names) and len(val)
+    assert torch.equal(val.read(0), whole.read(whole.names.index(val.names[0])))
+
+
 # -- 3
 
 
@@ -200,12 +215,14 @@ def test_classes_of_imagenet(imagenet, small_backbone, capsys):
 # -- 5
 
 
-@pytest.mark.parametrize("asked", ["ImageNet", "EuroSAT"], indirect=True)
-def test_a_missing_package_is_named(asked, request, monkeypatch):
-    name = request.node.callspec.params["asked"]
+@pytest.mark.parametrize("name, error", [
+    ("ImageNet", ModuleNotFoundError("No module named 'scipy'", name="scipy")),
+    ("Flowers102", ModuleNotFoundError("No module named 'scipy'", name="scipy")),
+    ("StanfordCars", RuntimeError("Scipy is not found: pip install scipy"))])
+def test_a_missing_package_is_named(name, error, monkeypatch):
 
     def needs_scipy(self, **arguments):
-        raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
+        raise error
 
     monkeypatch.setattr(getattr(datasets, name), "__init__", needs_scipy)
     with pytest.raises(ValueError) as refused:
