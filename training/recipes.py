@@ -126,7 +126,7 @@ IMAGENETTE = SMALL | dict(data="Imagenette", val_data="Imagenette:val", arch="vi
 
 # The papers learned from all of ImageNet's training images. So nothing is held out of another
 # --data either: without --val_data such a run is not judged.
-IMAGENET = IMAGENET | dict(val_share=0.0)
+IMAGENET = dict(data="ImageNet", val_data="ImageNet:val", val_share=0.0)
 
 # DINO's ViT-B/16, as it was released.
 DINO_VITB16 = IMAGENET | dict(arch="vit_base", epochs=400, lr=7.5e-4, batch_size_per_gpu=32,
