@@ -13,6 +13,7 @@ Change   what may be unpickled from the index of a checkpoint is listed in INDEX
 Tests    pytest tests/machinery/test_checkpoints.py
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -108,7 +109,8 @@ def live_state(networks: dict[str, nn.Module], optimizer=None, of: str = "") -> 
 #     step-500/__0_0.distcp     what process 0 wrote
 #              __1_0.distcp     what process 1 wrote
 #              .metadata        the index: "net.weight, rows 0 to 511: in __0_0.distcp, at 4096"
-#              manifest.json    the step, figures of the run, sizes and checksums of the files
+#              manifest.json    the step, figures of the run, sizes and checksums of the files,
+#                                and a checksum of all this
 #
 # The index is a pickle, and a pickle is a small program: it names functions that are called
 # when it is read, os.system if its author likes. A checkpoint may come from anywhere. So we
@@ -130,14 +132,30 @@ INDEX = {
     "pathlib": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"}}
 
 
-class IndexUnpickler(pickle.Unpickler):
-    """Builds the index of a checkpoint, and refuses every name that is not in INDEX."""
+class IndexUnpickler(pickle._Unpickler):
+    """Builds the index of a checkpoint, and refuses every name that is not in INDEX.
+
+    It is pickle's unpickler in Python, because the one in C does not let us check the
+    instruction BUILD.
+    """
 
     def find_class(self, module, name):
         # pickle asks here for every class and function before it uses it.
         if name not in INDEX.get(module, ()):
             raise ValueError(f"its index asks for {module}.{name}, which has no place there")
         return super().find_class(module, name)
+
+    def load_build(self):
+        # BUILD sets attributes of an object, the second on the stack. An index needs it for the
+        # dataclasses that it is made of. The attributes of a class, or of an entry of an
+        # enumeration, belong to the whole program: there they would stay, even if the file is
+        # refused afterwards.
+        target = self.stack[-2]
+        if isinstance(target, type) or not dataclasses.is_dataclass(target):
+            raise ValueError(f"its index wants to change {target!r:.60}, which is not its own")
+        super().load_build()
+
+    dispatch = pickle._Unpickler.dispatch | {pickle.BUILD[0]: load_build}
 
 
 class Reader(dcp.FileSystemReader):
@@ -170,6 +188,27 @@ def quiet():
 def size_and_digest(file: Path) -> dict:
     """What the manifest says of one file."""
     return {"bytes": file.stat().st_size, "sha256": digest(file)}
+
+
+def seal(manifest: dict) -> dict:
+    """The manifest with a checksum of its own, under "sha256": of all else that is in it."""
+    content = {name: value for name, value in manifest.items() if name != "sha256"}
+    text = json.dumps(content, sort_keys=True)
+    return content | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def read_manifest(path: Path) -> dict:
+    """The manifest of a checkpoint; ValueError if it is damaged, or that of another step."""
+    manifest = json.loads((path / "manifest.json").read_text())
+
+    # Those of earlier versions have no checksum of their own. The step is compared in any case,
+    # and by its type as well: 3.0 == 3 and True == 1, but neither is a step.
+    if "sha256" in manifest and manifest != seal(manifest):
+        raise ValueError("manifest.json does not match its own checksum")
+    step = manifest["step"]
+    if type(step) is not int or step != int(path.name[5:]):
+        raise ValueError(f"manifest.json is that of step {step!r:.40}")
+    return manifest
 
 
 def save_checkpoint(folder: Path, step: int, state: dict, facts: dict, process: Process,
@@ -211,7 +250,8 @@ def save_checkpoint(folder: Path, step: int, state: dict, facts: dict, process: 
         # The manifest is the last file, because its presence says that all others are complete.
         # Then the folder gets its name. If there is a folder of that name, it is damaged: the
         # run passed it over, began at an earlier step, and has come to this step again.
-        write_json(unfinished / "manifest.json", {"step": step, **facts, "files": files})
+        manifest = seal({"step": step, **facts, "files": files})
+        write_json(unfinished / "manifest.json", manifest)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(unfinished, final)
 
@@ -239,7 +279,7 @@ def find_checkpoint(folder: Path, process: Process) -> tuple[Path, dict] | None:
         try:
             # Sizes are compared before checksums: they cost nothing, and a file that was cut
             # short is the usual damage.
-            manifest = json.loads((path / "manifest.json").read_text())
+            manifest = read_manifest(path)
             for name, expected in manifest["files"].items():
                 if (path / name).stat().st_size != expected["bytes"]:
                     raise ValueError(f"{name} has not the size that its manifest states")

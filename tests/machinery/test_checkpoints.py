@@ -1,10 +1,14 @@
 """Claims
 1. A checkpoint is whole or not there: a damaged or half-written one is named and passed over.
 2. A kill while saving loses nothing and leaves nothing lying about; files are replaced whole.
-3. A checkpoint that holds code is refused, whatever its manifest says, and nothing in it runs.
+3. A checkpoint that holds code is refused, whatever its manifest says, and nothing in it runs,
+   nor does it change a class or a function of the program.
 4. One that does not fit is refused by its name; parts under a former name are found.
+5. A manifest of another step, or one that was changed, is damage; one of an earlier version,
+   without a checksum of its own, is read.
 """
 
+import importlib
 import json
 import os
 import pickle
@@ -16,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 
 import machinery.checkpoints
 from machinery.checkpoints import (checkpoints, digest, find_checkpoint, load_checkpoint, quiet,
-                                   save_checkpoint, save_tensors, write_text)
+                                   save_checkpoint, save_tensors, seal, write_text)
 from machinery.flags import UsageError
 from machinery.process import Process
 
@@ -90,6 +94,28 @@ def test_damage(tmp_path, capsys):
     assert newest(tmp_path / "none", capsys)[0] is None
 
 
+def test_a_manifest_that_was_changed(tmp_path, capsys):
+    for step in (2, 3):
+        save(tmp_path, step)
+    file = tmp_path / "step-3/manifest.json"
+    good = json.loads(file.read_text())
+    without_figures = {name: value for name, value in good.items() if name != "figures"}
+    other_steps = [good | {"step": step} for step in (2, -1, "x", 1e30, 3.0, True, None)]
+    for bad in [without_figures, good | {"figures": {"knn": 0.5}}, *other_steps]:
+        file.write_text(json.dumps(bad))
+        step, printed = newest(tmp_path, capsys)
+        assert step == 2 and "does not match its own checksum" in printed
+
+    # A forger, and earlier versions: the step is compared in any case.
+    for bad in other_steps:
+        for text in (json.dumps(seal(bad)), json.dumps(bad | {"sha256": None}), "[" * 100_000):
+            file.write_text(text)
+            assert newest(tmp_path, capsys)[0] == 2
+    del good["sha256"]
+    file.write_text(json.dumps(good))
+    assert newest(tmp_path, capsys)[0] == 3
+
+
 def test_a_kill_while_saving_loses_nothing(tmp_path, monkeypatch, capsys):
     save(tmp_path, 1)
     with monkeypatch.context() as patch:
@@ -131,7 +157,7 @@ def forge_manifest(folder):
         p.name: {"bytes": p.stat().st_size, "sha256": digest(p)}
         for p in folder.iterdir() if p.name != "manifest.json"}
     manifest = json.loads((folder / "manifest.json").read_text()) | {"files": files}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(seal(manifest)))
 
 
 @pytest.mark.parametrize("where", ["index", "shard", "bytes"])
@@ -159,3 +185,20 @@ def test_code_in_a_checkpoint_does_not_run(where, tmp_path, capsys):
     else:
         assert step == 1 and "has no place there" in printed
     assert "code ran" not in printed
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["torch.distributed.checkpoint.metadata Metadata", "torch.serialization _get_layout"])
+def test_an_index_changes_nothing_but_its_own_parts(target, tmp_path, capsys):
+    """A class gets an attribute by pickle's BUILD, a function by its dictionary."""
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    module, name = target.split()
+    attribute = pickle.dumps((None, {"planted": 1}), protocol=0)[:-1]  # without its STOP
+    index = f"c{module}\n{name}\n".encode() + attribute + pickle.BUILD + pickle.STOP
+    (tmp_path / "step-2/.metadata").write_bytes(index)
+    forge_manifest(tmp_path / "step-2")
+    step, printed = newest(tmp_path, capsys)
+    assert step == 1 and "which is not its own" in printed
+    assert not hasattr(getattr(importlib.import_module(module), name), "planted")
