@@ -6,6 +6,7 @@
 5. No number ends in a traceback: in every program each numeric flag takes NaN, infinity, -1, 0,
    1e30 and 10^24, or refuses them in one line that names it; what it takes is finite.
 6. A file that the system refuses is one line with its name, and exit code 2.
+7. A flag of the official programs is answered by ours; a wrong choice by the nearest one.
 """
 
 import errno
@@ -82,6 +83,32 @@ def test_misuse(line, words):
 def test_what_may_be_negative_and_what_is_the_largest():
     assert parse_line("--weight -2.5").weight == -2.5
     assert parse_line(f"--size {LARGEST}").size == LARGEST
+
+
+@pytest.mark.parametrize("program, line, answer", [
+    (train.read_flags, "--data_path x",
+     "there is no flag --data_path; here it is --data folder:"),
+    (train.read_flags, "--out_dim=5",
+     "here it is --n_prototypes 65536, or --n_prototypes 8192"),
+    (train.read_flags, "--arch deit_small", "did you mean vit_small?"),
+    (train.read_flags, "--pretrained_weights x", "there is no flag --pretrained_weights; "),
+    (evaluate.main, "knn --pretrained_weights x", "here it is --weights FILE"),
+    (evaluate.main, "linear --pretrained_linear x", "here it is --head dino_vits16_lc"),
+    (evaluate.main, "knn --arch vit_small", "here it is not needed: They are read off the"),
+    (evaluate.main, "copies --imsize 320", "here it is --image_size"),
+    (visualize.main, "attention p --threshold 1", "here it is --share 0.6")])
+def test_flags_of_the_official_programs(program, line, answer, capsys):
+    with pytest.raises((UsageError, SystemExit)) as stop:
+        program(line.split())
+    message = capsys.readouterr().err or str(stop.value)
+    assert answer in message and message.count("\n") <= 1
+
+
+def test_without_the_page_of_official_flags(monkeypatch, tmp_path):
+    """A copy of the code without its docs still says what it can."""
+    monkeypatch.setattr(flags, "OFFICIAL", tmp_path / "none.md")
+    with pytest.raises(UsageError, match="no flag --data_path; did you mean"):
+        train.read_flags(["--data_path", "x"])
 
 
 def test_help_is_grouped(capsys):
