@@ -13,10 +13,12 @@ Tests    pytest tests/backbones/test_layouts.py
 """
 
 import argparse
+import hashlib
 import json
 import math
 import re
 import struct
+import zipfile
 from pathlib import Path
 
 import torch
@@ -34,10 +36,23 @@ from torch import Tensor
 #                   "norm.weight": {"dtype": "F32", "shape": [384], "data_offsets": [0, 1536]},
 #                   "norm.bias": {"dtype": "F32", "shape": [384], "data_offsets": [1536, 3072]}}
 #     3072 bytes   the numbers; data_offsets count from here
+#
+# The format has no checksum. So we add one of the numbers to the __metadata__ of what we write,
+# under the name that stands in CHECKSUM. Other programs ignore it, and files without it are
+# read as well.
 
+CHECKSUM = "sha256_of_the_numbers"
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def without_duplicates(pairs: list[tuple]) -> dict:
+    """The dictionary of a JSON object; ValueError if a name occurs twice in it."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("its header has a name twice")
+    return content
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -48,12 +63,14 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else size
         if length > size - 8:
             raise ValueError(f"its header claims {length:,d} bytes of a file of {size:,d}")
-        header = json.loads(file.read(length))
+        header = json.loads(file.read(length), object_pairs_hook=without_duplicates)
         data = bytearray(file.read())
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
 
+    # In the order of their places, where each tensor has to begin where the one before it ends.
     tensors = {}
-    for name, entry in header.items():
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         first, last = entry["data_offsets"]
         shape = entry["shape"]
         dtype = _DTYPES[entry["dtype"]]
@@ -63,6 +80,10 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         count = math.prod(shape)
         if not 0 <= first <= last <= len(data) or last - first != count * dtype.itemsize:
             raise ValueError(f"the place of {name} does not fit its shape and the file")
+        if first != end:
+            raise ValueError(f"{name} begins at byte {first}, but the tensor before it ends at "
+                             f"{end}")
+        end = last
 
         # A copy of its own for each tensor, so that one of them alone does not keep the bytes
         # of all in memory. torch.frombuffer refuses to read nothing.
@@ -70,19 +91,34 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         if count:
             raw = torch.frombuffer(data, dtype=dtype, count=count, offset=first)
         tensors[name] = raw.reshape(shape).clone()
+    if end != len(data):
+        raise ValueError(f"{len(data) - end} bytes at its end belong to no tensor")
+    if CHECKSUM in metadata and metadata[CHECKSUM] != hashlib.sha256(data).hexdigest():
+        raise ValueError("its numbers do not match its checksum")
     return tensors
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """The numbers of a tensor as they lie in a file."""
+    # Viewed as bytes first, because numpy has no bfloat16.
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().tobytes()
 
 
 def write_safetensors(path: Path, state: dict[str, Tensor]):
     """The same, written: what other libraries read without unpickling anything."""
     names = {dtype: name for name, dtype in _DTYPES.items()}
-    header = {"__metadata__": {"format": "pt"}}  # other libraries ask which one has written it
+    header = {}
     place = 0
+    digest = hashlib.sha256()
     for name, tensor in state.items():
         size = tensor.numel() * tensor.itemsize
         header[name] = dict(dtype=names[tensor.dtype], shape=list(tensor.shape),
                             data_offsets=[place, place + size])
         place += size
+        digest.update(bytes_of(tensor))
+    # Other libraries ask by which one a file was written: "pt" stands for PyTorch.
+    header["__metadata__"] = {"format": "pt", CHECKSUM: digest.hexdigest()}
 
     # Filled up by spaces, which JSON ignores, so that the numbers begin at a multiple of 8.
     encoded = json.dumps(header).encode()
@@ -90,15 +126,46 @@ def write_safetensors(path: Path, state: dict[str, Tensor]):
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for tensor in state.values():
-            # As bytes, because numpy has no bfloat16.
-            flat = tensor.detach().cpu().contiguous().view(-1)
-            file.write(flat.view(torch.uint8).numpy().tobytes())
+            file.write(bytes_of(tensor))
+
+
+def read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of Hugging Face's NAME.index.json, which says in which file each of them is.
+
+    Example: {"weight_map": {"layernorm.bias": "model-00002-of-00002.safetensors", ...}}.
+    ValueError if one of the files is not beside it, or holds other tensors.
+    """
+    weight_map = json.loads(index.read_text())["weight_map"]
+    tensors = {}
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name or name.endswith(".json"):
+            raise ValueError(f"it names {name}, which is no file of tensors beside it")
+        tensors |= read_tensors(index.parent / name)
+    if tensors.keys() != weight_map.keys():
+        different = sorted(tensors.keys() ^ weight_map.keys())
+        raise ValueError(f"its files and its list disagree about {', '.join(different[:4])}")
+    return tensors
 
 
 def read_tensors(path: Path) -> dict:
-    """Whatever is in the file, read without running any code that may be in it."""
+    """Whatever is in the file, read without running any code that may be in it.
+
+    ValueError, or another exception of torch's, if the file is damaged.
+    """
+    if path.name.endswith(".index.json"):
+        return read_shards(path)
     if path.suffix == ".safetensors":
         return read_safetensors(path)
+
+    # torch.save writes a zip archive, and a zip archive has a checksum of everything in it. But
+    # torch.load does not compare it, and would take a tensor with a flipped bit for a good one.
+    # Nothing in it is compressed, so that the two sizes of an entry have to be the same.
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+            sizes_agree = all(x.file_size == x.compress_size for x in archive.infolist())
+        if damaged or not sizes_agree:
+            raise ValueError(f"{damaged or 'a size'} in it does not match its checksum")
 
     # weights_only=True refuses every class but tensors and plain containers. Full checkpoints
     # of DINO also hold the parsed flags, an argparse.Namespace, which is harmless.
@@ -154,7 +221,8 @@ def from_ibot(state: dict) -> dict:
 
 
 # Hugging Face's names of DINO, DINOv2 and DINOv2 with registers -> official names: regular
-# expressions, applied to each key from top to bottom. Example:
+# expressions, applied to each key from top to bottom. Files on disk have the names of
+# transformers 4; state dicts of networks in the memory of transformers 5 have others. Example:
 #
 #     dinov2.encoder.layer.3.attention.output.dense.bias
 #     encoder.layer.3.attention.output.dense.bias           without the name of the model
@@ -168,15 +236,17 @@ HF = [
     (r"^embeddings\.position_embeddings$", "pos_embed"),
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
     (r"^embeddings\.", ""),  # cls_token, mask_token and register_tokens have the same names
-    (r"^encoder\.layer\.", "blocks."),
-    (r"\.attention\.output\.dense\.", ".attn.proj."),
-    (r"\.attention\.attention\.", ".attn."),
+    (r"^(encoder\.layer|layers)\.", "blocks."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.attention\.(attention\.query|q_proj)\.", ".attn.query."),
+    (r"\.attention\.(attention\.key|k_proj)\.", ".attn.key."),
+    (r"\.attention\.(attention\.value|v_proj)\.", ".attn.value."),
     (r"\.layernorm_before\.", ".norm1."),  # so called in the ViT that holds DINO
     (r"\.layernorm_after\.", ".norm2."),
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
     (r"\.mlp\.weights_in\.", ".mlp.w12."),
-    (r"\.mlp\.weights_out\.", ".mlp.w3."),
+    (r"\.mlp\.(weights_out|down_proj)\.", ".mlp.w3."),
     (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
     (r"^layernorm\.", "norm.")]
 
@@ -205,6 +275,12 @@ def from_hf(state: dict) -> dict:
     for key in [key for key in renamed if ".attn.query." in key]:
         parts = [renamed.pop(key.replace("query", part)) for part in ("query", "key", "value")]
         renamed[key.replace("query", "qkv")] = torch.cat(parts)
+
+    # So are the two halves of SwiGLU, which transformers 5 has apart.
+    for key in [key for key in renamed if ".mlp.gate_proj." in key]:
+        gate = renamed.pop(key)
+        value = renamed.pop(key.replace("gate_proj", "up_proj"))
+        renamed[key.replace("gate_proj", "w12")] = torch.cat([gate, value])
     return renamed
 
 

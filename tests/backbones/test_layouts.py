@@ -1,12 +1,15 @@
 """Claims
-1. Training checkpoints of DINO, iBOT and DINOv2, and the layouts of Hugging Face and timm, all
-   give the same network.
+1. Training checkpoints of DINO, iBOT and DINOv2, and the layouts of Hugging Face (on disk, and
+   in the memory of transformers 5) and timm, all give the same network.
 2. Export, official or Hugging Face's, gives back what was read, from .safetensors and .pth.
-3. A file of safetensors gives back its tensors, and one whose header does not fit it is
-   refused.
+3. A file of safetensors gives back its tensors, and one whose header does not fit it, or whose
+   numbers were changed, is refused.
+4. A flipped bit in what torch.save wrote is refused, or changes nothing.
+5. Weights in several files are read by their index, which has to fit them.
 """
 
 import argparse
+import json
 import re
 import struct
 
@@ -15,7 +18,7 @@ import torch
 from test_weights import KINDS
 
 from backbones.__main__ import main
-from backbones.layouts import read_safetensors, to_hf, write_safetensors
+from backbones.layouts import read_safetensors, read_tensors, to_hf, write_safetensors
 from backbones.weights import load_backbone, read_backbone
 from vit import VisionTransformer
 
@@ -68,6 +71,29 @@ def as_hf_vit(state):
     return out
 
 
+def as_transformers_5(state):
+    """The names that networks have in the memory of transformers 5."""
+    out = {}
+    for key, value in as_hf_vit(state).items():
+        for old, new in (("attention.attention.query",
+                          "attention.q_proj"), ("attention.attention.key", "attention.k_proj"),
+                         ("attention.attention.value",
+                          "attention.v_proj"), ("attention.output.dense", "attention.o_proj"),
+                         ("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2")):
+            key = key.replace(old, new)
+        if "mlp.w12" in key:  # of DINOv2 only, whose layers lie in an encoder
+            gate, up = value.chunk(2)
+            out[key.replace("w12", "gate_proj")] = gate
+            out[key.replace("w12", "up_proj")] = up
+        else:
+            out[key.replace("mlp.w3", "mlp.down_proj")] = value
+    if "layernorm_before" in "".join(out) and not any("mask_token" in key for key in out):
+        out = {key.replace("encoder.layer.", "layers."): value for key, value in out.items()}
+    return {
+        re.sub(r"^(mask_token|register_tokens)$", r"embeddings.\1", key): value
+        for key, value in out.items()}
+
+
 def as_timm(state):
     out = {}
     for key, value in state.items():
@@ -83,7 +109,9 @@ def as_timm(state):
 @pytest.mark.parametrize("write, kind", [(as_training, KINDS[0]),
                                          (as_chunks, dict(KINDS[1], depth=4)),
                                          (as_ibot, KINDS[1]), (as_hf_vit, KINDS[0]),
-                                         (as_timm, KINDS[1]), (as_timm, KINDS[2])])
+                                         (as_transformers_5, KINDS[0]),
+                                         (as_transformers_5, KINDS[2]), (as_timm, KINDS[1]),
+                                         (as_timm, KINDS[2])])
 def test_layouts_of_others(write, kind, tmp_path):
     torch.manual_seed(0)
     model = VisionTransformer(32, 8, **kind).eval()
@@ -131,3 +159,71 @@ def test_safetensors_are_checked(tmp_path):
     file.write_bytes(whole[:-2])
     with pytest.raises(ValueError, match="does not fit its shape"):
         read_safetensors(file)
+    changed = bytearray(whole)
+    changed[-1] ^= 1
+    file.write_bytes(changed)
+    with pytest.raises(ValueError, match="does not match|do not match its checksum"):
+        read_safetensors(file)
+
+
+def safetensors_of(header, data):
+    """The bytes of a file whose header is this text."""
+    return struct.pack("<Q", len(header)) + header.encode() + data
+
+
+def place(name, first, last):
+    entry = {"dtype": "F32", "shape": [(last - first) // 4], "data_offsets": [first, last]}
+    return f'"{name}": {json.dumps(entry)}'
+
+
+@pytest.mark.parametrize("places, words",
+                         [([place("a", 0, 8), place("b", 4, 12)], "b begins at byte 4"),
+                          ([place("a", 0, 4), place("b", 8, 12)], "b begins at byte 8"),
+                          ([place("a", 4, 12)], "a begins at byte 4"),
+                          ([place("a", 0, 8)], "4 bytes at its end belong to no tensor"),
+                          ([place("a", 0, 4), place("a", 4, 12)], "a name twice")])
+def test_what_the_format_forbids(places, words, tmp_path):
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(safetensors_of("{" + ", ".join(places) + "}", bytes(12)))
+    with pytest.raises(ValueError, match=words):
+        read_safetensors(file)
+    file.write_bytes(
+        safetensors_of("{" + place("a", 0, 4) + ", " + place("b", 4, 12) + "}", bytes(12)))
+    assert list(read_safetensors(file)) == ["a", "b"]
+
+
+def test_flipped_bits(tmp_path):
+    """Bits of the numbers, and of all other parts of a small file."""
+    torch.manual_seed(0)
+    state = {"a": torch.randn(40), "b": torch.randn(2, 10)}
+    file = tmp_path / "teacher.pt"
+    torch.save(state, file)
+    whole = file.read_bytes()
+    numbers = whole.index(state["a"].numpy().tobytes())
+    for position in [*range(numbers, numbers + 160, 8), *range(0, len(whole), 32)]:
+        changed = bytearray(whole)
+        changed[position] ^= 1 << position % 8
+        file.write_bytes(changed)
+        try:
+            read = read_tensors(file)
+        except Exception:
+            continue
+        assert not numbers <= position < numbers + 160
+        assert all(torch.equal(read[name], state[name]) for name in state)
+
+
+def test_weights_in_several_files(tmp_path):
+    state = {"a": torch.randn(3), "b": torch.randn(2), "c": torch.randn(1)}
+    write_safetensors(tmp_path / "1.safetensors", {"a": state["a"]})
+    torch.save({"b": state["b"], "c": state["c"]}, tmp_path / "2.bin")
+    index = tmp_path / "model.safetensors.index.json"
+    weight_map = {"a": "1.safetensors", "b": "2.bin", "c": "2.bin"}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    read = read_tensors(index)
+    assert read.keys() == state.keys() and all(torch.equal(read[k], state[k]) for k in state)
+    for bad, words in ((weight_map | {"d": "2.bin"}, "disagree about d"),
+                       (weight_map | {"a": "../1.safetensors"}, "no file of tensors beside it"),
+                       (weight_map | {"a": index.name}, "no file of tensors beside it")):
+        index.write_text(json.dumps({"weight_map": bad}))
+        with pytest.raises(ValueError, match=words):
+            read_tensors(index)
