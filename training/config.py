@@ -252,7 +252,7 @@ def read_config(file: Path) -> dict:
         for name, kind in typing.get_type_hints(Config).items():
             if name in stored and not fits(stored[name], kind):
                 raise ValueError(f"{name} is {stored[name]!r:.40}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # brackets nested without end
         raise ValueError(f"{file}: not the config.json of a run ({error})") from None
 
     stored = {name: tuple(v) if type(v) is list else v for name, v in stored.items()}

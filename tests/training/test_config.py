@@ -135,7 +135,8 @@ def test_a_new_entry_can_be_used_at_once(tmp_path):
                           ('{"global_batch": 8, "compile": 1}', "compile is 1"),
                           ('{"global_batch": 8, "mask_ratio": [0.1]}', "mask_ratio"),
                           ('{"global_batch": 8, "mask_ratio": [0.1, "x"]}', "mask_ratio"),
-                          ('{"global_batch": 8, "given": [5]}', "given")])
+                          ('{"global_batch": 8, "given": [5]}', "given"),
+                          ("[" * 100_000, "recursion")])
 def test_a_config_from_anywhere(text, words, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=f"config.json: not the config.*{words}"):
