@@ -397,6 +397,7 @@ class AttentionConfig:
     weights: str = ""  # the network: a run, a released name such as dino_vits8, a URL, a file
     checkpoint_key: Literal["teacher",
                             "student"] = "teacher"  # which network of a training's two
+    num_heads: int = 0  # attention heads, for a file that does not tell them; 0: of width 64
     image_size: int = 480  # shorter side of the photo in pixels, before it is cut to patches
     block: int = -1  # the block whose attention is drawn; -1: the last
     share: float = 0.6  # share of the attention that the patches of a mask hold together
@@ -414,7 +415,7 @@ def draw_photo(photo: str, config: AttentionConfig) -> Path:
     if not config.weights:
         raise UsageError("--weights: give a run, a file, or a released name such as dino_vits8")
     require(config, lambda x: 0 < x < 1, "between 0 and 1", "share")
-    model = load_backbone(config.weights, config.checkpoint_key)
+    model = load_backbone(config.weights, config.checkpoint_key, config.num_heads)
     if not isinstance(model, VisionTransformer):
         raise UsageError(f"--weights {config.weights}: a convnet, which has no attention")
 

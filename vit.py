@@ -298,14 +298,14 @@ class Block(nn.Module):
     """
 
     def __init__(self, dim: int, num_heads: int, hidden: int, ffn_layer: str,
-                 layerscale: float | None):
+                 layerscale: float | None, norm_eps: float):
         super().__init__()
         # Without LayerScale, nn.Identity has no parameters: the keys are those of DINO.
         scale = (lambda: LayerScale(dim, layerscale)) if layerscale else nn.Identity
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads)
         self.ls1 = scale()
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = FFNS[ffn_layer](dim, hidden)
         self.ls2 = scale()
 
@@ -354,6 +354,7 @@ class VisionTransformer(nn.Module):
             drop_path_rate: float = 0.0,
             drop_path_uniform: bool = False,  # False: rises linearly from 0 to the rate (DINO)
             pos_embed_resize: str = "offset",  # a name of POS_EMBED_RESIZE
+            norm_eps: float = 1e-6,  # of every LayerNorm; some of Hugging Face's have 1e-12
     ):
         super().__init__()
         if ffn_layer not in FFNS:
@@ -396,8 +397,9 @@ class VisionTransformer(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim)) if mask_token else None
         hidden = int(embed_dim * mlp_ratio)
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, hidden, ffn_layer, layerscale) for _ in range(depth))
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+            Block(embed_dim, num_heads, hidden, ffn_layer, layerscale, norm_eps)
+            for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.init_weights(cls_std=1e-6 if layerscale else 0.02)
 
     def init_weights(self, cls_std: float):

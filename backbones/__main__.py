@@ -76,7 +76,7 @@ def tell(what: str):
 
     # Of a ViT also the arguments that build it again; a convnet has only its name.
     if isinstance(model, VisionTransformer):
-        options = architecture(model.state_dict())
+        options = architecture(*read_backbone(what))
         print("   ", ", ".join(f"{name} {value}" for name, value in options.items()))
 
 

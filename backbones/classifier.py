@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.layouts import read_tensors
-from backbones.weights import BASE_URL, RELEASED, fetch
+from backbones.weights import ALIASES, BASE_URL, RELEASED, fetch
 
 
 class Blocks(nn.Module):
@@ -98,6 +98,9 @@ def released_head(state: dict, width: int,
             f"it reads {weight.shape[1]} columns; of a network of width {width} it "
             f"must be one of {', '.join(map(str, choices))}")
     blocks, with_mean = choices[weight.shape[1]]
+    if from_dino and with_mean and blocks > 1:
+        raise ValueError(f"it reads {weight.shape[1]} columns under DINO's names, whose heads "
+                         "never read the mean patch beside the tokens of several blocks")
 
     # DINO's heads take the numbers of the class token c and of the mean patch a by turns:
     # c0 a0 c1 a1 ... Here the columns are put in the order of `Blocks`: c0 c1 ... a0 a1 ...
@@ -113,7 +116,9 @@ def read_head(what: str | Path, layers: int = 4) -> dict:
     backbone, on the last 1 or 4 blocks: layers. ValueError for any other number.
     """
     name = str(what).removesuffix("_lc")
-    if name == str(what) or name not in RELEASED:
+    is_name = name != str(what)
+    name = ALIASES.get(name, name)
+    if not is_name or name not in RELEASED:
         return read_tensors(Path(what).expanduser())
 
     # The file lies beside the backbone's: dinov2_vits14_pretrain.pth becomes

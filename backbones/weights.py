@@ -1,11 +1,12 @@
 """Weights: any DINO or DINOv2 backbone, by name or file, as the right network; strictly.
 
     dinov2_vits14_reg --> URL --> cache --+
-    a URL, a file, a run of ours ---------+--> tensors --> official keys --> ViT or convnet
-           (.pth, .pt, .safetensors)                       (layouts.py)    (as the shapes say)
+    a URL, a file, a run of ours, --------+--> tensors --> official keys --> ViT or convnet
+    a directory of Hugging Face                            (layouts.py)    (as the shapes say)
 
 Idea     The architecture can be read off the shapes of the tensors, so nobody has to repeat it
-         in flags. Loading is strict: every tensor of the file must have its place in the
+         in flags; the little that leaves no trace there is read from a config.json, where there
+         is one. Loading is strict: every tensor of the file must have its place in the
          network, and every place its tensor. A wrong prefix or a wrong flag is an error, and
          never a network that is left with random weights.
 Paper    none; the released backbones of DINO and DINOv2
@@ -30,7 +31,7 @@ from torch import Tensor
 from augment import pixels_of
 from backbones.convnet import CONVNETS, ConvNet
 from backbones.layouts import LAYOUTS, read_tensors
-from machinery.flags import did_you_mean, near_path
+from machinery.flags import UsageError, did_you_mean, near_path
 from vit import ARCHS, VisionTransformer
 
 # ----------------------------------------------------------------------------------------------
@@ -38,7 +39,8 @@ from vit import ARCHS, VisionTransformer
 #
 # Accuracies are top-1 on ImageNet in per cent, as the READMEs of Meta's repositories publish
 # them. dinov2_vits14_reg means: DINOv2, a small ViT, patches of 14 pixels, four registers. The
-# file names of the first DINO models say "deit", as their ViTs were called at first.
+# file names of the first DINO models say "deit", as their ViTs were called at first. A name
+# begins as these do: `untrained` reads the architecture off it.
 
 BASE_URL = "https://dl.fbaipublicfiles.com/"
 RELEASED = {
@@ -55,6 +57,23 @@ RELEASED = {
     "dinov2_vitl14_reg": ("dinov2/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth", 83.8, 86.7),
     "dinov2_vitg14": ("dinov2/dinov2_vitg14/dinov2_vitg14_pretrain.pth", 83.5, 86.5),
     "dinov2_vitg14_reg": ("dinov2/dinov2_vitg14/dinov2_vitg14_reg4_pretrain.pth", 83.7, 87.1)}
+
+# Further names: what Hugging Face and older programs call the same weights, and two files that
+# Meta's programs for retrieval and for pictures use and whose accuracies were not published.
+ALIASES = {
+    "dino_deits16": "dino_vits16", "dino_deits8": "dino_vits8",
+    "facebook/dino-vits16": "dino_vits16", "facebook/dino-vits8": "dino_vits8",
+    "facebook/dino-vitb16": "dino_vitb16", "facebook/dino-vitb8": "dino_vitb8",
+    "facebook/dinov2-small": "dinov2_vits14", "facebook/dinov2-base": "dinov2_vitb14",
+    "facebook/dinov2-large": "dinov2_vitl14", "facebook/dinov2-giant": "dinov2_vitg14",
+    "facebook/dinov2-with-registers-small": "dinov2_vits14_reg",
+    "facebook/dinov2-with-registers-base": "dinov2_vitb14_reg",
+    "facebook/dinov2-with-registers-large": "dinov2_vitl14_reg",
+    "facebook/dinov2-with-registers-giant": "dinov2_vitg14_reg",
+    "dino_vits16_landmarks": BASE_URL + "dino/dino_vitsmall16_googlelandmark_pretrain/"
+    "dino_vitsmall16_googlelandmark_pretrain.pth",
+    "dino_vits8_300ep": BASE_URL + "dino/dino_deitsmall8_300ep_pretrain/"
+    "dino_deitsmall8_300ep_pretrain.pth"}
 
 
 def fetch(url: str) -> Path:
@@ -96,13 +115,17 @@ def fetch(url: str) -> Path:
 # ----------------------------------------------------------------------------------------------
 # From a name or a file to tensors with official names
 
+# What a directory of Hugging Face calls the file with the weights.
+HF_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+            "pytorch_model.bin.index.json")
+
 
 def weights_file(what: str | Path) -> Path:
-    """The file behind a released name, a URL, a file, or a run directory (its teacher.pt).
+    """The file behind a name, a URL, a file, or the directory of a run or of Hugging Face.
 
     A released name comes first: a file of the same name has to be written ./dino_vits16.
     """
-    name = str(what)
+    name = ALIASES.get(str(what), str(what))
     if name in RELEASED:
         path = fetch(BASE_URL + RELEASED[name][0])
     elif re.match(r"https?://", name):
@@ -111,17 +134,19 @@ def weights_file(what: str | Path) -> Path:
         path = Path(name).expanduser()
 
     if not path.exists():
-        hint = did_you_mean(name, RELEASED) or near_path(path)
+        hint = did_you_mean(name, [*RELEASED, *ALIASES]) or near_path(path)
         raise ValueError(f"--weights {name}: there is no such file or run directory, and no "
                          f"released model of that name ({', '.join(RELEASED)}){hint}")
     if not path.is_dir():
         return path
 
     # Of a run, the teacher: an average of the student's past weights, and better than it.
-    if not (path / "teacher.pt").exists():
-        raise ValueError(
-            f"--weights {path}: no teacher.pt in it; is it the directory of a run?")
-    return path / "teacher.pt"
+    for file in ("teacher.pt", *HF_FILES):
+        if (path / file).exists():
+            return path / file
+    raise ValueError(
+        f"--weights {path}: neither teacher.pt in it, as in the directory of a run, nor one of "
+        f"Hugging Face's files ({', '.join(HF_FILES)})")
 
 
 def run_config_file(file: Path) -> Path | None:
@@ -136,41 +161,92 @@ def run_config_file(file: Path) -> Path | None:
 RUN_FIELDS = {
     "arch": "vit_small", "global_crops_size": 224, "pos_embed_resize": "offset",
     "ffn_layer": "", "mean": [], "std": []}
+# Beside these, what the tensors say as well, in order to see whether the two belong together.
+ALSO_IN_TENSORS = ("patch_size", "in_chans", "num_register_tokens", "embed_dim", "depth")
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file; ValueError for anything else."""
+    try:
+        content = json.loads(file.read_text())
+        if type(content) is not dict:
+            raise ValueError("expected an object")
+    # A RecursionError comes from brackets that are nested too deep.
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not readable as JSON ({error})") from None
+    return content
+
+
+def check_types(file: Path, fields: dict, defaults: dict):
+    """ValueError unless each field has the type of its default; lists hold numbers only."""
+    # The types are compared exactly, because True would pass for an integer otherwise.
+    for name, value in fields.items():
+        numbers = type(value) is not list or all(type(x) in (int, float) for x in value)
+        if type(value) is not type(defaults[name]) or not numbers:
+            raise ValueError(f"{file}: {name} is {value!r:.40}")
 
 
 def read_run_fields(file: Path) -> dict:
-    """RUN_FIELDS as a run's config.json has them; lists come as tuples.
+    """RUN_FIELDS and ALSO_IN_TENSORS as a run's config.json has them.
 
     ValueError for a file that is no config.json of a run: not JSON, without a global_batch,
     which every run records, or with a field of another type.
     """
-    try:
-        stored = json.loads(file.read_text())
-        if type(stored) is not dict or type(stored.get("global_batch")) is not int:
-            raise ValueError("expected an object that knows its global_batch")
+    stored = read_json(file)
+    if type(stored.get("global_batch")) is not int:
+        raise ValueError(f"{file}: not the config.json of a run, which knows its global_batch")
+    defaults = RUN_FIELDS | dict.fromkeys(ALSO_IN_TENSORS, 1)
+    fields = {name: stored[name] for name in defaults if name in stored}
+    check_types(file, fields, defaults)
+    return RUN_FIELDS | fields
 
-        # A field has the type of its default, and a list holds nothing but numbers. The types
-        # are compared exactly, because True would pass for an integer otherwise.
-        fields = RUN_FIELDS | {name: stored[name] for name in RUN_FIELDS if name in stored}
-        for name, default in RUN_FIELDS.items():
-            value = fields[name]
-            numbers = type(value) is not list or all(type(x) in (int, float) for x in value)
-            if type(value) is not type(default) or not numbers:
-                raise ValueError(f"{name} is {value!r:.40}")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: not the config.json of a run ({error})") from None
-    return {name: tuple(x) if type(x) is list else x for name, x in fields.items()}
+
+# Kinds of networks in a config.json of Hugging Face that are ours, too, and the names there of
+# arguments of VisionTransformer, each with an example of its type.
+HF_KINDS = ("vit", "dinov2", "dinov2_with_registers")
+HF_FIELDS = {
+    "num_attention_heads": ("num_heads", 6), "layer_norm_eps": ("norm_eps", 1e-6),
+    "patch_size": ("patch_size", 14), "num_channels": ("in_chans", 3),
+    "num_register_tokens": ("num_register_tokens", 4), "hidden_size": ("embed_dim", 384),
+    "num_hidden_layers": ("depth", 12)}
+
+
+def read_hf_fields(file: Path) -> dict:
+    """What a config.json of Hugging Face says of a network, as arguments of VisionTransformer.
+
+    {} for that of another library (timm), which names no model_type. ValueError for a network
+    of another kind. Where there is a preprocessor_config.json, also `mean` and `std`.
+    """
+    stored = read_json(file)
+    if "model_type" not in stored:
+        return {}
+    if stored["model_type"] not in HF_KINDS or stored.get("hidden_act", "gelu") != "gelu":
+        raise ValueError(
+            f"{file}: model_type {stored['model_type']!r:.40} with hidden_act "
+            f"{stored.get('hidden_act')!r:.40}; expected {', '.join(HF_KINDS)} with 'gelu'")
+    fields = {name: stored[name] for name in HF_FIELDS if name in stored}
+    check_types(file, fields, {name: example for name, (_, example) in HF_FIELDS.items()})
+    options = {HF_FIELDS[name][0]: value for name, value in fields.items()}
+
+    # How images are normalised stands in a file of its own.
+    images_file = file.with_name("preprocessor_config.json")
+    if images_file.exists():
+        stored = read_json(images_file)
+        pixels = {name: stored.get(f"image_{name}", []) for name in ("mean", "std")}
+        check_types(images_file, pixels, {"mean": [], "std": []})
+        options |= pixels
+    return options
 
 
 def student_of(file: Path, state: dict) -> dict:
-    """The student's tensors of a training; ValueError if they were not kept.
+    """The student's tensors of a training; UsageError if they were not kept.
 
     file: where its teacher is. Of a run of ours the student is in the newest checkpoint beside
     it; of other trainings in the file itself, whose content is `state`.
     """
     if run_config_file(file) is None:
         if not isinstance(state, dict) or not isinstance(state.get("student"), dict):
-            raise ValueError(f"--checkpoint_key student: {file} holds one network only")
+            raise UsageError(f"--checkpoint_key student: {file} holds one network only")
         return state["student"]
 
     # Imported here, because hardly anybody asks for a student. The index of the checkpoint says
@@ -181,7 +257,7 @@ def student_of(file: Path, state: dict) -> dict:
     alone = Process(torch.device("cpu"))
     checkpoint = find_checkpoint(file.parent / "checkpoint", alone)
     if checkpoint is None:
-        raise ValueError(f"--checkpoint_key student: {file.parent} has no checkpoint")
+        raise UsageError(f"--checkpoint_key student: {file.parent} has no checkpoint")
     tensors = {}
     for name, about in Reader(checkpoint[0]).read_metadata().state_dict_metadata.items():
         if name.startswith("student."):
@@ -192,41 +268,67 @@ def student_of(file: Path, state: dict) -> dict:
 
 def read_backbone(what: str | Path,
                   checkpoint_key: str = "teacher") -> tuple[dict[str, Tensor], dict]:
-    """A released name, URL, file or run -> (flat state dict with official keys, RUN_FIELDS).
+    """A name, URL, file or directory -> (flat state dict with official keys, what is known).
 
-    checkpoint_key: teacher or student, where a training has left both. The second is {} for
-    anything but a run of ours.
+    What is known beside the tensors: read_run_fields for a run of ours, read_hf_fields for a
+    directory of Hugging Face, {} for anything else. Both are for `architecture`.
+    checkpoint_key: teacher or student, where a training has left both.
     """
+    # Of another kind of network the config.json says so more clearly than the tensors.
     file = weights_file(what)
-    try:
-        state = read_tensors(file)
-    except Exception as error:  # torch.load raises different exceptions for different damage
-        reason = (str(error) or repr(error)).splitlines()[0]  # an empty file: EOFError()
-        raise ValueError(f"--weights {file}: not a readable weights file ({reason})") from None
-
-    if checkpoint_key == "student":
-        state = student_of(file, state)
+    config = {}
+    if config_file := run_config_file(file):
+        config = read_run_fields(config_file)
+    elif file.name in HF_FILES and (file.parent / "config.json").exists():
+        config = read_hf_fields(file.parent / "config.json")
 
     # Each layout renames what it knows and leaves the rest alone. All are applied, because a
     # file can be of two layouts: DINOv2's training checkpoints (from_training) have their
     # blocks in chunks (from_chunks).
-    if isinstance(state, dict):
-        for layout in LAYOUTS:
-            state = layout(state)
+    try:
+        state = read_tensors(file)
+        if checkpoint_key == "student":
+            state = student_of(file, state)
+        if isinstance(state, dict):
+            for layout in LAYOUTS:
+                state = layout(state)
+    except UsageError:  # of student_of, which says all
+        raise
+    # torch.load raises different exceptions for different damage, some without any words, and a
+    # layout that misses one of its tensors raises KeyError.
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"--weights {file}: not a readable weights file ({reason})") from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"--weights {file}: expected a dictionary of tensors, a backbone or a "
                          "checkpoint with one")
-    config_file = run_config_file(file)
-    return state, read_run_fields(config_file) if config_file else {}
+    if has_fixed_positions(state):
+        raise ValueError(f"--weights {file}: its positions are fixed and not learned, as in a "
+                         "masked autoencoder (ViT-MAE), whose class token was never trained; "
+                         "expected a network of DINO, iBOT or DINOv2")
+    return state, config
+
+
+def has_fixed_positions(state: dict[str, Tensor]) -> bool:
+    """Whether the table of positions is that of ViT-MAE, which is computed and not learned."""
+    # The class token has zeros there. The first patch lies in row 0 and column 0, where sines
+    # are 0 and cosines are 1: each of its numbers is exactly 0 or 1. Learned ones never are.
+    table = state.get("pos_embed")
+    if table is None or table.ndim != 3 or table.shape[1] < 2:
+        return False
+    cls, first = table[0, :2]
+    return bool(((first == 0) | (first == 1)).all() and not cls.any())
 
 
 # ----------------------------------------------------------------------------------------------
 # From tensors to a network
 
 
-def architecture(state: dict[str, Tensor]) -> dict:
+def architecture(state: dict[str, Tensor], config: dict | None = None,
+                 num_heads: int = 0) -> dict:
     """Arguments of VisionTransformer, read off the shapes of the tensors.
 
+    config: what is known beside them (read_backbone). num_heads: 0 if nobody has said it.
     ValueError if they are not those of a ViT. Example, dinov2_vits14:
 
         tensor                     shape               what it tells
@@ -238,21 +340,26 @@ def architecture(state: dict[str, Tensor]) -> dict:
         mask_token                 (1, 384)            it has a mask token
         register_tokens            is missing          no registers, pos_embed_resize "offset"
 
-    Two things leave no trace in the shapes. The number of heads: the queries of all heads are
-    one matrix. But heads are 64 wide in all networks that we know, so it is 384 / 64 = 6. And
-    the rule for resampling positions: of the released networks, those with registers use
-    "antialias", the others "offset".
+    What leaves no trace in the shapes is added by `untraceable`.
     """
     try:
         dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
         positions = state["pos_embed"].shape[1]
-        depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+        blocks = {int(key.split(".")[1]) for key in state if key.startswith("blocks.")}
+        if not blocks or blocks != set(range(len(blocks))):
+            raise ValueError("blocks that are numbered from 0")
+        if not all(tensor.numel() for tensor in state.values()):
+            raise ValueError("a number in one of its tensors")
 
-        # SwiGLU takes two thirds of 4 * dim and rounds up to a multiple of 8 (vit.SwiGLU). That
-        # cannot be turned around, and the factor is 4 in every known network.
+        # SwiGLU takes two thirds of mlp_ratio * dim and rounds up to a multiple of 8
+        # (vit.SwiGLU). So several ratios give the same width: if 4 is one of them, it is 4.
         swiglu = "blocks.0.mlp.w12.weight" in state
-        first = state.get("blocks.0.mlp.fc1.weight")
-        hidden = dim * 4 if first is None else first.shape[0]
+        if swiglu:
+            hidden = state["blocks.0.mlp.w3.weight"].shape[1]
+            usual = (int(dim * 4 * 2 / 3) + 7) // 8 * 8
+            mlp_ratio = 4.0 if hidden == usual else 1.5 * hidden / dim
+        else:
+            mlp_ratio = state["blocks.0.mlp.fc1.weight"].shape[0] / dim
     except (KeyError, ValueError) as error:
         raise ValueError(
             f"--weights: not a Vision Transformer of DINO's layout (misses {error}); "
@@ -261,19 +368,65 @@ def architecture(state: dict[str, Tensor]) -> dict:
     # Any number will do for layerscale, because the learned factors are loaded afterwards; None
     # would build a network without them.
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
-    return dict(
+    options = dict(
         img_size=math.isqrt(positions - 1) * patch,  # the class token has a position, too
         patch_size=patch,
         in_chans=in_chans,
         embed_dim=dim,
-        depth=depth,
-        num_heads=dim // 64,
-        mlp_ratio=hidden / dim,
+        depth=len(blocks),
+        mlp_ratio=mlp_ratio,
         ffn_layer="swiglu" if swiglu else "mlp",
         num_register_tokens=registers,
         layerscale=1.0 if "blocks.0.ls1.gamma" in state else None,
-        mask_token="mask_token" in state,
-        pos_embed_resize="antialias" if registers else "offset")
+        mask_token="mask_token" in state)
+    return options | untraceable(options, config or {}, num_heads)
+
+
+def untraceable(options: dict, config: dict, num_heads: int) -> dict:
+    """The arguments of VisionTransformer that no shape tells: written down, or else the usual.
+
+    options: of `architecture`; the others as there. The number of heads, because the queries of
+    all heads are one matrix; the rule for positions; the epsilon of LayerNorm; a feed-forward
+    layer that somebody has added to vit.FFNS. ValueError if config contradicts the tensors, or
+    if the number of heads cannot be known.
+    """
+    # A config.json that was written for other tensors would be wrong about the rest, too.
+    for name in ALSO_IN_TENSORS:
+        if config.get(name, options[name]) != options[name]:
+            raise ValueError(f"--weights: config.json has {name} {config[name]!r:.40}, but the "
+                             f"tensors have {options[name]}")
+
+    # Of the released networks, those with registers resample positions by "antialias", the
+    # others by "offset". All have an epsilon of 1e-6.
+    usual_rule = "antialias" if options["num_register_tokens"] else "offset"
+    better = {
+        "pos_embed_resize": config.get("pos_embed_resize", usual_rule),
+        "norm_eps": config.get("norm_eps", 1e-6)}
+    if not 0 < better["norm_eps"] < 1:
+        raise ValueError(f"--weights: config.json has layer_norm_eps {better['norm_eps']}")
+    # The tensors of SwiGLU have names of their own; all others are taken for those of the MLP.
+    if options["ffn_layer"] == "mlp" and config.get("ffn_layer", "") not in ("", "swiglu"):
+        better["ffn_layer"] = config["ffn_layer"]
+
+    # A run writes down the name of its architecture, Hugging Face the number itself.
+    dim = options["embed_dim"]
+    known = config.get("num_heads", 0)
+    arch = ARCHS.get(config.get("arch"), {})
+    if (arch.get("embed_dim"), arch.get("depth")) == (dim, options["depth"]):
+        known = arch["num_heads"]
+    if known and num_heads and known != num_heads:
+        raise ValueError(f"--num_heads {num_heads}: config.json has {known} heads")
+
+    # Without a word of it, heads are 64 wide, as in all networks of DINO and DINOv2.
+    heads = known or num_heads or dim // 64
+    if not (known or num_heads) and dim % 64:
+        raise ValueError(
+            f"--weights: heads are 64 wide unless something else is known, but the "
+            f"width {dim} is no multiple of 64; evaluate.py, visualize.py and "
+            "load_backbone take --num_heads")
+    if not 0 < heads <= dim or dim % heads:
+        raise ValueError(f"--num_heads {heads}: the width {dim} is no multiple of it")
+    return better | {"num_heads": heads}
 
 
 def is_resnet50(state: dict) -> bool:
@@ -284,64 +437,67 @@ def is_resnet50(state: dict) -> bool:
     return last is not None and last.shape[0] == 512 and "layer3.6.conv1.weight" not in state
 
 
-def written_down(options: dict, config: dict) -> dict:
-    """What a run's config.json knows better than its tensors: it cannot be read off them.
-
-    options: of `architecture`; config: RUN_FIELDS. The rule for positions, a feed-forward layer
-    that somebody has added to vit.FFNS, and the number of heads where they are not 64 wide.
-    """
-    better = {"pos_embed_resize": config["pos_embed_resize"]}
-    # The tensors of SwiGLU have names of their own; all others are taken for those of the MLP.
-    if options["ffn_layer"] == "mlp" and config["ffn_layer"] not in ("", "swiglu"):
-        better["ffn_layer"] = config["ffn_layer"]
-    arch = ARCHS.get(config["arch"], {})
-    if (arch.get("embed_dim"), arch.get("depth")) == (options["embed_dim"], options["depth"]):
-        better["num_heads"] = arch["num_heads"]
-    return better
-
-
-def load_backbone(what: str | Path,
-                  checkpoint_key: str = "teacher") -> VisionTransformer | ConvNet:
+def load_backbone(what: str | Path, checkpoint_key: str = "teacher",
+                  num_heads: int = 0) -> VisionTransformer | ConvNet:
     """The network with its weights, in eval mode.
 
-    what: a name of RELEASED, a URL, a file of any of LAYOUTS, or a run directory of ours;
-    checkpoint_key: teacher or student, where a training has left both. The network's `pixels`
-    say what images it wants: channels, mean, spread. ValueError names the first four tensors
-    that are missing, left over or of another shape.
+    what: a name of RELEASED or ALIASES, a URL, a file of any of LAYOUTS, a run directory of
+    ours, or a directory of Hugging Face; checkpoint_key: teacher or student, where a training
+    has left both. num_heads: for a file that does not say it and whose heads are not 64 wide.
+    The network's `pixels` say what images it wants: channels, mean, spread. ValueError names
+    the first four tensors that are missing, left over or of another shape.
     """
     state, config = read_backbone(what, checkpoint_key)
     if config.get("arch") in CONVNETS or is_resnet50(state):
         model = ConvNet(config.get("arch", "resnet50"), config.get("global_crops_size", 224))
     else:
-        options = architecture(state)
-        if config:
-            options |= written_down(options, config)
-        model = VisionTransformer(**options)
+        model = VisionTransformer(**architecture(state, config, num_heads))
     load_strictly(model, state, str(what))
-    model.pixels = pixels_of(getattr(model, "in_chans", 3), config.get("mean", ()),
-                             config.get("std", ()))
+    return ready(model, config)
+
+
+def ready(model: VisionTransformer | ConvNet, config: dict) -> VisionTransformer | ConvNet:
+    """The network in eval mode and with its `pixels`; ValueError if config has others."""
+    # Comparisons with NaN are False, so that it is refused like an infinite number.
+    channels = getattr(model, "in_chans", 3)
+    mean = tuple(config.get("mean", ()))
+    std = tuple(config.get("std", ()))
+    finite = all(-math.inf < x < math.inf for x in mean) and all(0 < x < math.inf for x in std)
+    if not finite or {len(mean), len(std)} - {0, channels}:
+        raise ValueError(f"--weights: config.json has mean {mean} and std {std}; expected one "
+                         f"number for each of {channels} channels, std above 0")
+    model.pixels = pixels_of(channels, mean, std)
     return model.eval()
 
 
 def untrained(name: str) -> VisionTransformer | ConvNet:
-    """The network of a released name, with random weights."""
+    """The network of a released name with random weights, otherwise as load_backbone gives it.
+
+    ValueError for a name from which no architecture can be read.
+    """
+    if ALIASES.get(name) in RELEASED:
+        name = ALIASES[name]
     if name == "dino_resnet50":
-        return ConvNet("resnet50")
+        return ready(ConvNet("resnet50"), {})
 
     # dinov2_vits14_reg is the family dinov2, the size s and patches of 14 pixels.
-    family, size, patch = re.match(r"(dino|dinov2)_vit(.)(\d+)", name).groups()
+    match = re.match(r"(dino|dinov2)_vit([sblg])([1-9]\d?)(?!\d)", name)
+    if not match:
+        raise ValueError(f"{name}: expected a name that begins as dino_vits16, dinov2_vitb14")
+    family, size, patch = match.groups()
     arch = {"s": "vit_small", "b": "vit_base", "l": "vit_large", "g": "vit_giant2"}[size]
     if family == "dino":
-        return VisionTransformer(224, int(patch), **ARCHS[arch])
+        return ready(VisionTransformer(224, int(patch), **ARCHS[arch]), {})
 
     # DINOv2 has LayerScale and a mask token, and its last stage was trained at 518 pixels. The
     # networks with four registers came later and resample positions by another rule. Only the
     # largest network has SwiGLU.
     registers = name.endswith("_reg")
-    return VisionTransformer(518, int(patch), layerscale=1.0, mask_token=True,
-                             num_register_tokens=4 * registers,
-                             pos_embed_resize="antialias" if registers else "offset",
-                             ffn_layer="swiglu" if size == "g" else "mlp", **ARCHS[arch])
+    model = VisionTransformer(518, int(patch), layerscale=1.0, mask_token=True,
+                              num_register_tokens=4 * registers,
+                              pos_embed_resize="antialias" if registers else "offset",
+                              ffn_layer="swiglu" if size == "g" else "mlp", **ARCHS[arch])
+    return ready(model, {})
 
 
 def load_strictly(model: torch.nn.Module, state: dict[str, Tensor], source: str):

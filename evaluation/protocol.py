@@ -48,6 +48,7 @@ class NetworkConfig:
     weights: str = "dino_vits16"  # the network: a run, a released name, a URL, or a file
     checkpoint_key: Literal["teacher",
                             "student"] = "teacher"  # which network of a training's two
+    num_heads: int = 0  # attention heads, for a file that does not tell them; 0: of width 64
     data: str = "shapes"  # images to learn from or to search in: shapes, folder:PATH, CIFAR10
     data_root: str = "data"  # the folder where torchvision keeps its data sets
     download: bool = False  # let torchvision fetch the data set
@@ -119,7 +120,8 @@ class Extractor:
 
         self.config = config
         self.process = process
-        self.model = load_backbone(config.weights, config.checkpoint_key).to(process.device)
+        self.model = load_backbone(config.weights, config.checkpoint_key, config.num_heads)
+        self.model = self.model.to(process.device)
         self.size = config.image_size or judged_size(self.model)
         if self.size < self.model.patch_size:
             raise UsageError(

@@ -33,27 +33,28 @@ def init_settings(what: str | Path) -> dict:
     shapes of the tensors. ValueError if they are no network that Config can describe.
     """
     # A run has written down everything; released weights have only their shapes.
-    state, _ = read_backbone(what)
+    state, known = read_backbone(what)
     config_file = run_config_file(weights_file(what))
     if config_file:
         return read_config(config_file)
     if is_resnet50(state):
         return dict(arch="resnet50")
 
-    # --arch has names, but the tensors tell width and depth only: the name is looked up.
-    shape = architecture(state)
+    # --arch has names, but the tensors tell width, depth and heads only: the name is looked up.
+    shape = architecture(state, known)
     for name, arch in ARCHS.items():
-        if (arch["embed_dim"], arch["depth"]) == (shape["embed_dim"], shape["depth"]):
+        if all(shape[field] == value for field, value in arch.items()):
             break
     else:
         raise ValueError(f"--init {what}: a ViT {shape['embed_dim']} wide and {shape['depth']} "
-                         "deep is none of vit.ARCHS")
+                         f"deep with {shape['num_heads']} heads is none of vit.ARCHS")
 
     # LayerScale: whether its factors exist is what counts. Their start of 1e-5 is not used,
     # because they are loaded.
     fields = ("in_chans", "patch_size", "ffn_layer", "num_register_tokens", "pos_embed_resize")
     settings = {field: shape[field] for field in fields}
     settings["arch"] = name
+    settings |= {field: tuple(known[field]) for field in ("mean", "std") if known.get(field)}
     settings["layerscale"] = 1e-5 if shape["layerscale"] else 0.0
     return settings
 

@@ -45,10 +45,13 @@ def test_released_heads():
         released_head({"weight": torch.randn(3, 24), "bias": bias}, 8)
     with pytest.raises(ValueError, match="found cls_token"):
         released_head({"cls_token": bias}, 8)
+    with pytest.raises(ValueError, match="40 columns under DINO's names"):
+        released_head({"linear.weight": torch.randn(3, 40), "linear.bias": bias}, 8)
 
 
 FILES = [
     ("dino_vits16", 4, "dino/dino_deitsmall16_pretrain/dino_deitsmall16_linearweights.pth"),
+    ("dino_deits16", 4, "dino/dino_deitsmall16_pretrain/dino_deitsmall16_linearweights.pth"),
     ("dinov2_vits14", 1, "dinov2/dinov2_vits14/dinov2_vits14_linear_head.pth"),
     ("dinov2_vits14_reg", 4, "dinov2/dinov2_vits14/dinov2_vits14_reg4_linear4_head.pth")]
 

@@ -6,6 +6,12 @@
 4. A download is in the cache when it is whole; what cannot be fetched says where to put it.
 5. The table in docs/models.md is the code's; the recipe for ONNX there gives the same features.
 6. `python -m backbones` tells what is in a file, and misuse is one line.
+7. The number of heads comes from a config.json or from --num_heads, and is 64 wide otherwise; a
+   width for which that cannot be is refused.
+8. A directory of Hugging Face is read with what its config.json says of heads, epsilon and
+   images; one that contradicts the tensors, or a network of another kind, is refused.
+9. The names that Hugging Face and older programs use are known, and a near miss is told.
+10. Damage to a run's teacher.pt or config.json is one line.
 """
 
 import http.server
@@ -18,10 +24,16 @@ from pathlib import Path
 import pytest
 import torch
 
+import evaluate
+import visualize
 import vit
 from backbones import weights
 from backbones.__main__ import main, released_table
-from backbones.weights import (BASE_URL, RELEASED, architecture, load_backbone, load_strictly)
+from backbones.layouts import to_hf, write_safetensors
+from backbones.weights import (ALIASES, BASE_URL, RELEASED, architecture, load_backbone,
+                               load_strictly)
+from evaluation.protocol import Extractor
+from machinery.process import Process
 from vit import VisionTransformer
 
 MODELS_MD = Path(__file__).parents[2] / "docs/models.md"
@@ -91,9 +103,186 @@ def test_code_in_a_weights_file_does_not_run(tmp_path, capsys):
     assert "code ran" not in capsys.readouterr().out
 
 
-def test_a_name_that_is_none():
-    with pytest.raises(ValueError, match="no released model of that name .dino_vits16"):
-        load_backbone("dino_vits17")
+@pytest.mark.parametrize("name, near", [("dino_vits17", "dino_vits16"),
+                                        ("dinov2-small", "facebook/dinov2-small"),
+                                        ("facebook/dino-vits15", "facebook/dino-vits16"),
+                                        ("dino_deits17", "dino_deits16")])
+def test_a_name_that_is_none(name, near):
+    with pytest.raises(ValueError, match="no released model of that name .dino_vits16") as stop:
+        load_backbone(name)
+    assert f"--weights {name}: did you mean {near}? " in str(stop.value)
+
+
+def test_other_names(monkeypatch):
+    assert {"facebook/dinov2-with-registers-base", "dino_vits16_landmarks"} <= set(ALIASES)
+    urls = []
+    monkeypatch.setattr(weights, "fetch", lambda url: urls.append(url) or MODELS_MD)
+    for name in ALIASES:
+        weights.weights_file(name)
+        assert ALIASES[name] == urls[-1] or BASE_URL + RELEASED[ALIASES[name]][0] == urls[-1]
+
+
+# -- what the tensors do not tell
+
+
+def network(dim, num_heads, **options):
+    torch.manual_seed(0)
+    return VisionTransformer(32, 8, embed_dim=dim, depth=1, num_heads=num_heads,
+                             **options).eval()
+
+
+def test_heads_that_are_not_64_wide(tmp_path):
+    images = torch.randn(2, 3, 32, 32)
+    file = tmp_path / "backbone.pth"
+    for dim, heads in ((320, 4), (32, 1), (96, 3)):
+        model = network(dim, heads)
+        torch.save(model.state_dict(), file)
+        assert torch.equal(load_backbone(file, num_heads=heads)(images), model(images))
+        with pytest.raises(ValueError, match=f"--num_heads 7: the width {dim} is no multiple"):
+            load_backbone(file, num_heads=7)
+    for dim in (32, 96):
+        torch.save(network(dim, 1).state_dict(), file)
+        with pytest.raises(ValueError, match=f"the width {dim} is no multiple of 64;"):
+            load_backbone(file)
+    torch.save(network(128, 2).state_dict(), file)
+    assert load_backbone(file).num_heads == 2
+
+
+def test_the_flag_for_heads(tmp_path, capsys, photos, monkeypatch):
+    file = tmp_path / "backbone.pth"
+    torch.save(network(96, 3).state_dict(), file)
+    drawn = []
+    monkeypatch.setattr(visualize, "draw_attention", lambda model, *_: drawn.append(model))
+    line = f"attention {photos / 'cats/01.png'} --weights {file} --image_size 32"
+    with pytest.raises(SystemExit):
+        visualize.main(line.split())
+    assert "take --num_heads" in capsys.readouterr().err
+    visualize.main([*line.split(), "--num_heads", "3"])
+    assert drawn[0].num_heads == 3
+    config = evaluate.choose_task(["knn"])[1](weights=str(file), num_heads=3)
+    assert Extractor(config, Process(torch.device("cpu"))).model.num_heads == 3
+
+
+def hugging_face(folder, model, kind="dinov2", **changes):
+    """A directory as save_pretrained writes it, but for the weights -> the names of these."""
+    folder.mkdir(exist_ok=True)
+    config = {
+        "model_type": kind, "hidden_act": "gelu", "hidden_size": model.embed_dim,
+        "num_hidden_layers": model.depth, "num_attention_heads": model.num_heads,
+        "patch_size": model.patch_size, "num_channels": 3, "layer_norm_eps": model.norm.eps,
+        "image_size": model.img_size, "qkv_bias": True}
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return to_hf(model.state_dict())
+
+
+def test_a_directory_of_hugging_face(tmp_path):
+    images = torch.randn(2, 3, 32, 32)
+    model = network(160, 2, layerscale=1.0, mask_token=True, norm_eps=1e-2, ffn_layer="swiglu",
+                    mlp_ratio=6.0)
+    state = hugging_face(tmp_path, model)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    assert torch.equal(load_backbone(tmp_path)(images), model(images))
+
+    # In two files and an index: given as the directory, and as the index itself.
+    (tmp_path / "pytorch_model.bin").unlink()
+    weight_map = {}
+    for i, keys in enumerate((list(state)[:5], list(state)[5:])):
+        write_safetensors(tmp_path / f"{i}.safetensors", {key: state[key] for key in keys})
+        weight_map |= {key: f"{i}.safetensors" for key in keys}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    for what in (tmp_path, index):
+        assert torch.equal(load_backbone(what)(images), model(images))
+
+    # A single file comes first; that of its images says how they are normalised.
+    write_safetensors(tmp_path / "model.safetensors", state)
+    index.write_text("{}")
+    pixels = {"image_mean": [0.5, 0.5, 0.4], "image_std": [0.5, 0.5, 0.6]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(pixels))
+    loaded = load_backbone(tmp_path)
+    assert torch.equal(loaded(images), model(images)) and loaded.norm.eps == 1e-2
+    assert loaded.pixels == ((0.5, 0.5, 0.4), (0.5, 0.5, 0.6))
+    with pytest.raises(ValueError, match="--num_heads 5: config.json has 2 heads"):
+        load_backbone(tmp_path, num_heads=5)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"kind": "vit_mae"}, "model_type 'vit_mae'"), ({"hidden_act": "gelu_new"}, "gelu_new"),
+    ({"patch_size": 16}, "has patch_size 16, but the tensors have 8"),
+    ({"patch_size": [8, 8]}, "patch_size is"), ({"hidden_size": 384}, "embed_dim 384"),
+    ({"num_attention_heads": 3}, "--num_heads 3: the width 128 is no multiple of it"),
+    ({"num_attention_heads": True}, "num_attention_heads is True"),
+    ({"num_register_tokens": 4}, "has num_register_tokens 4, but the tensors have 0"),
+    ({"layer_norm_eps": -1.0}, "layer_norm_eps -1.0")])
+def test_a_config_that_does_not_fit(changes, words, tmp_path):
+    state = hugging_face(tmp_path, network(128, 2), **changes)
+    write_safetensors(tmp_path / "model.safetensors", state)
+    with pytest.raises(ValueError, match=words):
+        load_backbone(tmp_path)
+
+
+def test_a_masked_autoencoder_is_refused(tmp_path):
+    state = network(64, 1).state_dict()
+    state["pos_embed"][0, 0] = 0
+    state["pos_embed"][0, 1] = torch.tensor([0.0, 1.0]).repeat(32)
+    torch.save(state, tmp_path / "mae.pth")
+    with pytest.raises(ValueError, match="fixed and not learned, as in a masked autoencoder"):
+        load_backbone(tmp_path / "mae.pth")
+
+
+# -- damage
+
+
+def a_run(folder, **changes):
+    """What load_backbone reads of a run, with a config.json that was changed."""
+    torch.save(network(128, 2).state_dict(), folder / "teacher.pt")
+    stored = {"global_batch": 8, "arch": "vit_nano", "patch_size": 8, "in_chans": 3}
+    (folder / "config.json").write_text(json.dumps(stored | changes))
+
+
+@pytest.mark.parametrize("changes, words",
+                         [({"patch_size": 0}, "has patch_size 0, but the tensors have 8"),
+                          ({"patch_size": 10**18}, "has patch_size 1000000000000000000"),
+                          ({"patch_size": 1e18}, "patch_size is 1e.18"),
+                          ({"in_chans": 1}, "has in_chans 1"),
+                          ({"std": [0.0, 1.0, 1.0]}, "std above 0"),
+                          ({"mean": [float("nan"), 0.5, 0.5]}, "mean .nan"),
+                          ({"mean": [0.5]}, "one number for each of 3 channels"),
+                          ({"std": ["x"]}, "std is"), ({"global_batch": None}, "global_batch")])
+def test_damage_to_the_config_of_a_run(changes, words, tmp_path):
+    a_run(tmp_path)
+    assert load_backbone(tmp_path).num_heads == 2
+    a_run(tmp_path, **changes)
+    with pytest.raises(ValueError, match=words) as stop:
+        load_backbone(tmp_path)
+    assert "\n" not in str(stop.value)
+
+
+def test_damage_to_the_files_of_a_run(tmp_path):
+    a_run(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="config.json: not readable as JSON"):
+        load_backbone(tmp_path)
+    a_run(tmp_path)
+    file = tmp_path / "teacher.pt"
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    for content, words in ((b"", "not a readable weights file"),
+                           (damaged, "does not match its checksum")):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=words):
+            load_backbone(tmp_path)
+
+
+def test_tensors_that_make_no_network(tmp_path):
+    state = network(64, 1).state_dict()
+    far = {"blocks.1000000000.norm1.weight": torch.ones(64)}
+    empty = {"patch_embed.proj.weight": torch.zeros(64, 3, 0, 0)}
+    without_blocks = {key: x for key, x in state.items() if not key.startswith("blocks.")}
+    for bad in (state | far, state | empty, without_blocks):
+        torch.save(bad, tmp_path / "bad.pth")
+        with pytest.raises(ValueError, match="not a Vision Transformer of DINO's layout"):
+            load_backbone(tmp_path / "bad.pth")
 
 
 # -- what was released
@@ -119,6 +308,21 @@ def test_released_architectures(name):
             shapes = {key: value.shape for key, value in state.items()}
             assert {k: v.shape for k, v in again.state_dict().items()} == shapes
             assert again.pos_embed_resize == model.pos_embed_resize
+
+
+@pytest.mark.parametrize("name", ["dino_vits16", "facebook/dinov2-small", "dino_resnet50"])
+def test_without_weights_it_is_like_one_with_weights(name, tmp_path):
+    torch.save(VisionTransformer(32, 8, **KINDS[0]).state_dict(), tmp_path / "backbone.pth")
+    loaded = load_backbone(tmp_path / "backbone.pth")
+    with torch.device("meta"):
+        model = weights.untrained(name)
+    assert model.pixels == loaded.pixels and model.training == loaded.training
+
+
+@pytest.mark.parametrize("name", ["dino_new", "dino_vitx16", "dino_vits160", "vit_small"])
+def test_a_name_that_tells_no_architecture(name):
+    with pytest.raises(ValueError, match="expected a name that begins as dino_vits16"):
+        weights.untrained(name)
 
 
 def test_a_line_in_released_is_a_name(tmp_path, monkeypatch):
@@ -245,7 +449,7 @@ def test_what_a_reader_adds_to_the_tables_comes_back(tmp_path, monkeypatch):
     monkeypatch.setitem(vit.ARCHS, "vit_mine", dict(embed_dim=96, depth=2, num_heads=3))
     model = vit.VisionTransformer(16, 8, ffn_layer="relu", **vit.ARCHS["vit_mine"]).eval()
     torch.save(model.state_dict(), tmp_path / "teacher.pt")
-    stored = {"global_batch": 8, "arch": "vit_mine", "ffn_layer": "relu"}
+    stored = {"global_batch": 8, "arch": "vit_mine", "ffn_layer": "relu", "patch_size": 8}
     (tmp_path / "config.json").write_text(json.dumps(stored))
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(load_backbone(tmp_path)(images), model(images))

@@ -8,7 +8,8 @@
    contradicts the weights is refused in one line. A preset's crops become whole patches. A k-NN
    below the first one is warned of.
 5. A network of colours goes on with grey images of 16 bits, inflated, and is judged by them.
-6. Killed and resumed, such a run equals one that never stopped.
+6. Of a directory of Hugging Face, heads and normalisation are those of its files.
+7. Killed and resumed, such a run equals one that never stopped.
 """
 
 import json
@@ -27,11 +28,12 @@ import train
 import training.warmstart
 import visualize
 from augment import Pixels
+from backbones.layouts import to_hf, write_safetensors
 from backbones.weights import load_backbone
 from evaluation.judge import Judge
 from machinery.flags import UsageError
 from training.config import check
-from training.warmstart import config_from_init
+from training.warmstart import config_from_init, init_settings
 from vit import ARCHS, VisionTransformer, resize_pos_embed
 
 
@@ -69,6 +71,20 @@ def stopped_learner(config, monkeypatch):
 
 # ----------------------------------------------------------------------------------------------
 # What comes along
+
+
+def test_from_a_directory_of_hugging_face(tmp_path):
+    model = VisionTransformer(32, 8, layerscale=1.0, mask_token=True, **ARCHS["vit_nano"])
+    write_safetensors(tmp_path / "model.safetensors", to_hf(model.state_dict()))
+    pixels = {"image_mean": [0.5, 0.5, 0.4], "image_std": [0.5, 0.5, 0.6]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(pixels))
+    config = {"model_type": "dinov2", "num_attention_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    settings = init_settings(tmp_path)
+    assert settings["arch"] == "vit_nano" and settings["mean"] == (0.5, 0.5, 0.4)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4}))
+    with pytest.raises(ValueError, match="128 wide and 4 deep with 4 heads is none of"):
+        init_settings(tmp_path)
 
 
 def test_from_a_run(first, tmp_path, monkeypatch, quick_runs):
