@@ -310,7 +310,10 @@ def test_each_room_says_what_it_is_for():
 
 def test_machinery_knows_nothing_of_the_method():
     for path in (ROOT / "machinery").glob("*.py"):
-        text = path.read_text().lower().replace("unittest.mock import patch", "")
+        # The words of Python's own modules are no words of the method.
+        text = path.read_text().lower()
+        for word in ("unittest.mock import patch", "dispatch"):
+            text = text.replace(word, "")
         words = re.findall(r"\w*(?:crop|patch|teacher|student)\w*", text)
         assert not words, f"{path.name}: {words}"
 
