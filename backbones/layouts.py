@@ -165,7 +165,7 @@ def read_tensors(path: Path) -> dict:
             damaged = archive.testzip()
             sizes_agree = all(x.file_size == x.compress_size for x in archive.infolist())
         if damaged or not sizes_agree:
-            raise ValueError(f"{damaged or 'a size'} in it does not match its checksum")
+            raise ValueError(f"{path}: {damaged or 'a size'} does not match its checksum")
 
     # weights_only=True refuses every class but tensors and plain containers. Full checkpoints
     # of DINO also hold the parsed flags, an argparse.Namespace, which is harmless.

@@ -145,7 +145,7 @@ def weights_file(what: str | Path) -> Path:
         if (path / file).exists():
             return path / file
     raise ValueError(
-        f"--weights {path}: neither teacher.pt in it, as in the directory of a run, nor one of "
+        f"--weights {path}: no teacher.pt in it, as in the directory of a run, and none of "
         f"Hugging Face's files ({', '.join(HF_FILES)})")
 
 

@@ -160,7 +160,7 @@ def official_flag(given: str, flags: list[str]) -> str:
             continue
         # Other programs answer to the same name by flags that this one does not have. Where
         # there is no flag in its place, the remark says why.
-        answer = [" ".join(cell.split()) for cell in cells[1:]]
+        answer = [" ".join(cell.split()).rstrip(".") for cell in cells[1:]]
         wanted = re.findall(r"--\w+", answer[0])
         if set(wanted) <= set(flags):
             answers[answer[0] if wanted else ": ".join(filter(None, answer))] = True

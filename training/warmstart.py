@@ -143,11 +143,17 @@ def load_init(network: nn.Module, config: Config):
 
 
 def init_heads(config: Config) -> dict[str, dict[str, Tensor]]:
-    """Heads by name, and "centerings", from heads.pt of the run --init; {} if it is no run."""
+    """Heads by name, and "centerings", from heads.pt of the run --init; {} if it is no run.
+
+    UsageError if the file is damaged.
+    """
     file = Path(config.init).expanduser() / "heads.pt"
     if not (config.init and file.exists()):
         return {}
-    tensors = read_tensors(file)
+    try:
+        tensors = read_tensors(file)
+    except Exception as error:  # of any kind, for damage has many forms
+        raise UsageError(f"--init: {file} is not readable ({error!s:.200})") from None
     if "makers" in tensors:  # earlier versions' name for them
         tensors["centerings"] = tensors.pop("makers")
     return tensors

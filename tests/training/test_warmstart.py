@@ -8,7 +8,8 @@
    contradicts the weights is refused in one line. A preset's crops become whole patches. A k-NN
    below the first one is warned of.
 5. A network of colours goes on with grey images of 16 bits, inflated, and is judged by them.
-6. Of a directory of Hugging Face, heads and normalisation are those of its files.
+6. Of a directory of Hugging Face, heads and normalisation are those of its files. A damaged
+   heads.pt is one line.
 7. Killed and resumed, such a run equals one that never stopped.
 """
 
@@ -32,8 +33,8 @@ from backbones.layouts import to_hf, write_safetensors
 from backbones.weights import load_backbone
 from evaluation.judge import Judge
 from machinery.flags import UsageError
-from training.config import check
-from training.warmstart import config_from_init, init_settings
+from training.config import Config, check
+from training.warmstart import config_from_init, init_heads, init_settings
 from vit import ARCHS, VisionTransformer, resize_pos_embed
 
 
@@ -49,6 +50,16 @@ def first(tmp_path_factory):
     with without_figures():
         train.run(tiny_config(run))
     return run
+
+
+def test_damaged_heads(tmp_path):
+    file = tmp_path / "heads.pt"
+    torch.save({"dino_head": {"last_layer.weight_v": torch.ones(50, 50)}}, file)
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(UsageError, match="--init: .*heads.pt is not readable .*checksum"):
+        init_heads(Config(init=str(tmp_path)))
 
 
 class Stop(Exception):
