@@ -142,31 +142,6 @@ def describe(config_class) -> dict[str, tuple[str, str]]:
     return about
 
 
-# The flags of the official programs and what they are called here, in rows of three cells:
-#     | `--data_path PATH` | `--data folder:PATH` | a remark |
-OFFICIAL = Path(__file__).parents[1] / "docs/coming_from_dino.md"
-
-
-def official_flag(given: str, flags: list[str]) -> str:
-    """What OFFICIAL says of a flag, for a program that has `flags`; empty if it says nothing.
-
-    Example: "--data_path" gives "; here it is --data folder:PATH".
-    """
-    answers = {}  # a dictionary and not a list: several programs may have the same answer
-    rows = OFFICIAL.read_text().splitlines() if OFFICIAL.exists() else []
-    for row in rows:
-        cells = row.replace("`", " ").strip("| ").split(" | ")
-        if len(cells) < 2 or given not in cells[0].split():
-            continue
-        # Other programs answer to the same name by flags that this one does not have. Where
-        # there is no flag in its place, the remark says why.
-        answer = [" ".join(cell.split()).rstrip(".") for cell in cells[1:]]
-        wanted = re.findall(r"--\w+", answer[0])
-        if set(wanted) <= set(flags):
-            answers[answer[0] if wanted else ": ".join(filter(None, answer))] = True
-    return f"; here it is {', or '.join(answers)}" if answers else ""
-
-
 class Parser(argparse.ArgumentParser):
     """argparse's parser, but a mistake raises UsageError, and one in a name gets a hint."""
 
@@ -176,6 +151,9 @@ class Parser(argparse.ArgumentParser):
         if match := re.search(r"unrecognized arguments: (--\S+)", message):
             given = match[1].split("=")[0]
             all_flags = [flag for action in self._actions for flag in action.option_strings]
+            # Imported here: it is needed when a flag is wrong, and no run starts after that.
+            from machinery.official import official_flag
+
             hint = official_flag(given, all_flags) or did_you_mean(given, all_flags)
             message = f"there is no flag {given}{hint or '; --help lists them'}"
 

@@ -25,7 +25,7 @@ import evaluate
 import train
 import visualize
 from bench import forecast, stages, step
-from machinery import flags
+from machinery import flags, official
 from machinery.flags import LARGEST, UsageError, command, parse, require, user_errors
 from training.config import check
 from training.recipes import DISTILLATION, PRESETS
@@ -106,7 +106,7 @@ def test_flags_of_the_official_programs(program, line, answer, capsys):
 
 def test_without_the_page_of_official_flags(monkeypatch, tmp_path):
     """A copy of the code without its docs still says what it can."""
-    monkeypatch.setattr(flags, "OFFICIAL", tmp_path / "none.md")
+    monkeypatch.setattr(official, "OFFICIAL", tmp_path / "none.md")
     with pytest.raises(UsageError, match="no flag --data_path; did you mean"):
         train.read_flags(["--data_path", "x"])
 

@@ -1,0 +1,37 @@
+"""Official: which flag of this project a flag of Meta's programs is, for those who type theirs.
+
+    --data_path  -->  docs/coming_from_dino.md  -->  "here it is --data folder:PATH"
+
+Idea     Many users know the official programs by heart. The page that compares the two has a row
+         for each of their flags already, so the answer to a flag that does not exist is looked
+         up there: a second list would soon say something else.
+Paper    none
+Try      python train.py --data_path PHOTOS
+Change   an answer is a row of docs/coming_from_dino.md
+Tests    pytest tests/machinery/test_flags.py
+"""
+
+import re
+from pathlib import Path
+
+OFFICIAL = Path(__file__).parents[1] / "docs/coming_from_dino.md"
+
+
+def official_flag(given: str, flags: list[str]) -> str:
+    """What OFFICIAL says of a flag, for a program that has `flags`; empty if it says nothing.
+
+    Example: "--data_path" gives "; here it is --data folder:PATH".
+    """
+    answers = {}  # a dictionary and not a list: several programs may have the same answer
+    rows = OFFICIAL.read_text().splitlines() if OFFICIAL.exists() else []
+    for row in rows:
+        cells = row.replace("`", " ").strip("| ").split(" | ")
+        if len(cells) < 2 or given not in cells[0].split():
+            continue
+        # Other programs answer to the same name by flags that this one does not have. Where
+        # there is no flag in its place, the remark says why.
+        answer = [" ".join(cell.split()).rstrip(".") for cell in cells[1:]]
+        wanted = re.findall(r"--\w+", answer[0])
+        if set(wanted) <= set(flags):
+            answers[answer[0] if wanted else ": ".join(filter(None, answer))] = True
+    return f"; here it is {', or '.join(answers)}" if answers else ""
