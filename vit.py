@@ -135,8 +135,10 @@ class Attention(nn.Module):
         """(b*n, 3*D) -> queries, keys, values (3, b, nh, n, hd)."""
         # A row has D numbers of query, D of key and D of value; each D is nh heads of hd
         # numbers. The head has to come before the tokens, because every head multiplies
-        # matrices of its own.
-        return qkv.view(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        # matrices of its own. hd is computed here, because of no images at all (b = 0) view
+        # could not infer it.
+        hd = qkv.shape[1] // (3 * self.num_heads)
+        return qkv.view(b, n, 3, self.num_heads, hd).permute(2, 0, 3, 1, 4)
 
     def forward(self, x: Tensor, groups: Groups) -> Tensor:
         # A linear layer treats each row alone, so one product serves all crops. Attention
@@ -148,7 +150,7 @@ class Attention(nn.Module):
             q, k, v = self.split_heads(rows, b, n).unbind(0)
             o = attention(q, k, v)  # (b, nh, n, hd)
             # Heads beside each other again, rows end to end again: (b*n, D).
-            outs.append(o.transpose(1, 2).reshape(b * n, -1))
+            outs.append(o.transpose(1, 2).flatten(0, 1).flatten(1))
         # With one group there is nothing to join, and torch.cat would copy it.
         joined = torch.cat(outs) if len(outs) > 1 else outs[0]
         return self.proj(joined)  # (T, D)
@@ -444,8 +446,10 @@ class VisionTransformer(nn.Module):
             x = torch.where(masks[:, :, None], self.mask_token.to(x.dtype), x)  # (B, P, D)
 
         # The class token stands at place 0. It belongs to no patch; what it gathers from them
-        # by attention, block after block, becomes the feature of the whole image.
-        cls = self.cls_token.expand(len(x), -1, -1)  # (B, 1, D)
+        # by attention, block after block, becomes the feature of the whole image. (x.shape[0] is
+        # len(x), but torch.export would take the latter for a number that never changes.)
+        B = x.shape[0]
+        cls = self.cls_token.expand(B, -1, -1)  # (B, 1, D)
         x = torch.cat([cls, x], 1)  # (B, 1 + P, D)
         x = x + resize_pos_embed(self.pos_embed, grid, self.pos_embed_resize)
 
@@ -453,7 +457,7 @@ class VisionTransformer(nn.Module):
         # give attention somewhere to keep global information, which a ViT without them keeps in
         # patches of the background, where it spoils the attention maps. Darcet 2024.
         if self.register_tokens is not None:
-            registers = self.register_tokens.expand(len(x), -1, -1)  # (B, R, D)
+            registers = self.register_tokens.expand(B, -1, -1)  # (B, R, D)
             x = torch.cat([x[:, :1], registers, x[:, 1:]], 1)  # (B, N, D)
         return x
 
@@ -491,7 +495,7 @@ class VisionTransformer(nn.Module):
 
         # Pack: the tokens of all images, one after the other.
         tokens = [self.prepare_tokens(x, m) for x, m in zip(views, masks, strict=True)]
-        groups = tuple((len(t), t.shape[1]) for t in tokens)
+        groups = tuple((t.shape[0], t.shape[1]) for t in tokens)
         x = torch.cat([t.flatten(0, 1) for t in tokens])  # (T, D)
 
         x = self.run_blocks(x, groups, plan)
@@ -502,11 +506,11 @@ class VisionTransformer(nn.Module):
         first_patch = 1 + self.num_register_tokens
         outs = []
         for (b, n), pre, post, mask in zip(groups, x.split(sizes), normed.split(sizes), masks):
-            post = post.view(b, n, -1)  # (b, n, D)
+            post = post.unflatten(0, (b, n))  # (b, n, D)
             out = {
                 "x_norm_clstoken": post[:, 0], "x_norm_regtokens": post[:, 1:first_patch],
-                "x_norm_patchtokens": post[:, first_patch:], "x_prenorm": pre.view(b, n, -1),
-                "masks": mask}
+                "x_norm_patchtokens": post[:, first_patch:],
+                "x_prenorm": pre.unflatten(0, (b, n)), "masks": mask}
             outs.append(out)
         return outs if is_list else outs[0]
 
@@ -557,10 +561,10 @@ class VisionTransformer(nn.Module):
             # The final norm was trained on the output of the last block. DINOv2's code applies
             # it to earlier blocks as well, and so do the linear heads that were released.
             y = self.norm(x) if norm else x
-            y = y.view(b, count, -1)  # (b, N, D)
+            y = y.unflatten(0, (b, count))  # (b, N, D)
             patches = y[:, first_patch:]
             if reshape:
-                patches = patches.transpose(1, 2).reshape(b, -1, h, w)  # (b, D, h, w)
+                patches = patches.transpose(1, 2).unflatten(2, (h, w))  # (b, D, h, w)
             outputs[i] = (patches, y[:, 0]) if return_class_token else patches
         return tuple(outputs[i] for i in wanted)
 

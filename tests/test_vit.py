@@ -7,6 +7,7 @@
 6. Sides that are no multiple of the patch lose their last rows and columns.
 7. Masked patches lose their content and keep their place; registers come after the class.
 8. With other channels, it makes the same tokens of an image that is the same in all of them.
+9. An empty batch gives empty features; torch.export takes batches of any length.
 """
 
 import pytest
@@ -265,3 +266,26 @@ def test_bfloat16_on_a_cpu_is_as_exact_as_the_kernel():
     F.scaled_dot_product_attention(*wide).square().sum().backward()
     for a, b in zip(low, wide):
         assert (a.grad.double() - b.grad).abs().mean() < 0.02 * b.grad.abs().mean()
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_a_batch_of_no_images(registers):
+    model = VisionTransformer(16, 8, num_register_tokens=registers, **SMALL).eval()
+    nothing = torch.zeros(0, 3, 16, 24)
+    with torch.no_grad():
+        assert model(nothing).shape == (0, 64)
+        assert model.forward_features(nothing)["x_norm_patchtokens"].shape == (0, 6, 64)
+        assert model.get_intermediate_layers(nothing, 2, reshape=True)[0].shape == (0, 64, 2, 3)
+        assert model.get_attention(nothing).shape == (0, 1, 7 + registers, 7 + registers)
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_torch_export_with_a_batch_of_any_length(registers):
+    torch.manual_seed(0)
+    model = VisionTransformer(16, 8, num_register_tokens=registers, **SMALL).eval()
+    batch = torch.export.Dim("b", min=2)
+    graph = torch.export.export(model, (torch.randn(2, 3, 24, 16),),
+                                dynamic_shapes={"images": {0: batch}})
+    images = torch.randn(5, 3, 24, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(graph.module()(images), model(images))
