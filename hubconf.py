@@ -3,19 +3,21 @@
     torch.hub.load("OWNER/REPOSITORY", "dinov2_vits14_reg")                     -> the backbone
     torch.hub.load("PATH", "dinov2_vits14_reg_lc", source="local", layers=4)    -> with its head
 
-Idea     What others ask of Meta's repositories by name, they can ask of this one. It works in
-         programs, too, whose own modules are called vit, augment or backbones.
+Idea     What others ask of Meta's repositories by name, they can ask of this one, and the networks
+         have the methods of Meta's (backbones/hub.py). It works in programs, too, whose own
+         modules are called vit, augment or backbones.
 Paper    none
 Try      python hubconf.py      the names
 Change   a name is one line of RELEASED in backbones/weights.py
 Tests    pytest tests/test_hubconf.py
 
-A model can be saved whole (torch.save(model)) and read again only where its modules can be
-imported. Save its state_dict() instead.
+A model that was saved whole (torch.save(model)) can be read only in a program that has loaded
+one of these networks from the same folder before. Save its state_dict() instead.
 """
 
 import contextlib
 import pathlib
+import re
 import sys
 import types
 
@@ -24,68 +26,64 @@ import types
 #
 # Python keeps each module under its name in sys.modules, one for the whole program. A caller
 # with a vit.py of its own would get that one from our imports, and later ours from its own
-# imports. So the caller's modules are put aside while ours load, and put back afterwards:
+# imports. So the caller's modules are put aside while ours load, and afterwards ours go:
 #
-#     sys.modules["vit"]    before: the caller's     inside: ours     afterwards: the caller's
+#     sys.modules["vit"]    before: the caller's or none    inside: ours    afterwards: as before
 #
-# Where the caller has no module of a name, ours stays: torch.compile and pickle look modules up
-# by their name.
+# torch.compile and pickle look modules up by their name, also later. So ours get a name each
+# that no caller has, of the folder they come from: hub__home_me_dino.vit.
 
 HERE = pathlib.Path(__file__).resolve().parent
 # The modules at the top of this repository, and its folders: what `import NAME` may mean here.
 OUR_NAMES = {path.stem for path in HERE.glob("*.py")}
 OUR_NAMES |= {path.parent.name for path in HERE.glob("*/__init__.py")}
 
+# torch.hub runs this file anew for every network, and its variables with it. So our modules are
+# kept by something that stays, the package of their new names: each is loaded once.
+_PACKAGE = "hub_" + re.sub(r"\W", "_", str(HERE))
+_KEPT = sys.modules.setdefault(_PACKAGE, types.ModuleType(_PACKAGE))
+_LOADED = vars(_KEPT).setdefault("loaded", {})  # our modules by the names they have here
 
-def _top(name: str) -> str:
-    """backbones.weights -> backbones."""
-    return name.split(".")[0]
+
+def _take_modules() -> dict:
+    """All modules with one of our names, or in a package with one, out of sys.modules."""
+    names = [name for name in sys.modules if name.split(".")[0] in OUR_NAMES]
+    return {name: sys.modules.pop(name) for name in names}
 
 
-def _is_ours(module) -> bool:
-    """Whether a module was loaded from this folder."""
-    file = getattr(module, "__file__", None)
-    return file is not None and HERE in pathlib.Path(file).resolve().parents
+def _rename(name: str, module: types.ModuleType):
+    """Give a module of ours, its classes and its functions the name that no caller has."""
+    module.__name__ = f"{_PACKAGE}.{name}"
+    sys.modules[module.__name__] = module
+    for value in vars(module).values():
+        if isinstance(value, (type, types.FunctionType)) and value.__module__ == name:
+            value.__module__ = module.__name__
 
 
 @contextlib.contextmanager
 def _our_modules():
     """Inside, `import vit` means the vit.py of this folder, whatever the caller has got."""
-    # Every module of the caller that has one of our names, or is in a package that has one, is
-    # put aside. Ours of an earlier call come back, so that they are not loaded twice.
-    callers = {}
-    for name, module in list(sys.modules.items()):
-        if _top(name) in OUR_NAMES and not _is_ours(module):
-            callers[name] = sys.modules.pop(name)
+    callers = _take_modules()
     sys.modules.update(_LOADED)
     sys.path.insert(0, str(HERE))
     try:
         yield
     finally:
-        # Also after an error. If the caller has a package called backbones, our
-        # backbones.weights must not stay, or the caller would find it in its own package.
+        # Also after an error, the caller's program is as it was.
         sys.path.remove(str(HERE))
-        callers_tops = {_top(name) for name in callers}
-        for name, module in list(sys.modules.items()):
-            if _top(name) in OUR_NAMES and _is_ours(module):
-                _LOADED[name] = module
-                if _top(name) in callers_tops:
-                    del sys.modules[name]
+        _LOADED.update(_take_modules())
         sys.modules.update(callers)
+        for name, module in _LOADED.items():
+            _rename(name, module)
 
-
-# Our modules by name, so that they are loaded once. torch.hub runs this file anew for every
-# network, and its variables with it. So they are kept by something that stays: a module in
-# sys.modules whose name nobody imports.
-_KEPT = sys.modules.setdefault(f"modules of {HERE}", types.ModuleType("kept"))
-_LOADED = vars(_KEPT).setdefault("loaded", {})
 
 with _our_modules():
     from torch import nn
 
     # Modules, not what is in them: torch.hub.list takes every function and class here for a
     # network, unless its name begins with an underscore.
-    from backbones import classifier, weights
+    from backbones import classifier, hub
+    from backbones.weights import RELEASED  # no function: torch.hub.list passes over it
 
 # ----------------------------------------------------------------------------------------------
 # The networks, one function for each name
@@ -96,23 +94,32 @@ dependencies = ["torch", "torchvision", "numpy"]  # torch.hub looks whether they
 def _backbone(name: str):
     """The function that torch.hub.load calls for a backbone of this name."""
 
-    def load(pretrained: bool = True):
+    def load(pretrained: bool = True, weights: str = "", img_size: int = 0):
         with _our_modules():
-            return weights.load_backbone(name) if pretrained else weights.untrained(name)
+            model = hub.backbone(name, pretrained, weights, img_size)
+            return hub.as_official(model, name)
 
     # What torch.hub.help shows.
     load.__name__ = name
-    load.__doc__ = f"{name}, with its released weights if `pretrained`."
+    load.__doc__ = (
+        f"{name}, with its released weights or a file of `weights` if `pretrained`; "
+        "its positions for images of `img_size` pixels.")
     return load
 
 
 def _classifier(name: str):
     """The function that torch.hub.load calls for NAME_lc."""
 
-    def load(pretrained: bool = True, layers: int = 4):
-        model = _backbone(name)(pretrained)
+    def load(pretrained: bool = True, layers: int = 4, weights: str = "", img_size: int = 0):
+        with _our_modules():
+            model = hub.backbone(name, pretrained, img_size=img_size)
+            # Meta has classifiers for DINOv2 only. Those of DINO are ours alone, and read the
+            # tokens of their backbone by our own methods.
+            if name.startswith("dinov2"):
+                model = hub.as_official(model, name)
         if pretrained:
-            head = classifier.read_head(f"{name}_lc", layers)
+            released = weights in ("", "IMAGENET1K")  # what Meta calls the released ones
+            head = classifier.read_head(f"{name}_lc" if released else weights, layers)
             return classifier.Classifier(model, head).eval()
 
         # Random weights of the shape that the released head has: DINO's small networks use four
@@ -123,15 +130,17 @@ def _classifier(name: str):
         return classifier.Classifier(model, head.state_dict()).eval()
 
     load.__name__ = f"{name}_lc"
-    load.__doc__ = f"{name} and its classifier of ImageNet; of DINOv2, on 1 or 4 `layers`."
+    load.__doc__ = (
+        f"{name} and its classifier of ImageNet, or that of a file of `weights`; of "
+        "DINOv2, on 1 or 4 `layers`.")
     return load
 
 
-for _name in weights.RELEASED:
+for _name in RELEASED:
     globals().update({_name: _backbone(_name), f"{_name}_lc": _classifier(_name)})
 # DINO's small networks were called so at first, and older programs ask for these names.
 dino_deits16 = _backbone("dino_vits16")
 dino_deits8 = _backbone("dino_vits8")
 
 if __name__ == "__main__":
-    print("\n".join(f"{name:20s} {name}_lc" for name in weights.RELEASED))
+    print("\n".join(f"{name:20s} {name}_lc" for name in RELEASED))

@@ -1,10 +1,13 @@
 """Claims
 1. In a program that has modules of the names of ours, networks load and run, and afterwards all
    of its modules are its own again, as objects and as imports; sys.path is as it was.
-2. In any other program all names are listed and load, a second load has the same classes, and a
-   state_dict can be pickled.
+2. In a program that imports such modules after the load, they are its own, too. All names are
+   listed and load, a second load has the same classes; networks can be pickled and compiled.
 3. Loading imports nothing of ours but the backbones and what they stand on.
 4. A released classifier is fetched by the name of its file and reads the right tokens.
+5. Networks have the methods of Meta's networks of the same names, which give tensors of the
+   shapes in a table that was written by hand; DINO's give the class token first.
+6. Weights of another place and another image size are taken, and refused if they do not fit.
 """
 
 import os
@@ -14,10 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 
 import hubconf
-from backbones import classifier, weights
 from backbones.weights import RELEASED
+from vit import VisionTransformer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,7 +73,7 @@ with torch.no_grad():
     assert whole(images).shape == (1, 1000)
     assert load("dino_vits8")(images).shape == (1, 384)  # and a network of a third load
 check()
-assert type(whole.backbone) is type(backbone)
+assert type(whole.backbone).__mro__[1] is type(backbone).__mro__[1]  # one VisionTransformer
 importlib.reload(vit)  # importable again, from the caller's own file
 assert vit.MARK == "the caller's vit" and "caller" in vit.__file__
 for name in ("training.loop", "data"):
@@ -77,29 +81,36 @@ for name in ("training.loop", "data"):
     assert importlib.import_module(name).MARK == "the caller's " + name
 """
 
-WITHOUT_OTHER_MODULES = """
-import pickle
+MODULES_IMPORTED_LATER = """
+import copy, pickle
 
 backbone = load("dino_vits16")
-for name, module in sys.modules.items():
+for module in list(sys.modules.values()):
     if (getattr(module, "__file__", None) or "").startswith(ROOT):
-        print(name)
+        print(module.__name__)
 whole = load("dinov2_vits14_lc", layers=1)
 again = load("dinov2_vits14")
-assert type(again) is type(backbone) is type(whole.backbone)
-assert type(load("dino_vits16_lc")) is type(whole)
+assert type(again) is type(whole.backbone)
 assert sys.path == path
-with torch.no_grad():
-    expected = backbone(images[..., :48, :48])
-    assert whole(images).shape == (1, 1000)
-state = pickle.loads(pickle.dumps(backbone.state_dict()))
-other = load("dino_vits16")
-other.load_state_dict(state)
-with torch.no_grad():
-    assert torch.equal(other(images[..., :48, :48]), expected)
 
-import backbones.weights, vit  # ours stay where the caller has none
-assert isinstance(backbone, vit.VisionTransformer)
+# The caller's own modules, imported for the first time.
+import backbones, vit
+assert vit.MARK == "the caller's vit" and backbones.MARK == "the caller's backbones"
+try:
+    import backbones.weights
+except ImportError as error:
+    assert "not a package" in str(error), error
+else:
+    raise AssertionError("the caller's backbones has got our weights")
+
+# Whole networks are copied, pickled and compiled by the names of their modules.
+images = images[..., :48, :48]
+compiled = torch.compile(backbone, backend="eager")
+with torch.no_grad():
+    expected = backbone(images)
+    assert whole(images[..., :42, :42]).shape == (1, 1000)
+    for other in (copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone)), compiled):
+        assert torch.equal(other(images), expected)
 """
 
 
@@ -113,24 +124,32 @@ def run_program(text, folder):
     return done.stdout
 
 
-def test_a_caller_with_modules_of_the_same_names(tmp_path):
-    caller = tmp_path / "caller"
-    (caller / "training").mkdir(parents=True)
+@pytest.fixture
+def caller(tmp_path):
+    """The folder of a program that has modules of our names."""
+    folder = tmp_path / "caller"
+    (folder / "training").mkdir(parents=True)
     for name in CALLERS_NAMES:
-        file = caller / f"{name.replace('.', '/')}.py"
+        file = folder / f"{name.replace('.', '/')}.py"
         if name == "training":
-            file = caller / "training/__init__.py"
+            file = folder / "training/__init__.py"
         file.write_text(f'MARK = "the caller\'s {name}"\n')
-    (caller / "callers_names.py").write_text(f"NAMES = {CALLERS_NAMES}\n")
+    (folder / "callers_names.py").write_text(f"NAMES = {CALLERS_NAMES}\n")
+    return folder
+
+
+def test_a_caller_with_modules_of_the_same_names(caller):
     run_program(WITH_OTHER_MODULES, caller)
 
 
-def test_a_caller_without_such_modules(tmp_path):
-    loaded = run_program(WITHOUT_OTHER_MODULES, tmp_path).split()
-    assert "backbones.weights" in loaded and "vit" in loaded
-    rooms = {name.split(".")[0] for name in loaded}
-    assert rooms <= {"backbones", "vit", "augment", "machinery", "hubconf"}
-    assert not {"backbones.__main__"} & set(loaded)
+def test_a_caller_that_imports_such_modules_later(caller):
+    loaded = run_program(MODULES_IMPORTED_LATER, caller).split()
+    package, *names = zip(*(name.split(".", 1) for name in loaded if name.startswith("hub_")))
+    assert len(set(package)) == 1 and len(loaded) == len(package), loaded  # no other names
+    names = set(names[0])
+    assert {"backbones.weights", "vit"} <= names and "backbones.__main__" not in names
+    assert {name.split(".")[0]
+            for name in names} <= {"backbones", "vit", "augment", "machinery"}
 
 
 def test_all_names_are_listed(tmp_path, monkeypatch):
@@ -143,6 +162,129 @@ def test_all_names_are_listed(tmp_path, monkeypatch):
     assert all(callable(getattr(hubconf, name)) for name in expected)
     help_text = torch.hub.help("owner/name:main", "dinov2_vits14_lc", skip_validation=True)
     assert help_text.startswith("dinov2_vits14 and its classifier")
+
+
+def untrained(name):
+    return hubconf.hub.untrained(name)
+
+
+# -- the methods of Meta's networks
+#
+# What they give for 2 images of 2 x 3 patches, written down from the definitions of Meta's
+# repositories: B = 2, P = 6, D = 384 in 6 heads of 64.
+
+DINO_SHAPES = {  # name -> feature, attention, all tokens of a block, num_patches at 224 px
+    "dino_vits16": ((2, 384), (2, 6, 7, 7), (2, 7, 384), 196),
+    "dino_vits8": ((2, 384), (2, 6, 7, 7), (2, 7, 384), 784)}
+DINOV2_SHAPES = {  # name -> feature, registers, patches, as a map, all tokens, num_patches at 518
+    "dinov2_vits14": ((2, 384), (2, 0, 384), (2, 6, 384), (2, 384, 2, 3), (2, 7, 384), 1369),
+    "dinov2_vits14_reg": ((2, 384), (2, 4, 384), (2, 6, 384), (2, 384, 2, 3), (2, 11, 384),
+                          1369)}
+
+
+def shapes_of(tensors):
+    return [tuple(tensor.shape) for tensor in tensors]
+
+
+@pytest.mark.parametrize("name", DINO_SHAPES)
+def test_methods_of_dino(name):
+    torch.manual_seed(0)
+    model = getattr(hubconf, name)(pretrained=False).eval()
+    feature, attention, tokens, num_patches = DINO_SHAPES[name]
+    images = torch.randn(2, 3, 2 * model.patch_size, 3 * model.patch_size)
+    with torch.no_grad():
+        assert model(images).shape == feature
+        weights = model.get_last_selfattention(images)
+        last = model.get_intermediate_layers(images)
+        outs = model.get_intermediate_layers(images, 4)
+        assert weights.shape == attention
+        torch.testing.assert_close(weights.sum(-1), torch.ones(attention[:-1]))
+        assert type(outs) is list and shapes_of(outs) == [tokens] * 4 and len(last) == 1
+
+        # The class token stands in front, the patches behind it, after the final norm.
+        inside = model.forward_features(images)
+        torch.testing.assert_close(outs[-1][:, 0], model(images))
+        torch.testing.assert_close(outs[-1][:, 1:], inside["x_norm_patchtokens"])
+        assert torch.equal(last[0], outs[-1])
+    assert model.num_features == model.embed_dim == feature[1]
+    assert model.patch_embed.num_patches == num_patches
+
+
+@pytest.mark.parametrize("name", DINOV2_SHAPES)
+def test_methods_of_dinov2(name):
+    torch.manual_seed(0)
+    model = getattr(hubconf, name)(pretrained=False).eval()
+    feature, registers, patches, as_map, tokens, num_patches = DINOV2_SHAPES[name]
+    images, mask = torch.randn(2, 3, 28, 42), torch.zeros(2, 6, dtype=torch.bool)
+    with torch.no_grad():
+        out = model(images, is_training=True)
+        keys = ["x_norm_clstoken", "x_norm_regtokens", "x_norm_patchtokens", "x_prenorm"]
+        assert list(out) == [*keys, "masks"] and out["masks"] is None
+        assert shapes_of(out[key] for key in keys) == [feature, registers, patches, tokens]
+        torch.testing.assert_close(model(images), out["x_norm_clstoken"])
+        assert model(images, masks=mask, is_training=True)["masks"] is mask
+        both = model([images, images[..., :28]], masks=[None, None], is_training=True)
+        assert shapes_of(o["x_norm_clstoken"] for o in both) == [feature] * 2
+
+        layers = model.get_intermediate_layers
+        assert type(layers(images, 2)) is tuple and shapes_of(layers(images,
+                                                                     2)) == [patches] * 2
+        assert shapes_of(layers(images, [2, 5, 8, 11], reshape=True)) == [as_map] * 4
+        for pair in layers(images, n=2, return_class_token=True, norm=False):
+            assert shapes_of(pair) == [patches, feature]
+    assert model.num_features == model.embed_dim == feature[1]
+    assert model.patch_embed.num_patches == num_patches
+
+
+def test_methods_of_dinos_convnet():
+    """It is torchvision's network, part by part, with nothing in the place of the classifier."""
+    model = hubconf.dino_resnet50(pretrained=False).eval()
+    expected = torchvision.models.resnet50()
+    parts = [name for name, _ in expected.named_children()]
+    assert [name for name, _ in model.named_children()] == parts
+    assert len(model.state_dict()) == 318 and model.num_features == 2048
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        assert model(images).shape == (2, 2048)
+        last_map = torch.nn.Sequential(*list(model.children())[:-2])(images)
+        assert last_map.shape == (2, 2048, 2, 3)
+        torch.testing.assert_close(model(images), last_map.mean((2, 3)))
+
+
+def test_other_weights_and_sizes(tmp_path):
+    torch.manual_seed(0)
+    file, other = str(tmp_path / "mine.pth"), str(tmp_path / "other.pth")
+    mine = VisionTransformer(224, 16, embed_dim=384, depth=12, num_heads=6).eval()
+    torch.save(mine.state_dict(), file)
+    torch.save(
+        VisionTransformer(32, 16, embed_dim=64, depth=2, num_heads=1).state_dict(), other)
+    small = hubconf.dino_vits16(weights=file, img_size=64)
+    assert small.patch_embed.num_patches == 16 and small.pos_embed.shape == (1, 17, 384)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():  # resampled once or with every batch: the same positions
+        torch.testing.assert_close(small(images), mine(images), rtol=0, atol=1e-5)
+    assert hubconf.dinov2_vits14(pretrained=False, img_size=224).pos_embed.shape[1] == 257
+
+    with pytest.raises(ValueError,
+                       match="is no dino_vits16: embed_dim 64 instead of 384, depth 2"):
+        hubconf.dino_vits16(weights=other)
+    with pytest.raises(ValueError, match="does not fit the network"):
+        hubconf.dino_resnet50(weights=file)
+    with pytest.raises(ValueError, match="a convnet has no table of positions"):
+        hubconf.dino_resnet50(pretrained=False, img_size=64)
+
+
+@pytest.mark.parametrize("word", ["", "LVD142M"])
+def test_metas_word_for_the_released_weights(word, monkeypatch):
+    names = []
+
+    def load(name):
+        names.append(name)
+        return untrained(name)
+
+    monkeypatch.setattr(hubconf.hub, "load_backbone", load)
+    hubconf.dinov2_vits14(weights=word)
+    assert names == ["dinov2_vits14"]
 
 
 def test_the_first_names():
@@ -170,8 +312,9 @@ def test_classifiers(name, layers, file, columns, monkeypatch, tmp_path):
         urls.append(url)
         return tmp_path / "head.pth"
 
-    monkeypatch.setattr(classifier, "fetch", fetch)
-    monkeypatch.setattr(weights, "load_backbone", lambda name: weights.untrained(name).eval())
+    # torch.hub's modules of ours are a copy of its own, so they are replaced there.
+    monkeypatch.setattr(hubconf.classifier, "fetch", fetch)
+    monkeypatch.setattr(hubconf.hub, "load_backbone", lambda name: untrained(name).eval())
     model = getattr(hubconf, f"{name}_lc")(layers=layers)
     assert len(urls) == 1 and urls[0].endswith("/" + file)
     images, backbone = torch.randn(2, 3, 64, 64), model.backbone
@@ -181,5 +324,5 @@ def test_classifiers(name, layers, file, columns, monkeypatch, tmp_path):
         tokens = [cls for _, cls in outs] + [outs[-1][0].mean(1)] * (columns != 4)
         expected = torch.cat(tokens, 1) @ weight.T + bias
         torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
-        untrained = getattr(hubconf, f"{name}_lc")(pretrained=False, layers=layers)
-        assert untrained(images).shape == (2, 1000) and untrained.blocks == model.blocks
+        other = getattr(hubconf, f"{name}_lc")(pretrained=False, layers=layers)
+        assert other(images).shape == (2, 1000) and other.blocks == model.blocks

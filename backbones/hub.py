@@ -1,0 +1,109 @@
+"""Hub: networks with the methods of Meta's own, for programs that were written for those.
+
+    VisionTransformer --> DINO      get_last_selfattention; all tokens of a block in one tensor
+                      --> DINOv2    model(images, is_training=True)
+    ConvNet           --> torchvision's ResNet-50, with nn.Identity in the place of fc
+
+Idea     A program that calls torch.hub.load expects the methods that Meta's networks have. They
+         differ between DINO and DINOv2, and ours have one set of methods for both. So only what
+         torch.hub gives out has theirs; they are made of ours here, a few lines for each.
+Paper    none; the methods are those of Meta's repositories dino and dinov2
+Try      python hubconf.py      the names
+Change   another method of theirs is one method of DINO or DINOv2 below
+Tests    pytest tests/test_hubconf.py
+
+Letters  B images, P patches, D width, nh heads.
+"""
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from backbones.convnet import ConvNet
+from backbones.weights import architecture, load_backbone, load_strictly, untrained
+from vit import VisionTransformer, resize_pos_embed
+
+# What Meta calls the weights that it released: LVD142M are those of DINOv2's backbones. Here
+# they are what a name stands for, with or without that word.
+RELEASED_WEIGHTS = ("", "LVD142M")
+
+
+class DINO(VisionTransformer):
+    """A ViT with the methods of Meta's repository dino."""
+
+    def get_last_selfattention(self, x: Tensor) -> Tensor:
+        """Attention of the last block, (B, nh, 1 + P, 1 + P); row 0 is the class token's."""
+        return self.get_attention(x)
+
+    def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
+        """All tokens of the last n blocks after the final norm, each (B, 1 + P, D)."""
+        # Programs take the class token as out[:, 0]. Without it in front they would read the
+        # first patch there, and nothing would tell.
+        outs = super().get_intermediate_layers(x, n, return_class_token=True)
+        return [torch.cat([cls[:, None], patches], 1) for patches, cls in outs]
+
+
+class DINOv2(VisionTransformer):
+    """A ViT with the methods of Meta's repository dinov2."""
+
+    def forward(self, x, masks=None, is_training: bool = False):
+        """Class tokens (B, D), or the dictionary of forward_features with is_training=True."""
+        if is_training:
+            return self.forward_features(x, masks)
+        return super().forward(x, masks)
+
+
+def backbone(name: str, pretrained: bool = True, weights: str = "",
+             img_size: int = 0) -> VisionTransformer | ConvNet:
+    """The network of a released name, with our own methods.
+
+    weights: what to load in place of the released weights, if `pretrained`: a file, a URL or a
+    run of the same architecture. img_size: the side in pixels for which the table of positions
+    is made; 0: that of the weights. ValueError if one of them does not fit the name.
+    """
+    if not pretrained:
+        model = untrained(name)
+    elif weights in RELEASED_WEIGHTS:
+        model = load_backbone(name)
+    else:
+        model = load_backbone(weights)
+
+        # The network is read off the tensors, so it has to be compared with the name. The size
+        # of the table of positions is the weights' own. On the "meta" device the network that
+        # the name stands for takes no memory.
+        if name != "dino_resnet50":
+            with torch.device("meta"):
+                wanted = architecture(untrained(name).state_dict())
+            given = architecture(model.state_dict())
+            differences = [
+                f"{key} {given[key]} instead of {value}" for key, value in wanted.items()
+                if key != "img_size" and given[key] != value]
+            if differences:
+                raise ValueError(f"weights={weights} is no {name}: {', '.join(differences)}")
+
+    if img_size:
+        if name == "dino_resnet50":
+            raise ValueError(f"img_size={img_size}: a convnet has no table of positions")
+        side = img_size // model.patch_size
+        table = resize_pos_embed(model.pos_embed.detach(), (side, side), model.pos_embed_resize)
+        model.pos_embed = nn.Parameter(table)
+        model.img_size = side * model.patch_size
+    return model
+
+
+def as_official(model: VisionTransformer | ConvNet, name: str) -> nn.Module:
+    """The same network with the methods and attributes that Meta's network of this name has."""
+    # Meta's convnet is torchvision's, of which our ConvNet leaves out the last two parts.
+    # Programs count on them: children()[:-2] are the layers up to the last map.
+    if name == "dino_resnet50":
+        network = torchvision.models.resnet50()
+        network.fc = nn.Identity()
+        load_strictly(network, model.state_dict(), name)
+        network.num_features = network.embed_dim = model.embed_dim
+        return network.train(model.training)
+
+    # The classes above only add methods, so the network can become one of them as it is.
+    model.__class__ = DINOv2 if name.startswith("dinov2") else DINO
+    model.num_features = model.embed_dim
+    model.patch_embed.num_patches = model.pos_embed.shape[1] - 1
+    return model
