@@ -1,26 +1,22 @@
 """The program: what is in a file of weights, what was released, a backbone written for others.
 
-    python -m backbones                                    a table of the released models
-    python -m backbones RUN_OR_FILE_OR_NAME                what is in it
-    python -m backbones export RUN --to hf --output FILE   for Hugging Face, or --to official
+    python -m backbones                                      a table of the released models
+    python -m backbones RUN_OR_FILE_OR_NAME                  what is in it
+    python -m backbones export RUN --output FILE             for Meta's code
+    python -m backbones export RUN --to hf --output FOLDER   for Hugging Face's transformers
 
-Idea     A trained backbone is of use to other code, too. So it can be written with the names
-         that Meta's code expects, or with those of Hugging Face's transformers.
+Idea     Before weights are used one wants to know what they are. A file does not say it, but
+         the network that is read off its tensors does.
 Paper    none
 Try      python -m backbones
-Change   another name for the tensors is one function in layouts.py and one line in EXPORTS
+Change   the columns of the table are those of RELEASED, in weights.py
 Tests    pytest tests/backbones/test_weights.py
 """
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
-
 import torch
 
-from backbones.layouts import to_hf, write_safetensors
-from backbones.weights import RELEASED, architecture, load_backbone, read_backbone, untrained
-from machinery.checkpoints import save_tensors
+from backbones.export import Config, export
+from backbones.weights import RELEASED, architecture, load_backbone, untrained
 from machinery.flags import command, parse, user_errors
 from vit import VisionTransformer
 
@@ -39,32 +35,6 @@ def released_table() -> str:
             lines.append(f"| `{name}` | {model.embed_dim} | {count:,d} | {model.img_size} px | "
                          f"{knn:.1f} | {linear:.1f} |")
     return "\n".join(lines)
-
-
-EXPORTS = {"official": lambda state: state, "hf": to_hf}  # names of tensors, for --to
-
-
-@dataclass
-class Config:
-    # -- export
-    to: Literal[*EXPORTS] = "official"  # names of tensors: Meta's code, or Hugging Face
-    output: str = "backbone.safetensors"  # the file; .pth for torch.load
-
-
-def export(what: str, config: Config) -> Path:
-    """Write the backbone of a name, file or run with the names of --to, into --output."""
-    state, _ = read_backbone(what)
-    state = EXPORTS[config.to](state)
-
-    # The format follows from the ending. A .safetensors file has no code in it; a .pth file is
-    # what torch.load and Meta's code read.
-    path = Path(config.output)
-    if not path.parent.is_dir():
-        raise ValueError(f"--output {path}: there is no folder {path.parent}")
-    write = write_safetensors if path.suffix == ".safetensors" else save_tensors
-    write(path, state)
-    print(f"wrote {path}: {len(state)} tensors")
-    return path
 
 
 def tell(what: str):

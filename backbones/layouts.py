@@ -7,7 +7,7 @@
 Idea     Each function renames what it knows and leaves the rest alone. So a file may be of any
          of these layouts, or of two at once, and nobody has to say of which.
 Paper    none; the keys are those of DINO's and DINOv2's released backbones
-Try      python -m backbones export RUN --to hf --output backbone.safetensors
+Try      python -m backbones export RUN --to hf --output FOLDER
 Change   another layout is one function on a flat dictionary, and one line in LAYOUTS
 Tests    pytest tests/backbones/test_layouts.py
 """
@@ -320,31 +320,49 @@ LAYOUTS = (from_training, from_chunks, from_ibot, from_hf, from_timm)
 # The way out
 
 
-def to_hf(state: dict) -> dict:
-    """Official names -> Hugging Face's of DINOv2 (with or without registers), tensors only.
+def hf_type(state: dict) -> str:
+    """Which of Hugging Face's networks a ViT is: vit, dinov2 or dinov2_with_registers.
 
-    ValueError for anything but a Vision Transformer: that layout has no names for other
-    networks. Example:
-
-        blocks.0.attn.proj.weight  ->  encoder.layer.0.attention.output.dense.weight
+    state: official names. ValueError for anything but a Vision Transformer: those three have no
+    names for other networks.
     """
     if "cls_token" not in state:
         raise ValueError(
             "--to hf: expected a Vision Transformer; the first of these tensors are "
             f"{', '.join(list(state)[:3])}")
+    if "register_tokens" in state:
+        return "dinov2_with_registers"
 
-    # This is not the table HF read backwards. Hugging Face has one set of names for DINO and
-    # another for DINOv2; HF knows both, and only those of DINOv2 are written. They have norm1,
-    # norm2, fc1 and fc2 in common with the official ones.
-    back = [(r"^pos_embed$", "embeddings.position_embeddings"),
-            (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
-            (r"^(cls_token|mask_token|register_tokens)$", r"embeddings.\1"),
-            (r"^blocks\.", "encoder.layer."), (r"\.attn\.proj\.", ".attention.output.dense."),
-            (r"\.mlp\.w12\.", ".mlp.weights_in."), (r"\.mlp\.w3\.", ".mlp.weights_out."),
-            (r"\.ls(\d)\.gamma$", r".layer_scale\1.lambda1"), (r"^norm\.", "layernorm.")]
+    # The network of DINO is a plain ViT. LayerScale and SwiGLU came with DINOv2.
+    plain = "blocks.0.ls1.gamma" not in state and "blocks.0.mlp.w12.weight" not in state
+    return "vit" if plain else "dinov2"
+
+
+# Official names -> Hugging Face's, as in HF. This is not that table read backwards: Hugging Face
+# has one set of names for its ViT, which holds DINO, and another for DINOv2, which has norm1,
+# norm2, fc1 and fc2 in common with the official ones.
+TO_HF = [(r"^pos_embed$", "embeddings.position_embeddings"),
+         (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
+         (r"^(cls_token|mask_token|register_tokens)$", r"embeddings.\1"),
+         (r"^blocks\.", "encoder.layer."), (r"\.attn\.proj\.", ".attention.output.dense."),
+         (r"\.mlp\.w12\.", ".mlp.weights_in."), (r"\.mlp\.w3\.", ".mlp.weights_out."),
+         (r"\.ls(\d)\.gamma$", r".layer_scale\1.lambda1"), (r"^norm\.", "layernorm.")]
+TO_HF_VIT = [(r"\.norm1\.", ".layernorm_before."), (r"\.norm2\.", ".layernorm_after."),
+             (r"\.mlp\.fc1\.", ".intermediate.dense."), (r"\.mlp\.fc2\.", ".output.dense.")]
+
+
+def to_hf(state: dict) -> dict:
+    """Official names -> Hugging Face's of the network that hf_type says, tensors only.
+
+    ValueError for anything but a Vision Transformer. Example:
+
+        blocks.0.attn.proj.weight  ->  encoder.layer.0.attention.output.dense.weight
+    """
+    kind = hf_type(state)
+    table = TO_HF + TO_HF_VIT if kind == "vit" else TO_HF
     renamed = {}
     for key, value in state.items():
-        for pattern, name in back:
+        for pattern, name in table:
             key = re.sub(pattern, name, key)
         if ".attn.qkv." in key:
             for part, rows in zip(("query", "key", "value"), value.chunk(3)):
@@ -352,9 +370,18 @@ def to_hf(state: dict) -> dict:
         else:
             renamed[key] = value
 
-    # That layout always has a mask token and LayerScale. A network without them gets a token
-    # that is never used, and factors of 1, which change nothing.
+    # Their ViT has no mask token, which only training needs. It has a pooler, which computes a
+    # feature of the image from the class token; as the identity it gives the class token itself
+    # (with the activation "linear", see export.py).
     width = state["cls_token"].shape[-1]
+    if kind == "vit":
+        renamed.pop("embeddings.mask_token", None)
+        renamed["pooler.dense.weight"] = torch.eye(width)
+        renamed["pooler.dense.bias"] = torch.zeros(width)
+        return renamed
+
+    # Their DINOv2 always has a mask token and LayerScale. A network without them gets a token
+    # that is never used, and factors of 1, which change nothing.
     if "embeddings.mask_token" not in renamed:
         renamed["embeddings.mask_token"] = torch.zeros(1, width)
     depth = len({key.split(".")[2] for key in renamed if key.startswith("encoder.")})

@@ -1,11 +1,10 @@
 """Claims
 1. Training checkpoints of DINO, iBOT and DINOv2, and the layouts of Hugging Face (on disk, and
    in the memory of transformers 5) and timm, all give the same network.
-2. Export, official or Hugging Face's, gives back what was read, from .safetensors and .pth.
-3. A file of safetensors gives back its tensors, and one whose header does not fit it, or whose
+2. A file of safetensors gives back its tensors, and one whose header does not fit it, or whose
    numbers were changed, is refused.
-4. A flipped bit in what torch.save wrote is refused, or changes nothing.
-5. Weights in several files are read by their index, which has to fit them.
+3. A flipped bit in what torch.save wrote is refused, or changes nothing.
+4. Weights in several files are read by their index, which has to fit them.
 """
 
 import argparse
@@ -17,7 +16,6 @@ import pytest
 import torch
 from test_weights import KINDS
 
-from backbones.__main__ import main
 from backbones.layouts import read_safetensors, read_tensors, to_hf, write_safetensors
 from backbones.weights import load_backbone, read_backbone
 from vit import VisionTransformer
@@ -120,30 +118,6 @@ def test_layouts_of_others(write, kind, tmp_path):
     images = torch.randn(2, 3, 40, 24) if write is not as_timm else torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(model(images), loaded(images), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("to", ["official", "hf"])
-def test_export_and_back(kind, to, tmp_path):
-    torch.manual_seed(0)
-    model = VisionTransformer(32, 8, **kind).eval()
-    original = tmp_path / "original.pth"
-    torch.save(model.state_dict(), original)
-    for name in ("out.safetensors", "out.pth"):
-        main(["export", str(original), "--to", to, "--output", str(tmp_path / name)])
-        loaded = load_backbone(tmp_path / name)
-        images = torch.randn(2, 3, 40, 24)
-        with torch.no_grad():
-            assert torch.equal(model(images), loaded(images))
-    if to == "official":
-        assert read_backbone(tmp_path
-                             / "out.safetensors")[0].keys() == model.state_dict().keys()
-
-
-def test_only_a_vision_transformer_has_hugging_faces_names():
-    with pytest.raises(ValueError,
-                       match="--to hf: expected a Vision Transformer.* conv1.weight"):
-        to_hf({"conv1.weight": torch.zeros(2, 3, 7, 7)})
 
 
 def test_safetensors_are_checked(tmp_path):

@@ -1,0 +1,122 @@
+"""Claims
+1. Exported, official or for Hugging Face, and read again, a backbone gives the same features.
+2. The folder for Hugging Face is read by transformers' AutoModel and pipeline as it is, for DINO,
+   DINOv2 and registers; it prepares images as our evaluations do.
+3. Its README.md has the card of the run, and says nothing of weights that have none.
+4. What cannot be exported so is refused in one line.
+"""
+
+import json
+import re
+
+import pytest
+import torch
+from test_weights import KINDS
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+
+from augment import RGB, center_crop, normalise
+from backbones.__main__ import main
+from backbones.convnet import ConvNet
+from backbones.weights import load_backbone, read_backbone
+from vit import VisionTransformer
+
+TYPES = ["vit", "dinov2", "dinov2_with_registers"]  # of KINDS, as Hugging Face calls them
+
+
+def random_vit(kind, folder):
+    """(a network, the file of its weights); its factors and tokens are no ones and zeros."""
+    torch.manual_seed(0)
+    model = VisionTransformer(32, 8, **kind).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("gamma") or name in ("cls_token", "register_tokens"):
+            torch.nn.init.normal_(parameter)
+    torch.save(model.state_dict(), folder / "original.pth")
+    return model, str(folder / "original.pth")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("to, name, read", [("official", "out.pth", "out.pth"),
+                                            ("official", "out.safetensors", "out.safetensors"),
+                                            ("hf", "out", "out/model.safetensors")])
+def test_export_and_back(kind, to, name, read, tmp_path):
+    model, original = random_vit(kind, tmp_path)
+    main(["export", original, "--to", to, "--output", str(tmp_path / name)])
+    loaded = load_backbone(tmp_path / read)
+    images = torch.randn(2, 3, 40, 24)
+    with torch.no_grad():
+        assert torch.equal(model(images), loaded(images))
+    if to == "official":
+        assert read_backbone(tmp_path / read)[0].keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("kind, model_type", [*zip(KINDS, TYPES)])
+def test_the_folder_says_what_it_is(kind, model_type, tmp_path):
+    model, original = random_vit(kind, tmp_path)
+    main(["export", original, "--to", "hf", "--output", str(tmp_path / "out")])
+    names = {"config.json", "preprocessor_config.json", "model.safetensors", "README.md"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["model_type"] == model_type and config["image_size"] == 32
+    assert config["num_attention_heads"] == kind["num_heads"]
+    assert config["layer_norm_eps"] == 1e-6
+    readme = (tmp_path / "out/README.md").read_text()
+    assert readme.startswith("---\nlibrary_name: transformers") and f"# {original}\n" in readme
+
+
+@pytest.mark.parametrize("kind, model_type", [*zip(KINDS, TYPES)])
+def test_transformers_read_the_folder(kind, model_type, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model, original = random_vit(kind, tmp_path)
+    out = str(tmp_path / "out")
+    main(["export", original, "--to", "hf", "--output", out])
+    theirs, loading = transformers.AutoModel.from_pretrained(out, output_loading_info=True)
+    assert theirs.config.model_type == model_type
+    assert not any(loading.values()), loading  # no tensor is missing, and none left over
+
+    # Their pipeline prepares an image and gives all its tokens. At 296 x 222 pixels the centre is
+    # the same one in both libraries; where a half pixel is rounded otherwise it lies one beside.
+    image = torch.randint(0, 256, (1, 3, 74, 56), dtype=torch.uint8).float()
+    image = torch.nn.functional.interpolate(image, size=(296, 222), mode="bilinear")
+    image = to_pil_image(image[0].byte())
+    pipe = transformers.pipeline("image-feature-extraction", model=out)
+    tokens = torch.tensor(pipe(image)[0])
+    pixels = normalise(center_crop(pil_to_tensor(image), 32)[None], RGB)
+    with torch.no_grad():
+        ours = model.forward_features(pixels)
+        answer = theirs(pixels)
+    torch.testing.assert_close(answer.pooler_output, ours["x_norm_clstoken"], rtol=0, atol=1e-4)
+    inside = answer.last_hidden_state
+    torch.testing.assert_close(inside[:, 0], ours["x_norm_clstoken"], rtol=0, atol=1e-4)
+    patches = inside[:, 1 + model.num_register_tokens:]
+    torch.testing.assert_close(patches, ours["x_norm_patchtokens"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(tokens, inside[0], rtol=0, atol=1e-4)
+
+
+def test_the_card_of_a_run_comes_along(tmp_path):
+    model, _ = random_vit(KINDS[0], tmp_path)
+    run = tmp_path / "run"
+    run.mkdir()
+    torch.save(model.state_dict(), run / "teacher.pt")
+    (run / "config.json").write_text(json.dumps({"global_batch": 8, "mean": [0.5, 0.5, 0.5]}))
+    (run / "card.md").write_text("# run\n\n- Data: `shapes`.\n")
+    main(["export", str(run), "--to", "hf", "--output", str(tmp_path / "out")])
+    assert "\n# run\n\n- Data: `shapes`.\n" in (tmp_path / "out/README.md").read_text()
+    prepare = json.loads((tmp_path / "out/preprocessor_config.json").read_text())
+    assert prepare["image_mean"] == [0.5] * 3 and prepare["image_std"] == list(RGB.std)
+
+
+@pytest.mark.parametrize("line, words", [
+    ("FILE --to hf --output out.safetensors", "--to hf writes a folder"),
+    ("CONVNET --to hf --output out", "--to hf: expected a Vision Transformer.* conv1.weight"),
+    ("FILE --to timm", "--to: invalid choice"),
+    ("FILE --output /none/out.pth", "--output /none/out.pth: there is no folder /none")])
+def test_refusals(line, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    _, file = random_vit(KINDS[0], tmp_path)
+    if "CONVNET" in line:
+        torch.save(ConvNet("resnet50").state_dict(), tmp_path / "convnet.pth")
+    with pytest.raises(SystemExit) as stop:
+        main(["export", *line.replace("FILE", file).replace("CONVNET", "convnet.pth").split()])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and re.search(words, error)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".pth"}  # nothing was written
