@@ -797,7 +797,7 @@ class Run:
     # -- what came of it
 
     def end(self) -> dict:
-        """Draw the figures, write summary.json, and say which command comes next."""
+        """Draw the figures, write summary.json and card.md, and say which command comes next."""
         config = self.config
         figures = self.figures
         illness = diagnose(self.last_row, config)
@@ -815,8 +815,11 @@ class Run:
             device=str(self.process.device), precision=config.precision,
             broken_images=figures["broken"])
         if self.process.main:
+            from training.card import write_card  # here, because only the end of a run writes it
+
             self.draw()
             write_json(self.folder / "summary.json", summary)
+            write_card(self.folder)
             written = "curves.png, attention.png" if len(self.val) else "curves.png"
             following = f"visualize.py attention PHOTO --weights {self.folder}"
             if config.convnet:  # which has no attention to draw

@@ -3,6 +3,7 @@
    "I want to add" names what stands in these files.
 2. Every command in README, docs and docstrings is one its program understands; every test that the
    docs cite exists.
+   The README's lines for programs in other folders run, and give what their comments say.
 3. Files import only what the house allows; nothing imports in a circle; what is imported when
    train.py starts is few enough to be read, and so is what four typical tasks of a student need.
 4. Every file opens with the same slots, and what its slot "Change" names exists; no line is too
@@ -17,19 +18,23 @@ import re
 import runpy
 import shlex
 import sys
+import textwrap
 import tokenize
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import backbones.__main__
+import backbones.weights
 import bench.__main__
 import distill
 import evaluate
 import train
 import visualize
+from augment import RGB
 from machinery.flags import parse
 from machinery.process import Process
 from training.recipes import DISTILLATION
@@ -70,7 +75,7 @@ def test_readme_names_what_exists():
 
 @pytest.mark.parametrize("doc", DOCS, ids=lambda doc: doc.name)
 def test_docs_name_files_that_exist(doc):
-    written_by_a_run = {"curves.png", "attention.png"}
+    written_by_a_run = {"curves.png", "attention.png", "card.md"}
     named = set(re.findall(r"`([\w/]+\.(?:py|md|txt|sh|png))`", doc.read_text()))
     missing = {name for name in named - written_by_a_run if not (ROOT / name).exists()}
     assert not missing, f"{doc.name} names what does not exist: {missing}"
@@ -201,6 +206,36 @@ def test_tests_that_docs_cite_exist():
         if len(found) != 1 or f"def {test}(" not in found[0].read_text():
             missing.append(f"{file}::{test}")
     assert not missing, f"docs cite tests that are not there: {missing}"
+
+
+def test_the_lines_for_programs_elsewhere(tmp_path, monkeypatch):
+    """Run in another folder, on a random image, with random weights in place of the released."""
+    block = re.search(r"(?m)^    import sys\n(?:(?:    .*)?\n)+",
+                      (ROOT / "README.md").read_text())
+    lines = textwrap.dedent(block[0])
+    pixels = np.random.default_rng(0).integers(0, 256, (500, 600, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "PHOTO", format="png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def load(name):
+        model = backbones.weights.untrained(name).eval()
+        model.pixels = RGB
+        return model
+
+    monkeypatch.setattr(backbones.weights, "load_backbone", load)
+    names = {}
+    exec(lines.replace("PATH/OF/THIS/FOLDER", str(ROOT)), names)
+
+    # "photo = ...  # (3, H, W), from 0 to 255": the shape behind a name, where it has no letters.
+    checked = 0
+    for name, shape in re.findall(r"(?m)^ *(\w+) = .*# \(([\d, ]+)\)", lines):
+        value = names[name]
+        given = value if isinstance(value, tuple) else tuple(value.shape)
+        assert given == tuple(map(int, shape.split(","))), name
+        checked += 1
+    assert checked == 6 and names["photo"].shape == (3, 500, 600)
+    torch.testing.assert_close(names["attention"].sum(-1), torch.ones(1, 6, 1029))
 
 
 # -- 3

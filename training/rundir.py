@@ -98,7 +98,8 @@ def create_run_dir(folder: Path, config: Config, process: Process):
     if not config.resume:
         for name in ("checkpoint", "code"):
             shutil.rmtree(folder / name, ignore_errors=True)
-        for name in ("metrics.jsonl", "summary.json", "config.json", "teacher.pt", "heads.pt"):
+        for name in ("metrics.jsonl", "summary.json", "card.md", "config.json", "teacher.pt",
+                     "heads.pt"):
             (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "config.json").exists():

@@ -50,8 +50,9 @@ def run(first, tmp_path):
 
 def test_a_run_and_its_directory(first):
     run, summary, printed = first
-    names = "config.json metrics.jsonl checkpoint teacher.pt heads.pt summary.json code".split()
-    assert {path.name for path in run.iterdir()} == FIGURES.union(names)
+    names = "config.json metrics.jsonl checkpoint teacher.pt heads.pt summary.json card.md code"
+    assert {path.name for path in run.iterdir()} == FIGURES.union(names.split())
+    assert f"loss {summary['loss']:.3f}" in (run / "card.md").read_text()
     names = ("knn knn_untrained knn_pixels minutes peak_memory_gb collapsed steps "
              "images_per_second loss preset seed").split()
     assert set(names) <= set(summary)
