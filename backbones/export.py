@@ -10,7 +10,7 @@ Idea     A trained backbone is of use to other code, too. Meta's code reads tens
 Paper    none
 Try      python -m backbones export RUN --to hf --output FOLDER
 Change   another kind of export is one function like write_official, and one line in EXPORTS
-Tests    pytest tests/backbones/test_export.py
+Tests    pytest tests/backbones/test_backbone_export.py
 """
 
 from dataclasses import dataclass

@@ -30,6 +30,15 @@ def code_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def flag_text(name: str, value) -> str:
+    """A flag as it is typed: use_bn_in_head, False -> --use_bn_in_head false."""
+    if isinstance(value, list):  # two ends of a range, or one number for each channel
+        value = " ".join(map(str, value))
+    if isinstance(value, bool):
+        value = str(value).lower()
+    return f"--{name} {value}"
+
+
 def network_text(config: dict) -> str:
     """The network and the images that it takes, in a sentence each."""
     # Patches, registers and feed-forward layers are those of a ViT; a convnet has only its name.
@@ -74,7 +83,8 @@ def card_text(folder: Path) -> str:
 
     # The preset and the flags are the recipe, but for flags that cannot change the result, such
     # as --num_workers.
-    flags = [f"`--{name} {config[name]}`" for name in config["given"] if name not in NEUTRAL]
+    flags = [
+        f"`{flag_text(name, config[name])}`" for name in config["given"] if name not in NEUTRAL]
 
     # A loss belongs to the run if its weight is not 0: "dino 1, koleo 0.1".
     weights = [

@@ -24,7 +24,7 @@ ROWS = [
 
 def write_run(folder, summary=SUMMARY, **settings):
     """The files of a finished run that a card is made of."""
-    config = Config(preset="shapes_dino", given=("lr", "num_workers", "output_dir"), **settings)
+    config = Config(preset="shapes_dino", given=("lr", "num_workers", "mask_ratio"), **settings)
     stored = dataclasses.asdict(config) | {"global_batch": 32}
     (folder / "config.json").write_text(json.dumps(stored))
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -40,7 +40,8 @@ def test_the_card_says_what_the_files_say(tmp_path):
     for words in (
             f"# {tmp_path.name}\n", "vit_small, patches of 16 pixels, 0 registers",
             "Data: `shapes`, judged with images of the same, held out by their names.",
-            "preset `shapes_dino`, `--lr 0.002`.", "dino 1, koleo 0.1; centering ema",
+            "preset `shapes_dino`, `--lr 0.002`, `--mask_ratio 0.1 0.5`.",
+            "dino 1, koleo 0.1; centering ema",
             "2,500 steps of 32 images, seed 0, 14.4 minutes on cpu in fp32",
             "loss 5.186, no collapse was found; 2 images could not be read",
             "| raw pixels | 37.6% |\n| before training | 28.1% |\n| after step 625 | 54.8% |\n"
