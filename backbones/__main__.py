@@ -16,7 +16,7 @@ Tests    pytest tests/backbones/test_weights.py
 import torch
 
 from backbones.export import Config, export
-from backbones.weights import RELEASED, architecture, load_backbone, untrained
+from backbones.weights import RELEASED, architecture, load_backbone, read_backbone, untrained
 from machinery.flags import command, parse, user_errors
 from vit import VisionTransformer
 
