@@ -54,6 +54,10 @@ FEATURES = {"class_feature": "features", "patch_feature": "patches"}
 DISTANCES = {
     "mse": F.mse_loss, "cosine": lambda x, y: 1 - F.cosine_similarity(x, y, dim=-1).mean()}
 
+# The names become the choices of a flag by Literal[tuple(NAMES)]. Elsewhere a star before NAMES
+# does the same; here Python 3.10 has to be able to read the file, so that it can say that it is
+# too old.
+
 
 @dataclass
 class Config(TrainingConfig):
@@ -67,7 +71,7 @@ class Config(TrainingConfig):
     patch_tokens: Literal["all", "sampled"] = "all"  # compare all patches, or those under masks
     class_feature_weight: float = 0.0  # weight of matching the teacher's class token (ours)
     patch_feature_weight: float = 0.0  # weight of matching the teacher's patch tokens (ours)
-    feature_distance: Literal[*DISTANCES] = "cosine"  # how far apart two features are
+    feature_distance: Literal[tuple(DISTANCES)] = "cosine"  # how far apart two features are
 
     # In train.py masks hide patches from the student. Here they only say which patches are
     # compared, so that the student has no mask token.

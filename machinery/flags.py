@@ -30,6 +30,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+# Every program imports this file before those in which an older Python finds a syntax error.
+if sys.version_info < (3, 11):
+    print("error: Python 3.11 or newer is needed, this is",
+          sys.version.split()[0], file=sys.stderr)
+    raise SystemExit(2)
+
 # ----------------------------------------------------------------------------------------------
 # Errors that the user can mend: one line, exit code 2
 
@@ -67,31 +73,25 @@ def near_path(path: Path) -> str:
 
 
 def command(main):
-    """Decorator for a program's main(argv): ends it with one line on stderr in three cases.
+    """Decorator for a program's main(argv): ends it with one line where the user can mend it.
 
-    A UsageError gives exit code 2, which is the convention for a wrong command line. So does a
-    file that the system refuses to open or to write. Ctrl-C gives 130, the shell's code for
-    signal 2. (Training handles Ctrl-C itself, so that it can save first: see
-    process.StopSignal.) Without arguments main gets those of the command line.
+    Exit code 2, the convention for a wrong command line: a UsageError, and what the system
+    refuses, such as to write on a full disk. Ctrl-C gives 130, the shell's code for signal 2.
+    (Training handles Ctrl-C itself, so that it can save first: see process.StopSignal.) Without
+    arguments main gets those of the command line.
     """
 
     @functools.wraps(main)
     def wrapped(argv=None):
         try:
-            return main(sys.argv[1:] if argv is None else argv)
-        except UsageError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
-        except OSError as error:
-            # The system names the file: a name that is too long, a folder that is a file, a
-            # full disk. An error without a file is no matter of the command line.
-            if error.filename is None:
-                raise
-            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-            raise SystemExit(2) from None
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise SystemExit(130) from None
+            result = main(sys.argv[1:] if argv is None else argv)
+            sys.stdout.flush()  # here, where it may fail in good order
+            return result
+        except BaseException as error:
+            from machinery.failures import end  # here, because most programs end well
+
+            end(error)
+            raise
         finally:
             # A process that leaves without this makes PyTorch warn of leaked resources.
             if dist.is_available() and dist.is_initialized():

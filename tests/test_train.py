@@ -10,6 +10,7 @@
    rounding, without a new graph after the first step.
 5. Each ingredient can be left out by a flag: its term, and whatever only that term needs.
 6. Bad input is one line that names the flag, exit code 2, and leaves no run directory behind.
+   A loader process that is killed ends a run with one such line.
 7. The algorithm fits on one screen.
 """
 
@@ -20,6 +21,7 @@ import functools
 import inspect
 import io
 import math
+import multiprocessing
 import os
 import signal
 import tokenize
@@ -27,8 +29,8 @@ import tokenize
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (EVERYTHING, heads_of, killed_in_step, metrics_of, same_tensors, saved,
-                      teacher_of, tiny_config, views_of, without_figures)
+from conftest import (EVERYTHING, TINY, heads_of, killed_in_step, metrics_of, same_tensors,
+                      saved, teacher_of, tiny_config, views_of, without_figures)
 
 import losses
 import train
@@ -312,6 +314,21 @@ def test_asked_to_stop_it_saves_and_goes(number, whole, tmp_path, monkeypatch, c
     assert signal.getsignal(number) is handler
     train.run(config)
     assert same_tensors(teacher_of(whole), teacher_of(run))
+
+
+def test_a_worker_that_is_killed(tmp_path, monkeypatch, capsys):
+    train_step = train.train_step
+
+    def kills(*args):
+        multiprocessing.active_children()[0].kill()
+        return train_step(*args)
+
+    monkeypatch.setattr(train, "train_step", kills)
+    with pytest.raises(SystemExit) as stop:
+        train.main([*TINY, "--num_workers", "1", "--output_dir", str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert "killed by signal: Killed; " in error and "--num_workers" in error
 
 
 # ----------------------------------------------------------------------------------------------

@@ -7,18 +7,25 @@
    1e30 and 10^24, or refuses them in one line that names it; what it takes is finite.
 6. A file that the system refuses is one line with its name, and exit code 2.
 7. A flag of the official programs is answered by ours; a wrong choice by the nearest one.
+8. A Python that is too old is told so by every program.
 """
 
+import contextlib
 import errno
+import io
+import json
 import math
 import os
+import runpy
+import sys
 import typing
 from dataclasses import dataclass, field, fields
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import pytest
-from conftest import TINY
+from conftest import TINY, start
 
 import distill
 import evaluate
@@ -29,6 +36,9 @@ from machinery import flags, official
 from machinery.flags import LARGEST, UsageError, command, parse, require, user_errors
 from training.config import check
 from training.recipes import DISTILLATION, PRESETS
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 100  # seconds after which a test gives up
 
 
 @dataclass
@@ -141,6 +151,41 @@ def test_exit_code(capsys):
         interrupted([])
     assert stop.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+PROGRAMS = ["train.py", "evaluate.py", "distill.py", "visualize.py"]
+
+
+def begun_by_python_3_10(rank, folder):
+    """Run each program as an older Python would; FOLDER/all: what it printed, what it read."""
+    sys.version_info = (3, 10, 12)
+    outcome = {}
+    for program in PROGRAMS:
+        ours = [
+            name for name, module in sys.modules.items()
+            if str(getattr(module, "__file__", None)).startswith(str(ROOT))]
+        for name in ours:
+            del sys.modules[name]
+
+        printed = io.StringIO()
+        with contextlib.redirect_stderr(printed), contextlib.suppress(SystemExit):
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+        read = [
+            module.__file__ for module in list(sys.modules.values())
+            if str(getattr(module, "__file__", None)).startswith(str(ROOT))]
+        outcome[program] = (printed.getvalue(), read)
+    (folder / "all").write_text(json.dumps(outcome))
+
+
+def test_an_older_python(tmp_path):
+    [process] = start(begun_by_python_3_10, tmp_path, world=1)
+    process.join(PATIENCE)
+    outcome = json.loads((tmp_path / "all").read_text())
+    for program, (printed, read) in outcome.items():
+        assert printed.startswith("error: Python 3.11 or newer is needed"), program
+        assert printed.count("\n") == 1
+        for file in [ROOT / program, *map(Path, read)]:
+            assert "Literal[*" not in file.read_text(), file  # it could not be read at all
 
 
 def test_a_rule_for_several_fields():
