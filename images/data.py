@@ -21,9 +21,11 @@ Tests    pytest tests/images/test_data.py
 import contextlib
 import inspect
 import io
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -470,12 +472,27 @@ def _begin_worker(worker: int):
     # threads as there are cores, they would hinder one another.
     torch.set_num_threads(1)
 
-    # A worker that is forked inherits the signal handlers of the training process, which finish
-    # the step before they stop. SIGTERM has to end a worker at once. Ctrl-C in a terminal
-    # reaches the workers, too, and they ignore it: the training process may need their batches
-    # for its last step, and ends them afterwards.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Ctrl-C in a terminal reaches the workers, too, and they ignore it: the training process may
+    # need their batches for its last step, and ends them afterwards.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    # So it is with SIGTERM, which torchrun, systemd and others send to every process of a job.
+    # But it is also the way in which the training process ends a worker, so it matters who sent
+    # it. A handler is not told; sigtimedwait is, for signals that are blocked. (macOS and
+    # Windows do not have it: there SIGTERM ends a worker, whoever sent it.)
+    if hasattr(signal, "sigtimedwait"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent():
+    """End this worker when its training process asks for it by SIGTERM, or is gone."""
+    parent = multiprocessing.parent_process()
+    while parent.is_alive():
+        received = signal.sigtimedwait({signal.SIGTERM}, 5)  # None after 5 seconds
+        if received and received.si_pid == parent.pid:
+            break
+    os._exit(0)
 
 
 def training_loader(views: Views, sampler: Sampler, num_workers: int, pin_memory: bool = False,

@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import math
 import os
 import shutil
 import signal
@@ -180,8 +181,10 @@ class StopSignal:
 
     def note(self, number, frame):
         """The handler: Python calls it when a signal comes."""
-        # Whoever asks a second time does not want to wait for the save.
-        if self.signal:
+        # Whoever presses Ctrl-C a second time does not want to wait for the save. SIGTERM may
+        # come twice without any such meaning: `timeout` sends it to its command, and then to
+        # the group of processes to which the command belongs.
+        if number == self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
 
@@ -291,9 +294,11 @@ def autocast(precision: str, device: torch.device):
 
 
 def memory_gb(device: torch.device) -> float:
-    """Memory of the GPU, or of this machine, in units of 2**30 bytes."""
+    """Memory of the GPU, or of this machine, in units of 2**30 bytes; NaN: not known."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / 2**30
+    if not hasattr(os, "sysconf"):  # Windows
+        return math.nan
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
@@ -301,10 +306,12 @@ def peak_memory_gb(device: torch.device) -> float:
     """The most memory held at once so far, in units of 2**30 bytes.
 
     On a GPU that of all tensors together; else that of this process, and of its largest worker
-    process among those that have ended.
+    process among those that have ended. NaN: not known.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if not hasattr(os, "sysconf"):  # Windows
+        return math.nan
     import resource  # which Windows does not have
 
     # The system counts in bytes on a Mac and in kilobytes elsewhere.

@@ -2,23 +2,28 @@
 1. A device that is not there is refused with the choices; one process exchanges with itself.
 2. --precision auto is bf16 where the hardware multiplies matrices in it, fp16 on GPUs that have
    nothing better, and tf32 for frozen networks; what a GPU does not have is refused by its flag.
-3. A first SIGTERM is noted and a second one interrupts; afterwards the handlers are as before.
+3. SIGTERM is noted, however often it comes, and so is a first Ctrl-C; a second one interrupts.
+   Afterwards the handlers are as before.
 4. Freed memory is kept on a CPU: the same block, needed again, is not mapped anew.
 5. A GPU that PyTorch cannot use is mentioned once, by the main process.
+6. Where the system does not say how much memory there is (Windows), the figure is NaN.
 
 What several processes tell each other is checked in tests/test_distributed.py.
 """
 
 import ctypes
+import math
 import os
 import signal
+import sys
 
 import pytest
 import torch
 
 from machinery.flags import UsageError
-from machinery.process import (Process, StopSignal, autocast, keep_freed_memory,
-                               resolve_precision, start_process, warn_of_unused_gpu)
+from machinery.process import (Process, StopSignal, autocast, keep_freed_memory, memory_gb,
+                               peak_memory_gb, resolve_precision, start_process,
+                               warn_of_unused_gpu)
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -112,11 +117,19 @@ def test_stop_signal():
     before = signal.getsignal(signal.SIGTERM)
     with StopSignal(Process(CPU)) as stop_signal:
         assert stop_signal.agreed() == 0
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop_signal.agreed() == signal.SIGTERM
-        with pytest.raises(KeyboardInterrupt):  # whoever asks twice does not want to wait
-            os.kill(os.getpid(), signal.SIGTERM)
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+            assert stop_signal.agreed() == number
+        with pytest.raises(KeyboardInterrupt):  # Ctrl-C twice: do not wait for the save
+            os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_memory_that_is_not_known(monkeypatch):
+    assert memory_gb(CPU) > 0 and peak_memory_gb(CPU) > 0
+    monkeypatch.delattr(os, "sysconf")
+    monkeypatch.setitem(sys.modules, "resource", None)  # so that importing it fails
+    assert math.isnan(memory_gb(CPU)) and math.isnan(peak_memory_gb(CPU))
 
 
 def test_freed_memory_is_kept():

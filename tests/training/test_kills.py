@@ -1,32 +1,43 @@
 """Claims
-1. Killed (SIGKILL) at any instant, inside a save too, one process or two: the run goes on from
-   a complete checkpoint, loses at most one save interval, leaves nothing lying about, and ends
-   with the weights of a run that was never killed, bit for bit.
-2. Asked to stop (SIGTERM), a run is saved and gone, with exit code 143.
+1. Killed (SIGKILL) at any instant, inside a save too, one process with a worker or two with
+   FSDP: the run goes on from a complete checkpoint, loses at most one save interval, leaves
+   nothing lying about, and ends with the weights of a run that was never killed, bit for bit.
+2. Asked to stop (SIGTERM) twice in a row, workers and all, a run is saved and gone, with exit
+   code 143 and without a complaint; under torchrun, too.
 
 KILLS=50 pytest -m slow tests/training/test_kills.py     the long form, some ten minutes
 """
 
+import multiprocessing
 import os
 import random
 import re
+import signal
 import sys
 import time
 
 import pytest
-from conftest import finish, same_tensors, saved, start, tiny_config, without_figures
+import torch.distributed.run
+from conftest import TINY, finish, same_tensors, saved, start, tiny_config, without_figures
 
 import train
 
 KILLS = os.environ.get("KILLS")
-SAVE_EVERY, STEPS = 4, 24
-PATIENCE = 300  # seconds after which a test gives up; nothing is said about how fast a run is
+SAVE_EVERY, STEPS = 4, 16
+PATIENCE = 100  # seconds after which a test gives up; nothing is said about how fast a run is
 # What is to be renamed where a save sleeps: before its manifest, before it is complete, after.
 INSIDE = ("manifest.json.tmp", "tmp-*", "teacher.pt.tmp")
+
+# What a run with so many processes is like, beside its number of steps.
+KINDS = {1: "--num_workers 1", 2: "--num_workers 0 --parallel fsdp"}
 
 
 def train_in(rank, folder, world, pause, epochs):
     """A process of a run. pause: in its first save it says so by a file, and sleeps."""
+    # Its workers are forked from it, as those of a program are on Linux, and a group with it,
+    # which can get a signal together.
+    multiprocessing.set_start_method("fork", force=True)
+    os.setpgrp()
     sys.stdout = sys.stderr = open(folder / f"log-{rank}", "a", buffering=1)
     replace = os.replace
 
@@ -38,11 +49,12 @@ def train_in(rank, folder, world, pause, epochs):
 
     os.replace = paused
     flags = f"--epochs {epochs} --save_every {SAVE_EVERY} --batch_size_per_gpu {8 // world}"
+    flags += f" --knn_every 0 {KINDS[world]}"
     with without_figures():
         train.run(tiny_config(folder / "run", *flags.split()))
 
 
-def begin(folder, world=1, pause="", epochs=3):
+def begin(folder, world=1, pause="", epochs=2):
     folder.mkdir(exist_ok=True)
     (folder / "inside").unlink(missing_ok=True)
     return start(train_in, folder, world, pause, epochs, world=world)
@@ -87,7 +99,7 @@ def kill_once(folder, world, inside, wait):
 @pytest.mark.parametrize("world", [1, 2])
 def test_killed_at_any_instant(world, tmp_path):
     rng = random.Random(world)
-    wanted = int(KILLS or {1: 3, 2: 2}[world])
+    wanted = int(KILLS or 2)
     kills, runs = 0, 0
     whole = tmp_path / "whole"
     unbroken = begin(whole, world)
@@ -113,12 +125,43 @@ def test_killed_at_any_instant(world, tmp_path):
         assert same_tensors(*states)
 
 
+def steps_logged(log):
+    return log.exists() and "step  " in log.read_text()
+
+
 @pytest.mark.slow
 def test_asked_to_stop(tmp_path):
+    """Every process of it gets the signal, and gets it twice, as from `timeout`."""
     processes = begin(tmp_path / "run", epochs=1000)  # it does not end by itself
     log = tmp_path / "run/log-0"
-    wait_for(lambda: log.exists() and "step  " in log.read_text(), processes)
-    processes[0].terminate()
+    wait_for(lambda: steps_logged(log), processes)
+    for _ in range(2):
+        os.killpg(processes[0].pid, signal.SIGTERM)
+        time.sleep(0.02)
     processes[0].join(PATIENCE)
     assert processes[0].exitcode == 143
     assert newest(tmp_path / "run") > 0
+    assert "SIGTERM: stopped after step" in log.read_text().splitlines()[-1]
+
+
+def torchrun(rank, folder, flags):
+    """torchrun in this process, which has imported torch already."""
+    sys.stdout = sys.stderr = open(folder / "log-0", "a", buffering=1)
+    os.dup2(sys.stdout.fileno(), 1)
+    os.dup2(sys.stdout.fileno(), 2)
+    torch.distributed.run.main(["--standalone", "--nproc_per_node=2", "train.py", *flags])
+
+
+@pytest.mark.slow
+def test_asked_to_stop_under_torchrun(tmp_path):
+    """Each of the two processes has two workers; all six get the signal from torchrun."""
+    flags = "--epochs 1000 --batch_size_per_gpu 4 --num_workers 2 --knn_every 0".split()
+    flags = [*TINY, *flags, "--output_dir", str(tmp_path / "run")]
+    [process] = start(torchrun, tmp_path, flags, world=1)
+    log = tmp_path / "log-0"
+    wait_for(lambda: steps_logged(log), [process])
+    process.terminate()
+    process.join(PATIENCE)
+    text = log.read_text()
+    assert "SIGTERM: stopped after step" in text and "DataLoader" not in text, text
+    assert newest(tmp_path) > 0
