@@ -59,8 +59,8 @@ from training.log import LogWindow, diagnose, log_line, step_figures
 from training.optim import (OPTIMIZERS, LossScale, clip_gradients, cosine, ema_update, linear,
                             parameter_groups, set_schedule)
 from training.recipes import PRESETS, SCALED
-from training.rundir import (create_run_dir, finished, forget_metrics_after, match_stored_run,
-                             record)
+from training.rundir import (create_run_dir, finished, forget_metrics_after, locked,
+                             match_stored_run, record)
 from vit import ARCHS, VisionTransformer
 
 # ----------------------------------------------------------------------------------------------
@@ -525,17 +525,23 @@ def run(config: Config, build=build, move_teacher=ema_update) -> dict:
         one_step = Sampler(len(images), config.batch_size_per_gpu, 1,
                            world_size=process.world_size)
         epoch_steps = config.epoch_length or one_step.steps_per_pass
+
+    # From here on the folder belongs to this program: two that write the same run would spoil
+    # it.
+    with locked(folder, process):
         checkpoint = None
         if config.resume:
             checkpoint = find_checkpoint(folder / "checkpoint", process)
         if checkpoint and checkpoint[1]["step"] >= config.epochs * epoch_steps:
             if (folder / "summary.json").exists():
                 return finished(folder, process)
-        training = Run(config, process, folder, images, val, epoch_steps, build, move_teacher)
+        with user_errors():
+            training = Run(config, process, folder, images, val, epoch_steps, build,
+                           move_teacher)
 
-    training.begin(checkpoint)
-    training.train()
-    return training.end()
+        training.begin(checkpoint)
+        training.train()
+        return training.end()
 
 
 class Run:

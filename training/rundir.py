@@ -89,6 +89,39 @@ def match_stored_run(config: Config, folder: Path, process: Process, images: int
     return config
 
 
+@contextlib.contextmanager
+def locked(folder: Path, process: Process):
+    """Inside, no other program can train in this folder; UsageError if one does already.
+
+    The folder is made if it is not there.
+    """
+    lock = contextlib.nullcontext()
+    taken = False
+    if process.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")
+
+        # The system takes this lock away when the process ends, however it ends. (Of its two
+        # kinds of locks lockf is the one that children do not hold on to: workers may live for
+        # some seconds longer than a process that was killed.) Windows has no fcntl, and some
+        # network disks know no locks: there nobody is kept out.
+        try:
+            import fcntl
+
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            taken = True
+        except (ImportError, OSError):
+            pass
+
+    with lock:
+        # The main process alone asks, but all have to leave together.
+        if process.broadcast(taken):
+            raise UsageError(f"{folder}: another program is training there; wait until it has "
+                             "ended, or give another --output_dir")
+        yield
+
+
 def create_run_dir(folder: Path, config: Config, process: Process):
     """Write what a run directory holds from the start: its settings and its code.
 

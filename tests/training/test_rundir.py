@@ -5,17 +5,23 @@
    do; what does not change the result may differ; --no_resume starts anew.
 3. --auto_scale is settled when a run begins, and keeps no flag that was dropped.
 4. Killed between its last save and its end, a run is completed.
-5. metrics.jsonl forgets what was logged after the checkpoint, and a half-written line.
+5. A second program is refused in a folder in which one trains; one that was killed does not
+   keep others out, even while a child of it lives.
+6. metrics.jsonl forgets what was logged after the checkpoint, and a half-written line.
 """
 
 import contextlib
 import io
 import json
 import math
+import multiprocessing
+import os
 import shutil
+import signal
+import time
 
 import pytest
-from conftest import TINY, metrics_of, same_tensors, teacher_of, tiny_config
+from conftest import TINY, metrics_of, same_tensors, start, teacher_of, tiny_config
 
 import train
 import visualize
@@ -23,7 +29,7 @@ from machinery.flags import UsageError, parse
 from machinery.process import start_process
 from training.config import Config
 from training.recipes import PRESETS
-from training.rundir import forget_metrics_after, record
+from training.rundir import forget_metrics_after, locked, record
 
 FIGURES = {"curves.png", "attention.png"}
 
@@ -50,7 +56,8 @@ def run(first, tmp_path):
 
 def test_a_run_and_its_directory(first):
     run, summary, printed = first
-    names = "config.json metrics.jsonl checkpoint teacher.pt heads.pt summary.json card.md code"
+    names = ("config.json metrics.jsonl checkpoint teacher.pt heads.pt summary.json card.md "
+             "code lock")
     assert {path.name for path in run.iterdir()} == FIGURES.union(names.split())
     assert f"loss {summary['loss']:.3f}" in (run / "card.md").read_text()
     names = ("knn knn_untrained knn_pixels minutes peak_memory_gb collapsed steps "
@@ -151,6 +158,38 @@ def test_auto_scale_does_not_keep_a_flag_that_was_dropped(tmp_path, quick_runs):
     dropped.lr = 0.5  # what another preset would say
     with pytest.raises(UsageError, match="--lr 0.5"):
         train.run(dropped)
+
+
+# ----------------------------------------------------------------------------------------------
+# One program at a time
+
+
+def hold(rank, folder, pipe):
+    """Lock the folder, start a child, say so, and stay until killed."""
+    with locked(folder, start_process("cpu")):
+        child = os.fork()
+        while not child:
+            time.sleep(1)
+        pipe.send(child)
+        time.sleep(1000)
+
+
+def test_one_program_at_a_time(tmp_path, capsys):
+    pytest.importorskip("fcntl")
+    here, there = multiprocessing.Pipe()
+    [owner] = start(hold, tmp_path, there, world=1)
+    child = here.recv()
+    with pytest.raises(SystemExit) as stop:
+        train.main([*TINY, "--output_dir", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert "another program is training there" in error
+    assert {path.name for path in tmp_path.iterdir()} == {"lock"}
+
+    owner.kill()
+    owner.join()
+    with locked(tmp_path, start_process("cpu")):
+        os.kill(child, signal.SIGKILL)
 
 
 # ----------------------------------------------------------------------------------------------
