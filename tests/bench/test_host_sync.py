@@ -115,6 +115,7 @@ def test_a_hidden_wait_would_be_caught(wait, monkeypatch):
 # -- 3
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU has a second stream")
 def test_batches_are_whole_that_come_beside_other_work():
     """The GPU multiplies matrices while batches come; they equal those that the CPU makes."""
