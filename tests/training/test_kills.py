@@ -24,7 +24,7 @@ import train
 
 KILLS = os.environ.get("KILLS")
 SAVE_EVERY, STEPS = 4, 16
-PATIENCE = 100  # seconds after which a test gives up; nothing is said about how fast a run is
+PATIENCE = 300  # seconds after which a test gives up; nothing is said about how fast a run is
 # What is to be renamed where a save sleeps: before its manifest, before it is complete, after.
 INSIDE = ("manifest.json.tmp", "tmp-*", "teacher.pt.tmp")
 
