@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from augment import center_crop, normalise
-from images.data import Images, repeated_class
+from images.data import Images, begin_worker, repeated_class
 from machinery.process import Process, autocast
 
 # ----------------------------------------------------------------------------------------------
@@ -59,7 +59,8 @@ def extract(model: nn.Module, images: Images, size: int, process: Process,
     prepared = Prepared(images, prepare or partial(center_crop, size=size))
     loader = torch.utils.data.DataLoader(
         torch.utils.data.Subset(prepared, own_rows), batch_size,
-        num_workers=min(num_workers, (len(own_rows) - 1) // batch_size))
+        num_workers=min(num_workers,
+                        (len(own_rows) - 1) // batch_size), worker_init_fn=begin_worker)
 
     # Evaluation mode: no stochastic depth, and BatchNorm with the statistics that it has. A
     # network that is in training goes on in its own mode afterwards.

@@ -51,7 +51,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 # (on macOS and Windows, and with Python 3.14 and later on Linux, too) it is sent to them by
 # pickle, which does not write the code of a function but its module and name. A lambda, or a
 # function within a function, cannot be found by its name. This is why small functions such as
-# _read_part, _read_path, _draw_scene and _begin_worker stand at the top level of this file.
+# _read_part, _read_path, _draw_scene and begin_worker stand at the top level of this file.
 # What such a function has to know (the folder, the names, the number of channels) is bound to
 # it by functools.partial, which pickle writes together with the name.
 
@@ -466,7 +466,7 @@ class Views(torch.utils.data.Dataset):
         raise RuntimeError(f"ten images in a row do not decode, the last: {broken[-1]}")
 
 
-def _begin_worker(worker: int):
+def begin_worker(worker: int):
     """What each worker of the loader does first."""
     # The workers are processes that run side by side. If each of them also started as many
     # threads as there are cores, they would hinder one another.
@@ -502,7 +502,7 @@ def training_loader(views: Views, sampler: Sampler, num_workers: int, pin_memory
     # hold up the device.
     return torch.utils.data.DataLoader(views, batch_sampler=sampler, num_workers=num_workers,
                                        collate_fn=partial(collate, masking=masking),
-                                       pin_memory=pin_memory, worker_init_fn=_begin_worker,
+                                       pin_memory=pin_memory, worker_init_fn=begin_worker,
                                        prefetch_factor=4 if num_workers else None)
 
 
