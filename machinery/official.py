@@ -6,8 +6,8 @@ Idea     Many users know the official programs by heart. The page that compares 
          for each of their flags already, so the answer to a flag that does not exist is looked
          up there: a second list would soon say something else.
 Paper    none
-Try      python train.py --data_path PHOTOS
-Change   an answer is a row of docs/coming_from_dino.md
+Try      python -m machinery.official      what three flags of theirs are called here
+Change   an answer is one row of the page that OFFICIAL names
 Tests    pytest tests/machinery/test_flags.py
 """
 
@@ -35,3 +35,9 @@ def official_flag(given: str, flags: list[str]) -> str:
         if set(wanted) <= set(flags):
             answers[answer[0] if wanted else ": ".join(filter(None, answer))] = True
     return f"; here it is {', or '.join(answers)}" if answers else ""
+
+
+if __name__ == "__main__":
+    for flag in ("--data_path", "--out_dim", "--pretrained_weights"):
+        print(flag
+              + official_flag(flag, ["--data", "--val_data", "--n_prototypes", "--weights"]))
