@@ -184,9 +184,10 @@ def build(config: Config, process: Process, network=Network) -> tuple[nn.Module,
     student = student.to(process.device)
 
     # BatchNorm (convnets, heads of small networks) has to see the images of all processes.
-    # PyTorch's synchronised version exists for GPUs only.
-    if process.world_size > 1 and process.device.type == "cuda":
-        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+    if process.world_size > 1:
+        from machinery.batch_norm import synchronise  # here, because one process needs none
+
+        synchronise(student)
 
     # The copy is made before activation checkpointing is switched on: the teacher has no
     # backward pass, so it has no activations to save.
