@@ -196,12 +196,25 @@ class LARS(torch.optim.Optimizer):
                 p.copy_(moved)
 
 
+class SGD(torch.optim.SGD):
+    """torch's SGD with momentum, which may leave out its first step, too."""
+
+    def __init__(self, params):
+        super().__init__(params, lr=0.0, momentum=0.9, fused=True)
+
+        # torch reserves the momentum at the first step and fills it with that step's gradient.
+        # If that step is left out, it stays unfilled, and whatever was in this memory would be
+        # added to the weights later. 0 is the same as no momentum: 0.9 * 0 + gradient.
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+
 # The learning rate is 0 here, because set_schedule sets it before every step. fused: one kernel
 # for all tensors, which also obeys found_inf (see LARS.step). An optimizer that does not obey it
 # would write NaN into the weights after one bad step: a test tries all entries.
 OPTIMIZERS = {
-    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.0, fused=True),
-    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True),
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.0, fused=True), "sgd": SGD,
     "lars": LARS}
 
 

@@ -2,7 +2,8 @@
 1. Schedules start, peak and end where the papers' code has them.
 2. Biases and vectors do not decay, everything else does; lower layers learn more slowly.
 3. Both clip modes equal a plain loop; 0 means no clipping.
-4. The teacher is an exact moving average; a step that is not finite moves nothing.
+4. The teacher is an exact moving average; a step that is not finite moves nothing, and if it is
+   the first one, the next step is as it would have been without it.
 5. LARS equals its formula; with every optimiser prototypes rest while their rate is zero.
 6. Scaled for fp16, gradients are as unscaled; the factor halves on overflow, doubles after a
    while.
@@ -131,6 +132,24 @@ def test_a_bad_step_moves_nothing(name):
     optimizer.step()
     assert torch.equal(after_good_step, p.detach())
     assert all(v.isfinite().all() for v in optimizer.state[p].values() if torch.is_tensor(v))
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_a_bad_first_step_leaves_nothing_behind(name):
+    weights, gradient = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
+    after = []
+    for first_is_bad in (False, True):
+        p = nn.Parameter(weights.clone())
+        optimizer = OPTIMIZERS[name](parameter_groups(nn.ParameterDict({"p": p})))
+        set_schedule(optimizer, dict(lr=0.1, weight_decay=0.1))
+        if first_is_bad:
+            p.grad, optimizer.found_inf = torch.full_like(p, float("nan")), torch.tensor(1.0)
+            optimizer.step()
+        for _ in range(2):
+            p.grad, optimizer.found_inf = gradient.clone(), torch.tensor(0.0)
+            optimizer.step()
+        after.append(p.detach())
+    assert torch.equal(*after)
 
 
 def test_lars_formula():
