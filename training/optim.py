@@ -322,9 +322,11 @@ def clip_gradients(networks: list[nn.Module], max_norm: float, mode: str) -> Ten
 
         # A factor above 1 would make small gradients larger: it is cut off there. The small
         # constant is that of torch and of the papers' code, against a division by 0.
-        limits = each if mode == "parameter" else each.norm().expand(len(parts))
+        limits = each if mode == "parameter" else each.norm()
         factors = (max_norm / (limits + 1e-6)).clamp(max=1)
-        torch._foreach_mul_(parts, list(factors.unbind()))
+
+        # One factor for all tensors takes few kernels, a list of factors one for each tensor.
+        torch._foreach_mul_(parts, factors if factors.ndim == 0 else list(factors.unbind()))
     return torch.cat(norms).norm()
 
 
@@ -342,7 +344,15 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float,
     student_parts = local(list(student.parameters()))
     weight = torch.as_tensor((1 - momentum) * ok, dtype=torch.float32,
                              device=teacher_parts[0].device)
-    torch._foreach_lerp_(teacher_parts, student_parts, [weight] * len(teacher_parts))
+    if not weight.is_cuda:
+        torch._foreach_lerp_(teacher_parts, student_parts, [weight] * len(teacher_parts))
+        return
+
+    # On a GPU lerp with a weight that is a tensor starts one kernel for each of the network's
+    # tensors. Written out, these three start a few for all of them.
+    change = torch._foreach_sub(student_parts, teacher_parts)
+    torch._foreach_mul_(change, weight)
+    torch._foreach_add_(teacher_parts, change)
 
 
 if __name__ == "__main__":
