@@ -433,6 +433,10 @@ def without_colours(params: Tensor) -> Tensor:
 
 def send(x: Tensor, device: torch.device) -> Tensor:
     """Copy to the device without waiting; on MPS x could be freed before it is read."""
+    # A GPU reads by itself only memory that the system may not move, which is called pinned.
+    # Batches come in such memory (training_loader), what is computed from them does not.
+    if device.type == "cuda" and x.device.type == "cpu" and not x.is_pinned():
+        x = torch.empty_like(x, pin_memory=True).copy_(x)
     return x.to(device, non_blocking=device.type != "mps")
 
 

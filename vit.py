@@ -251,11 +251,13 @@ def drop_path_plan(
     # One random order of the images for each branch (two per block) and group. It is drawn on
     # the CPU, so that it is the same on every kind of device, and sent to the device without
     # waiting for the copy (on MPS the memory could be reused before it is read, so there it
-    # waits).
+    # waits). A GPU reads by itself only memory that the system may not move, which is pinned.
     tokens = []  # per group: the rows of all images in that order, (branches, b, n)
     start = 0
     for b, n in groups:
         order = torch.rand(2 * len(rates), b, generator=generator).argsort(1)  # (branches, b)
+        if device.type == "cuda":
+            order = torch.empty_like(order, pin_memory=True).copy_(order)
         order = order.to(device, non_blocking=device.type != "mps")
         first_rows = order * n + start  # (branches, b)
         tokens.append(first_rows[:, :, None] + torch.arange(n, device=device))
