@@ -259,7 +259,12 @@ def effective_rank(features: Tensor) -> Tensor:
     It counts the directions in which features vary: 1 if all lie on one line through the
     origin, min(n, D) if they vary equally in all directions. Garrido 2023, eq. 1.
     """
-    singular = torch.linalg.svdvals(features.float())
+    # The squares of the singular values of x are the eigenvalues of x'x, and of xx': the
+    # smaller one is taken. On a GPU this would take longer than on the CPU. Squares of small
+    # numbers are very small, so they are computed in float64.
+    x = features.cpu().double()  # (n, D)
+    square = x.T @ x if len(x) > x.shape[1] else x @ x.T
+    singular = torch.linalg.eigvalsh(square).clamp(min=0).sqrt()
     p = singular / singular.sum().clamp(min=1e-12)
     return torch.special.entr(p).sum().exp()
 
