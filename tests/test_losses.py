@@ -10,6 +10,8 @@
 9. DINOv2's local + global loss is DINO's.
 10. Chunks of rows change no value and no gradient; for the backward pass the patch loss keeps
     nothing of n x K but what it was given.
+11. The gradient of the logits is written into memory of their own type.
+12. The rank follows from the singular values, without computing them on the device.
 """
 
 import math
@@ -128,6 +130,28 @@ def test_log_figures():
     assert effective_rank(torch.eye(8)).item() == pytest.approx(8, rel=1e-4)
     assert effective_rank(torch.ones(8, 5)).item() == pytest.approx(1, rel=1e-2)
     assert NoCenter(3).state_dict() == {}
+
+
+@pytest.mark.parametrize("n, D", [(40, 6), (6, 40)])
+def test_rank_needs_no_singular_values(n, D, monkeypatch):
+    torch.manual_seed(0)
+    features = torch.randn(n, D) * torch.logspace(0, -3, D)
+    p = torch.linalg.svdvals(features.double())
+    p = p / p.sum()
+    expected = torch.special.entr(p).sum().exp()
+    monkeypatch.setattr(torch.linalg, "svdvals", None)  # what a GPU takes long for
+    torch.testing.assert_close(effective_rank(features), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_written_into_the_logits_type(dtype):
+    torch.manual_seed(0)
+    q, logits = torch.rand(4, 6), torch.randn(4, 6).to(dtype)
+    grad = torch.rand(4)
+    out = torch.empty_like(logits)
+    losses.fill_gradients(out, q, logits, grad, 0.1, 2)
+    expected = (2 * (logits.float() / 0.1).softmax(-1) - q) * grad[:, None]
+    assert torch.equal(out, expected.to(dtype))
 
 
 def naive_sinkhorn(logits, temp, sweeps=3):
