@@ -314,7 +314,7 @@ def plan(config: PlanConfig, process: Process) -> dict:
 
     # What a process of the planned run holds; one of several, since FSDP splits the weights.
     one_of_them = Process(torch.device("cpu"), world_size=config.gpus)
-    parts = expected_memory(meta_student(config), config, one_of_them)
+    parts = expected_memory(meta_student(config), config, one_of_them, on_gpu=True)
     memory = sum(parts.values())
 
     # The assumption is printed beside the peak, because everything below depends on it.

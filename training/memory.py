@@ -63,12 +63,15 @@ def fake_step_inputs(student: nn.Module, config: Config, device: torch.device,
     return state, (views, plan, masks, mask_indices)
 
 
-def expected_memory(student: nn.Module, config: Config, process: Process) -> dict[str, float]:
+def expected_memory(student: nn.Module, config: Config, process: Process,
+                    on_gpu: bool | None = None) -> dict[str, float]:
     """The memory of one process in GB, by part, at its peak, the start of the backward pass.
 
+    on_gpu: whether it is that of a GPU, for which this machine plans; None: as `process` says.
+
     Runs the student and the losses on fake tensors and adds up what autograd saves for the
-    backward pass. Temporary buffers are not counted. Compiled blocks save about a third less
-    than this.
+    backward pass. Temporary buffers of single operations are not counted. Compiled blocks save
+    about a third less than this.
     """
     # Every tensor that autograd saves during the forward pass is handed to `note`.
     G = config.global_crops_number
@@ -108,7 +111,20 @@ def expected_memory(student: nn.Module, config: Config, process: Process) -> dic
         # on. They are counted below, so they are left out here.
         weights = {x.untyped_storage()._cdata for x in state.values()}
         activations = sum(x.nbytes() for key, x in saved.items() if key not in weights)
-        logits = sum(x.nbytes for name, x in out.items() if name in targets)
+
+        # The backward pass begins with the gradient of the student's logits. The teacher's are
+        # there as well: of class tokens those of global crops only, of G of all V crops.
+        logits = {name: out[name] for name in targets}
+        gradient = sum(x.nbytes for x in logits.values())
+        of_teacher = sum(x[:G * B].nbytes if name == "dino" else x.nbytes
+                         for name, x in logits.items())
+        crops = sum(x.nbytes for x in arguments[0])
+        largest = max(x.nbytes for x in arguments[0])
+
+    # While a GPU computes a step, the crops of the next one are coloured beside it, all of one
+    # size at a time: that takes about three more copies of them. A CPU does one after the other.
+    if on_gpu or (on_gpu is None and process.device.type == "cuda"):
+        crops = 2 * crops + 3 * largest
 
     # What is there at every step. FSDP splits it over the processes. AdamW keeps two moments of
     # each parameter; SGD and LARS keep one, the momentum.
@@ -119,5 +135,5 @@ def expected_memory(student: nn.Module, config: Config, process: Process) -> dic
     parts = {
         "two networks": 2 * one_network, "gradients": one_network,
         "moments": moments * one_network, "kept for backward": activations,
-        "teacher's logits": logits}
+        "teacher's logits": of_teacher, "logits' gradient": gradient, "crops": crops}
     return {name: size / 2**30 for name, size in parts.items()}

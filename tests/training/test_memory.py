@@ -2,6 +2,8 @@
 1. The memory that is expected is found without touching a weight, part by part.
 2. Networks, gradients and moments have the size of the weights; what is kept for the backward
    pass grows with the batch and shrinks with activation checkpointing.
+3. Crops, the teacher's logits and the gradient of the student's have the sizes of these tensors;
+   a GPU holds the next batch as well, and what it takes to colour it.
 
 That it is what autograd really keeps is checked in tests/bench/test_count.py.
 """
@@ -44,3 +46,17 @@ def test_moments_of_each_optimiser(optimizer, moments, tmp_path):
     student, _ = train.build(config, process)
     expected = expected_memory(student, config, process)
     assert expected["moments"] == moments * expected["gradients"]
+
+
+def test_crops_and_logits(tmp_path):
+    process = start_process("cpu")
+    config = tiny_config(tmp_path)
+    student, _ = train.build(config, process)
+    on_cpu = expected_memory(student, config, process)
+    on_gpu = expected_memory(student, config, process, on_gpu=True)
+    B, G, L, K = 8, 2, 2, 32
+    large, small = (3 * 4 * B * number * side**2 for number, side in ((G, 24), (L, 16)))
+    assert on_cpu["crops"] == (large + small) / 2**30
+    assert on_gpu["crops"] == (2 * (large + small) + 3 * large) / 2**30
+    assert on_cpu["teacher's logits"] == 4 * G * B * K / 2**30
+    assert on_cpu["logits' gradient"] == 4 * (G + L) * B * K / 2**30
