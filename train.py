@@ -227,13 +227,20 @@ def compile_blocks(networks, config: Config, process: Process):
     wanted = config.compile
     if wanted is None:  # by default where it pays: on GPUs
         wanted = process.device.type == "cuda"
+    if wanted and not machine.has_compiler():
+        process.print("no C compiler (gcc or clang): training runs without --compile, slower")
+        wanted = False
     losses.COMPILE = wanted  # the passes over (n, K) matrices in losses.py are compiled, too
     if not wanted:
         return
 
+    # By default PyTorch cuts a compiled block into two or three where DDP begins to send
+    # gradients. Whole blocks are small enough for that, and are fused better.
+    torch._dynamo.config.optimize_ddp = False
     for network in networks:
-        # A convnet has no list of blocks: its layers are compiled one by one.
-        for block in getattr(network.backbone, "blocks", network.backbone.children()):
+        # A convnet is left as it is: each of its parts would need graphs of its own, and of
+        # those PyTorch keeps eight for all parts of both networks together.
+        for block in getattr(network.backbone, "blocks", ()):
             block.compile()
 
 

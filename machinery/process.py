@@ -238,6 +238,11 @@ def side_stream(device: torch.device):
         tensor.record_stream(first)
 
 
+def has_compiler() -> bool:
+    """Whether this machine has the C compiler that torch.compile needs; GPUs need it, too."""
+    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
+
+
 # ----------------------------------------------------------------------------------------------
 # Precision and memory
 

@@ -1,0 +1,271 @@
+"""Claims
+1. Every preset can be compiled: no function needs more graphs than PyTorch keeps of one, also
+   where DDP wraps the student; a convnet is left as it is.
+2. Without a C compiler a run says so and does not compile.
+3. A step of every preset runs on CUDA tensors in bf16 and in fp16: everything is on the GPU, and
+   of the types that are meant.
+4. Clipping of a whole network and the teacher's average take no kernel for each single tensor;
+   what is drawn on the CPU goes to the GPU from pinned memory, without a wait.
+
+What only happens on GPUs is checked here without one: graphs are made, but not turned into
+kernels ("eager" runs them as they are), and tensors have a device but no numbers.
+"""
+
+import contextlib
+import copy
+import functools
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._subclasses import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import losses
+import train
+import vit
+from bench.step import Step, StepConfig, made_up_batch
+from machinery.flags import parse
+from machinery.process import Process
+from training.recipes import PRESETS
+
+CPU = Process(torch.device("cpu"))
+
+
+def small(preset, monkeypatch, **settings):
+    """A preset with all that it is made of, and little of each: three narrow blocks, four images."""
+    for arch in vit.ARCHS.values():
+        monkeypatch.setitem(arch, "depth", 3)
+        monkeypatch.setitem(arch, "embed_dim", 64)
+        monkeypatch.setitem(arch, "num_heads", 1)
+    config = parse(StepConfig, [preset], PRESETS)
+    patch_size = 16 if config.convnet else config.patch_size
+    return replace(config, init="", auto_scale=False, batch_size_per_gpu=4, n_prototypes=32,
+                   ibot_n_prototypes=32, head_hidden_dim=32, head_bottleneck_dim=16,
+                   ibot_head_bottleneck_dim=16, global_crops_size=4 * patch_size,
+                   local_crops_size=2 * patch_size, precision="fp32", **settings)
+
+
+def kinds_of_presets():
+    """The first preset of each kind: the others differ from it in numbers only."""
+    kinds = {}
+    for preset in PRESETS:
+        config = parse(StepConfig, [preset], PRESETS)
+        kind = (config.convnet, config.ffn_layer, config.layerscale > 0, config.ibot_weight
+                > 0, config.drop_path_rate > 0, config.drop_path_uniform)
+        kinds.setdefault(kind, preset)
+    return list(kinds.values())
+
+
+KINDS = kinds_of_presets()
+
+# -- 1
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """How many graphs are made, as a list that grows by each; they run as they are."""
+    made = []
+
+    def count(graph, inputs):
+        made.append(graph)
+        return graph
+
+    compile = functools.partialmethod(torch.nn.Module.compile, backend=count)
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    one_pass = functools.cache(functools.partial(torch.compile, backend=count))
+    monkeypatch.setattr(losses, "compiled", one_pass)
+    monkeypatch.setattr(losses, "COMPILE", False)  # so that it is False again after this test
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield made
+
+
+@pytest.mark.parametrize("preset", KINDS)
+def test_every_preset_can_be_compiled(preset, graphs, monkeypatch):
+    config = small(preset, monkeypatch, compile=True)
+    student, teacher = train.build(config, CPU)
+    step = Step((student, teacher, train.build_centerings(config)), made_up_batch(config, CPU),
+                config, CPU)
+    step.run()
+    assert len(graphs) > 0
+    blocks = getattr(student.backbone, "blocks", student.backbone.children())
+    assert all((block._compiled_call_impl is None) == config.convnet for block in blocks)
+
+
+def test_ddp_cuts_no_block(graphs, monkeypatch):
+    """As many graphs with DDP as without it; its buckets are set to be smaller than a block."""
+    config = small("dino_vits16", monkeypatch, compile=True)
+    counts = []
+    for wrap in (lambda student: student,
+                 functools.partial(DistributedDataParallel, bucket_cap_mb=0.01)):
+        torch._dynamo.reset()
+        graphs.clear()
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        student, teacher = train.build(config, CPU)
+        step = Step((student, teacher, train.build_centerings(config)),
+                    made_up_batch(config, CPU), config, CPU)
+        step.student = wrap(student)
+        step.run()
+        dist.destroy_process_group()
+        counts.append(len(graphs))
+    assert counts[0] == counts[1], counts
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+# -- 2
+
+
+def test_without_a_compiler_a_run_goes_on(graphs, monkeypatch, capsys):
+    config = small("shapes", monkeypatch, compile=True)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    student, _ = train.build(config, CPU)
+    assert "no C compiler" in capsys.readouterr().out
+    assert not losses.COMPILE
+    assert all(block._compiled_call_impl is None for block in student.backbone.blocks)
+
+
+# -- 3 and 4
+
+CUDA = Process(torch.device("cuda:0"))
+
+
+class Operations(TorchDispatchMode):
+    """Notes the name of each operation, and the copies to the GPU that would wait for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+        self.pinned = []  # storages in pinned memory
+        self.waiting = []  # shapes of copies that wait, or come from memory that is not pinned
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        self.names.add(str(func))
+        if kwargs.get("pin_memory"):
+            self.pinned.append(out.untyped_storage())
+        if func == torch.ops.aten._to_copy.default and args[0].device.type == "cpu":
+            if out.device.type == "cuda":
+                storage = args[0].untyped_storage()._cdata
+                is_pinned = storage in [x._cdata for x in self.pinned]
+                if not (kwargs.get("non_blocking") and is_pinned):
+                    self.waiting.append(tuple(out.shape))
+        return out
+
+
+@contextlib.contextmanager
+def as_if_there_were_a_gpu():
+    """Inside, tensors on CUDA have shapes and types but no numbers, and autocast believes in it."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        for name, value in {
+                "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
+                "torch.cuda.is_bf16_supported": lambda: True,
+                "train.side_stream": lambda device: contextlib.nullcontext([])}.items():
+            stack.enter_context(patch(name, value))
+        yield
+
+
+def note_types(step, config):
+    """What a step computes, by kind, as lists that fill while it runs."""
+    seen = {"logits": [], "targets": [], "losses": [], "features": []}
+    seen["weights"] = [*step.student.parameters(), *step.teacher.parameters()]
+    forward = step.student.forward
+
+    def student(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        seen["logits"] += [out[name] for name in config.objectives]
+        seen["features"].append(out["features"])
+        return out
+
+    step.student.forward = student
+    step_figures = train.step_figures
+
+    def noted(means, targets, *args):
+        seen["losses"] += means.values()
+        seen["targets"] += targets.values()
+        return step_figures(means, targets, *args)
+
+    step.step_figures = patch("train.step_figures", noted)
+    return seen
+
+
+def step_on_cuda(config):
+    """(figures, learner, what went on) of one step on CUDA."""
+    G, B = config.global_crops_number, config.batch_size_per_gpu
+    L = config.local_crops_number if config.dino_weight else 0
+
+    # The colours of a crop depend on numbers, which these tensors do not have.
+    def to_device(batch, pixels, device):
+        views = [torch.empty(G * B, 3, *2 * [config.global_crops_size], device=device)]
+        if L:
+            views.append(torch.empty(L * B, 3, *2 * [config.local_crops_size], device=device))
+        masks = {}
+        masking = config.masking()
+        if masking:
+            M, P = masking.most(G * B), masking.grid[0] * masking.grid[1]
+            masks = dict(masks=torch.empty(G * B, P, dtype=torch.bool, device=device),
+                         mask_indices=torch.empty(M, dtype=torch.int64, device=device),
+                         mask_weights=torch.empty(M, device=device))
+        return views, masks
+
+    with torch.device("meta"):
+        networks = (train.Network(config, config.drop_path_rate),
+                    train.Network(config).requires_grad_(False), train.build_centerings(config))
+    with as_if_there_were_a_gpu(), patch("train.to_device", to_device):
+        networks = [network.to_empty(device=CUDA.device) for network in networks]
+        batch = dict(global_crops=[None] * G, index=[None] * B)
+        step = Step(networks, batch, config, CUDA)
+
+        # The backward pass is C++, which asks the GPU itself. It is left out; gradients are there.
+        def backward(loss):
+            for p in step.student.parameters():
+                p.grad = torch.empty_like(p) if p.requires_grad else None
+
+        step.seen = note_types(step, config)
+        with patch("torch.Tensor.backward", backward), step.step_figures:
+            operations = Operations()
+            with operations:
+                figures = step.run()
+    return figures, step, operations
+
+
+@pytest.mark.parametrize("precision, preset", [
+    ("fp16", "shapes"), ("fp16", "dinov2_vitl14"), *(("bf16", name) for name in KINDS)])
+def test_a_step_on_cuda(preset, precision, monkeypatch):
+    config = replace(small(preset, monkeypatch, compile=False), precision=precision)
+    if config.optimizer == "sgd":  # whose fused kernel has no version for tensors without numbers
+        config = replace(config, optimizer="lars")
+    figures, step, operations = step_on_cuda(config)
+    assert all(value.device == CUDA.device for value in figures.values())
+    # The table of types: logits come in the low precision, all that is made of them in float32.
+    # Features come from a ViT's last norm, which autocast computes in float32; a convnet has none.
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    seen = {name: {x.dtype for x in tensors} for name, tensors in step.seen.items()}
+    assert seen == {
+        "logits": {low}, "targets": {torch.float32}, "losses": {torch.float32},
+        "features": {low if config.convnet else torch.float32}, "weights": {torch.float32}}
+
+    assert not operations.waiting
+    assert "aten._foreach_lerp_.List" not in operations.names
+    if config.clip_mode == "network":
+        assert "aten._foreach_mul_.List" not in operations.names
+
+
+@pytest.mark.parametrize("ok", [1.0, 0.0])
+def test_the_average_of_a_gpu_is_that_of_a_cpu(ok, monkeypatch):
+    torch.manual_seed(0)
+    teacher, student = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
+    expected = copy.deepcopy(teacher)
+    train.ema_update(expected, student, 0.9, torch.tensor(ok))
+    with patch("torch.Tensor.is_cuda", True):
+        train.ema_update(teacher, student, 0.9, torch.tensor(ok))
+    for p, q in zip(teacher.parameters(), expected.parameters()):
+        torch.testing.assert_close(p, q)
+        assert ok or torch.equal(p, q)
