@@ -160,13 +160,18 @@ class StopSignal:
     that go on would wait for ever. `agreed` gives the same answer to all of them.
     """
 
+    asked = 0  # how often the processes have asked each other since the program started
+
     def __init__(self, process: Process):
         self.signal = 0  # the number of the signal that this process got
         self.before = {}  # the handlers that were there, by signal
 
-        # A group of its own for the exchange, over Gloo: it sends from the CPU's memory. With
-        # NCCL the answer would be on the GPU, and reading it would wait for all its work.
-        self.group = dist.new_group(backend="gloo") if process.world_size > 1 else None
+        # They exchange it by the store through which they found each other at the start: a
+        # dictionary in one of the processes, or in torchrun. With NCCL the answer would be on
+        # the GPU, and reading it would wait for all its work.
+        self.world_size = process.world_size
+        if self.world_size > 1:
+            self.store = dist.distributed_c10d._get_default_store()
 
     def __enter__(self):
         # Python lets only the main thread of a program set handlers.
@@ -190,11 +195,24 @@ class StopSignal:
 
     def agreed(self) -> int:
         """The signal that any of the processes got, 0 if none did; the same on all of them."""
-        if self.group is None:
+        if self.world_size == 1:
             return self.signal
-        largest = torch.tensor(self.signal)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
-        return int(largest)
+
+        # Who got a signal says so before it is counted. So the last one to come knows all of
+        # them, and gives the answer for which the others wait.
+        StopSignal.asked += 1
+        key = f"stop/{StopSignal.asked}"
+        if self.signal:
+            self.store.set(f"{key}/signal", str(self.signal))
+        if self.store.add(f"{key}/count", 1) == self.world_size:
+            got_one = self.store.check([f"{key}/signal"])
+            answer = self.store.get(f"{key}/signal") if got_one else "0"
+            self.store.set(f"{key}/answer", answer)
+
+            # All have come here, so nobody still reads what was asked the time before.
+            for name in ("signal", "count", "answer"):
+                self.store.delete_key(f"stop/{StopSignal.asked - 1}/{name}")
+        return int(self.store.get(f"{key}/answer"))
 
 
 # One second stream for each GPU: a stream is made once and used in every step.
