@@ -177,7 +177,7 @@ def build(config: Config, process: Process, frozen: Network) -> tuple[nn.Module,
     megabytes = count / 2**18  # four bytes for each parameter
     process.print(
         f"teacher {config.teacher}: {count:,d} parameters, frozen, {megabytes:.0f} MB")
-    if config.parallel == "fsdp":
+    if config.parallel != "ddp":
         train.shard(frozen, config, process)
     return student, Teacher(average, frozen)
 

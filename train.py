@@ -245,13 +245,14 @@ def compile_blocks(networks, config: Config, process: Process):
 
 
 def shard(network: nn.Module, config: Config, process: Process):
-    """Split the network over all processes (FSDP): blocks in the low precision, the rest
+    """Split the network over processes (FSDP, HSDP): blocks in the low precision, the rest
     exact.
     """
     # Blocks are most of the network, and their products lose nothing in bfloat16. The heads end
     # in a softmax over many prototypes, and norms and tokens are small: those stay in float32.
     blocks = list(network.backbone.blocks)
-    machine.shard(network, blocks, list(network.heads().values()), process, config.precision)
+    machine.shard(network, blocks, list(network.heads().values()), process, config.precision,
+                  config.sharers(process))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -581,7 +582,7 @@ class Run:
         centerings = build_centerings(config).to(process.device)
         self.expected = expected_memory(student, config, process)
         self.whole = teacher.backbone
-        if config.parallel == "fsdp":
+        if config.parallel != "ddp":
             # Sharding replaces the parameters in place, so a whole copy is made before. It is
             # filled from the shards when the teacher is judged or drawn.
             self.whole = copy.deepcopy(self.whole)
@@ -679,7 +680,7 @@ class Run:
 
     def whole_teacher(self) -> nn.Module:
         """The teacher's backbone in one piece, with the weights that it has now."""
-        if self.config.parallel == "fsdp":
+        if self.config.parallel != "ddp":
             # The shards of all processes are exchanged here, so every process has to call this.
             state = whole_state(self.learner.teacher)
             backbone = {

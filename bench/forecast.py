@@ -264,6 +264,7 @@ def draw_rates(axis, x: list[int], rates: list[float]):
 
 # Dense bf16 operations a second and GB of memory, as their maker states them.
 GPUS = {"a100": (312e12, 80), "h100": (989e12, 80), "h200": (989e12, 141)}
+NODE = 8  # how many of them one machine usually has
 
 # Images for training in the data sets that need not be at hand for a plan.
 SIZES = {"shapes": 5_000, "CIFAR10": 50_000, "Imagenette": 9_469, "ImageNet": 1_281_167}
@@ -312,8 +313,10 @@ def plan(config: PlanConfig, process: Process) -> dict:
     steps = config.epochs * epoch_steps
     days = steps * batch / rate / 86400
 
-    # What a process of the planned run holds; one of several, since FSDP splits the weights.
-    one_of_them = Process(torch.device("cpu"), world_size=config.gpus)
+    # What a process of the planned run holds; one of several, since FSDP splits the weights, over
+    # all of them or (HSDP) over those of a node.
+    one_of_them = Process(torch.device("cpu"), world_size=config.gpus,
+                          node_size=min(config.gpus, NODE))
     parts = expected_memory(meta_student(config), config, one_of_them, on_gpu=True)
     memory = sum(parts.values())
 

@@ -50,6 +50,7 @@ class Process:
     device: torch.device
     rank: int = 0
     world_size: int = 1
+    node_size: int = 1  # how many of them run on this machine, a node of the cluster
 
     @property
     def main(self) -> bool:
@@ -115,7 +116,9 @@ def start_process(device: str = "auto") -> Process:
     # NCCL exchanges tensors between GPUs, Gloo between CPUs.
     if not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    return Process(torch.device(device), dist.get_rank(), dist.get_world_size())
+    world_size = dist.get_world_size()
+    node_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return Process(torch.device(device), dist.get_rank(), world_size, node_size)
 
 
 @functools.cache  # once, however often a program asks
@@ -349,8 +352,8 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def shard(network: nn.Module, cheap: list[nn.Module], exact: list[nn.Module], process: Process,
-          precision: str):
-    """Split parameters, gradients and moments of a network over all processes, in place: FSDP2.
+          precision: str, together: int):
+    """Split parameters, gradients and moments of a network over processes, in place: FSDP2.
 
     Without it every process holds all of them. With it each of N processes holds an N-th part
     of every tensor. When a module is about to run, the processes send each other their parts,
@@ -359,13 +362,26 @@ def shard(network: nn.Module, cheap: list[nn.Module], exact: list[nn.Module], pr
     Example: a ViT-L has 304 million parameters. In float32 these, their gradients and the two
     moments of AdamW take 16 bytes each, 4.5 GB in all; over eight processes 0.6 GB each.
 
+    together: how many processes hold one copy. With all of them every part goes over the wires
+    between machines, three times a step. With those of one machine, where GPUs are wired to each
+    other, each machine has a copy, and only gradients go between machines: HSDP. Example, of two
+    machines with two processes each:
+
+        together = 4     processes 0 1 2 3 hold a quarter each
+        together = 2     processes 0 1 hold a half each, 2 3 the same two halves
+
     network: its modules in the two lists are gathered one at a time, and the rest of it as one
     more. cheap: sent, and their gradients added up, in the low precision, on GPUs. exact: in
     float32, as the rest is.
     """
     # FSDP warns that outputs of a module are views, for those who write into them. We do not.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-    mesh = init_device_mesh(process.device.type, (process.world_size,))
+    copies = process.world_size // together
+    if copies == 1:
+        mesh = init_device_mesh(process.device.type, (together,))
+    else:
+        mesh = init_device_mesh(process.device.type, (copies, together),
+                                mesh_dim_names=("replicate", "shard"))
 
     # Half as many bytes are sent in half the time. On CPUs nothing is lowered: there
     # LayerNorm refuses parameters of a lower precision than its input. Inputs are not converted

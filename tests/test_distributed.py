@@ -2,11 +2,14 @@
 1. Two processes move as one would on the joined batch: centre, Sinkhorn-Knopp (unequal counts,
    padding); ten whole steps of DINO and of DINOv2 (masks, stochastic depth, KoLeo), with DDP
    and with FSDP, in both ways to clip; in bfloat16 near to that.
-2. When one of two processes is asked to stop, both save and go; what they saved with FSDP goes
-   on with one process and whole tensors.
+2. When one of two processes is asked to stop, both learn of it in the same step, without a group
+   of their own for it; both save and go, and what they saved with FSDP goes on with one process
+   and whole tensors.
 3. One process goes on as two (DDP), and they as three (FSDP): the same images, crops and
    colours follow, and the same losses.
 4. Features of two processes are those of one, for an odd number of images too.
+5. Four processes as two machines of two (HSDP) move as one, and as FSDP over all four, both ways
+   to clip; each machine has a copy of its own.
 
 Whatever two processes can tell is asked in one go, by `two_processes`: starting them is what
 costs time. The tests then compare what they wrote down with what one process finds.
@@ -17,6 +20,7 @@ import functools
 import os
 import signal
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -31,7 +35,7 @@ from losses import (EMACenter, SinkhornKnopp, all_sum, entropies, koleo_loss, ma
                     patch_loss, view_pair_loss)
 from machinery.checkpoints import whole_state
 from machinery.flags import UsageError, parse
-from machinery.process import Process, start_process
+from machinery.process import Process, StopSignal, start_process
 from training.config import Config
 from training.optim import (OPTIMIZERS, clip_gradients, ema_update, parameter_groups,
                             set_schedule)
@@ -47,6 +51,8 @@ METHODS = {
     "dinov2, each tensor clipped": "--centering sinkhorn --ibot_weight 1 --koleo_weight 0.1 "
     "--drop_path_rate 0.3 --clip_mode parameter"}
 STEPS = 10
+FEW_STEPS = 2  # of four processes
+WAYS_TO_CLIP = ("dino", "dinov2")  # each tensor by itself, and each network as a whole
 
 
 def config_of(method, *more):
@@ -69,7 +75,7 @@ def batch_of(config, step, rank):
     batch = collate([views[0, 0, i] for i in range(first, first + 4)])
     if config.hides_patches:
         masks = Masking((3, 3), (0.2, 0.7))(8, 10 * step + rank)["masks"]
-        batch |= mask_tensors(masks, 15)
+        batch |= mask_tensors(masks, 20)
     schedule = dict(lr=0.5, last_layer_lr=0.5, weight_decay=0.1, momentum=0.9,
                     teacher_temp=0.05,
                     generator=torch.Generator().manual_seed(100 * step + rank))
@@ -83,11 +89,12 @@ def optimizer_of(student):
     return optimizer
 
 
-def ten_steps(config, process, fsdp):
+def ten_steps(config, process, steps=STEPS):
     """(losses, student's and teacher's weights, centres) as the program makes them."""
+    split = config.parallel != "ddp"
     student, teacher = train.build(config, process)
     centerings = train.build_centerings(config)
-    if fsdp:
+    if split:
         train.shard(student, config, process)
         train.shard(teacher, config, process)
         network = student
@@ -95,56 +102,57 @@ def ten_steps(config, process, fsdp):
         network = train.DistributedDataParallel(student)
     learner = train.Learner(network, teacher, centerings, optimizer_of(student))
     losses = []
-    for step in range(STEPS):
+    for step in range(steps):
         batch, schedule = batch_of(config, step, process.rank)
         losses.append(train.train_step(learner, batch, schedule, config, process)["loss"])
-    states = [whole_state(x) if fsdp else x.state_dict() for x in (student, teacher)]
+    states = [whole_state(x) if split else x.state_dict() for x in (student, teacher)]
     return torch.stack(losses), *map(dict, states), dict(centerings.state_dict())
 
 
-def ten_joined_steps(config):
-    """The same ten steps, written out, by one process that has both batches.
+def ten_joined_steps(config, world=2, steps=STEPS):
+    """The same ten steps, written out, by one process that has the batches of all.
 
-    Where two processes have to exchange something, this one has all of it.
+    Where several processes have to exchange something, this one has all of it.
     """
     student, teacher = train.build(config, ALONE)
     centerings = train.build_centerings(config)
     optimizer, losses = optimizer_of(student), []
-    for step in range(STEPS):
-        # What each of the two processes has: its views, its masks, and what the teacher says.
-        halves = []
-        for rank in (0, 1):
+    for step in range(steps):
+        # What each of the processes has: its views, its masks, and what the teacher says.
+        shares = []
+        for rank in range(world):
             batch, schedule = batch_of(config, step, rank)
             views, masks = train.to_device(batch, config.pixels, ALONE.device)
             weights = masks.pop("mask_weights", None)
             with torch.no_grad():
                 teacher_out = teacher(views[:1], mask_indices=masks.get("mask_indices"))
-            halves.append((views, masks, weights, teacher_out, schedule["generator"]))
+            shares.append((views, masks, weights, teacher_out, schedule["generator"]))
 
         # The biases are those of the joined rows; rows of padding do not count.
         rows, real, bias = {}, {}, {}
         for name, centering in centerings.items():
-            rows[name] = torch.cat([teacher_out[name] for *_, teacher_out, _ in halves])
+            rows[name] = torch.cat([teacher_out[name] for *_, teacher_out, _ in shares])
             real[name] = None
             if name == "ibot":
-                real[name] = torch.cat([weights for _, _, weights, _, _ in halves]) > 0
+                real[name] = torch.cat([weights for _, _, weights, _, _ in shares]) > 0
             bias[name] = centering(rows[name], 0.05, real[name])
 
-        # The loss is the mean of the losses of both processes.
+        # The loss is the mean of the losses of all processes.
         loss = 0.0
-        for views, masks, weights, teacher_out, generator in halves:
+        for views, masks, weights, teacher_out, generator in shares:
             student_out = student(views, student.backbone.draw_plan(views, generator), **masks)
             targets = {}
             for name in centerings:
                 targets[name] = make_targets(teacher_out[name], 0.05, bias[name])
             dino = view_pair_loss(targets["dino"].unflatten(0, (2, 4)),
                                   student_out["dino"].unflatten(0, (4, 4)))
-            loss = loss + dino / 2
+            loss = loss + dino / world
             if "ibot" in targets:
-                loss = loss + patch_loss(targets["ibot"], student_out["ibot"], weights, 8) / 2
+                loss = loss + patch_loss(targets["ibot"], student_out["ibot"], weights,
+                                         8) / world
             if config.koleo_weight:  # neighbours among the images of one process
                 first, second = student_out["features"][:8].chunk(2)
-                loss = loss + 0.1 * (koleo_loss(first) + koleo_loss(second)) / 2
+                loss = loss + 0.1 * (koleo_loss(first) + koleo_loss(second)) / world
 
         # One step of everything that a step moves.
         optimizer.zero_grad()
@@ -191,14 +199,23 @@ def two_processes(rank, folder):
     # Whole steps of each method.
     for fsdp in (False, True):
         for name in METHODS:
-            out[name, fsdp] = ten_steps(config_of(name), process, fsdp)
-        low = replace(config_of("dinov2"), precision="bf16")
-        out["bf16", fsdp] = ten_steps(low, process, fsdp)[0]
+            config = replace(config_of(name), parallel="fsdp" if fsdp else "ddp")
+            out[name, fsdp] = ten_steps(config, process)
+        low = replace(config_of("dinov2"), precision="bf16", parallel=config.parallel)
+        out["bf16", fsdp] = ten_steps(low, process)[0]
 
     # Features of an odd number of images.
     model = VisionTransformer(16, 8, embed_dim=64, depth=1, num_heads=1)
     model.load_state_dict(torch.load(f"{folder}/backbone.pt"))
     out["features"] = extract(model, open_images("shapes:11"), 16, process)
+
+    # Three questions; the signal comes before the second one, to one of them.
+    with patch.object(dist, "new_group", None):
+        stop_signal = StopSignal(process)
+        out["agreed"] = [stop_signal.agreed()]
+        if rank == 1:
+            stop_signal.note(signal.SIGTERM, None)
+        out["agreed"] += [stop_signal.agreed(), stop_signal.agreed()]
 
     # A run, of which one of the two is asked to stop in step 5: both save and go.
     train_step, calls = train.train_step, []
@@ -291,6 +308,11 @@ def test_features_of_two_are_those_of_one(spawned):
         torch.testing.assert_close(out["features"], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_both_learn_of_a_signal_at_once(spawned):
+    _, outs, _ = spawned
+    assert [out["agreed"] for out in outs] == [[0, signal.SIGTERM, signal.SIGTERM]] * 2
+
+
 def test_saved_by_two_continued_by_one(spawned, capsys, quick_runs):
     folder, outs, _ = spawned
     assert [out["exit"] for out in outs] == [143, 143]
@@ -342,3 +364,55 @@ def test_one_goes_on_as_two_and_they_as_three(tmp_path):
     assert len(whole) == 8 * 6 and whole == split
     a, b = ([row["loss"] for row in metrics_of(run) if "loss" in row] for run in runs)
     assert len(a) == 8 and a == pytest.approx(b, rel=1e-5), (a, b)
+
+
+# ----------------------------------------------------------------------------------------------
+# Two machines of two processes
+
+
+def four_processes(rank, folder):
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    process = start_process("cpu")
+    out = {"node_size": process.node_size}
+    for name in WAYS_TO_CLIP:
+        for parallel in ("fsdp", "hsdp"):
+            config = replace(config_of(name, *CLIPPED), parallel=parallel)
+            out[name, parallel] = ten_steps(config, process, FEW_STEPS)
+
+    # What this process holds of a matrix: a quarter with FSDP, half with HSDP.
+    for parallel in ("fsdp", "hsdp"):
+        config = replace(config_of("dino"), parallel=parallel)
+        student, _ = train.build(config, process)
+        train.shard(student, config, process)
+        weight = student.backbone.blocks[0].mlp.fc1.weight
+        out[parallel] = weight.to_local().numel() / weight.numel()
+    torch.save(out, f"{folder}/{rank}.pt")
+
+
+# Small enough for every step to be clipped: what is clipped wrongly moves too far or not enough.
+CLIPPED = ("--clip_grad", "0.01")
+
+
+@pytest.fixture(scope="module")
+def of_four(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("four")
+    finish(start(four_processes, str(folder), world=4))
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(4)]
+
+
+@pytest.mark.parametrize("name", WAYS_TO_CLIP)
+def test_two_machines_are_one_process(name, of_four):
+    losses, *states = ten_joined_steps(config_of(name, *CLIPPED), 4, FEW_STEPS)
+    for out in of_four:
+        for parallel in ("fsdp", "hsdp"):
+            torch.testing.assert_close(out[name, parallel][0], losses, rtol=1e-5, atol=1e-5)
+            for of_one, found in zip(states, out[name, parallel][1:], strict=True):
+                for key in of_one:
+                    torch.testing.assert_close(found[key], of_one[key], rtol=1e-4, atol=1e-6,
+                                               msg=f"{parallel}: {key}")
+
+
+def test_each_machine_has_a_copy(of_four):
+    for out in of_four:
+        assert out["node_size"] == 2
+        assert out["fsdp"] == 1 / 4 and out["hsdp"] == 1 / 2

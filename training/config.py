@@ -23,6 +23,7 @@ from augment import MASK_SHAPES, PHOTOMETRY, Masking, Pixels, pixels_of
 from backbones.convnet import CONVNETS
 from losses import CENTERING
 from machinery.flags import UsageError, require
+from machinery.process import Process
 from training.optim import OPTIMIZERS
 from vit import ARCHS, FFNS, POS_EMBED_RESIZE
 
@@ -32,7 +33,7 @@ Range = tuple[float, float]  # the smallest and the largest value
 LrScaling = Literal["linear_256", "sqrt_1024", "none"]
 ClipMode = Literal["parameter", "network"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
-Parallel = Literal["ddp", "fsdp"]
+Parallel = Literal["ddp", "fsdp", "hsdp"]
 
 
 @dataclass
@@ -129,8 +130,8 @@ class Config:
     # -- machine
     device: str = "auto"  # auto (a GPU, if there is one) | cpu | cuda | mps
     precision: Precision = "auto"  # of matrix products; auto: bf16 or fp16 where it is fast
-    # Only where several processes work together; process.shard explains fsdp.
-    parallel: Parallel = "ddp"  # ddp: a copy of the network on each process; fsdp: a part
+    # Only where several processes work together; shard.py explains fsdp and hsdp.
+    parallel: Parallel = "ddp"  # a copy of the network per process (ddp), node (hsdp), job (fsdp)
     compile: bool | None = None  # fuse the operations of a block by torch.compile [on CUDA]
     activation_checkpointing: bool = False  # recompute activations: less memory, 1/4 slower
     num_workers: int = 2  # processes that read and crop images, beside each training process
@@ -151,6 +152,11 @@ class Config:
     def convnet(self) -> bool:
         """Whether the backbone is one of convnet.CONVNETS."""
         return self.arch in CONVNETS
+
+    def sharers(self, process: Process) -> int:
+        """How many processes hold one copy of the network together."""
+        sizes = {"ddp": 1, "fsdp": process.world_size, "hsdp": process.node_size}
+        return sizes[self.parallel]
 
     @property
     def learns_patches(self) -> bool:
@@ -409,25 +415,25 @@ def check_parallel(config: Config):
             "a ViT, or a smaller --batch_size_per_gpu")
 
     # torchrun sets WORLD_SIZE. Without it there is a single process.
-    if config.parallel == "fsdp" and "WORLD_SIZE" not in os.environ:
-        raise UsageError(
-            "--parallel fsdp splits a network over processes: start it with torchrun "
-            "--nproc_per_node=N train.py ...")
+    if config.parallel == "ddp":
+        return
+    given = f"--parallel {config.parallel}"
+    if "WORLD_SIZE" not in os.environ:
+        raise UsageError(f"{given} splits a network over processes: start it with torchrun "
+                         "--nproc_per_node=N train.py ...")
 
     # FSDP splits parameters. The running mean and variance of BatchNorm are buffers: each
     # process would keep its own, of the images that it has seen, and they would drift apart.
     # (DDP sends those of the main process to all others.)
-    if config.parallel == "fsdp" and (config.convnet or config.use_bn_in_head):
-        raise UsageError(
-            "--parallel fsdp: BatchNorm (--use_bn_in_head, convnets) has statistics "
-            "that no process owns; give --parallel ddp, or do without it")
+    if config.convnet or config.use_bn_in_head:
+        raise UsageError(f"{given}: BatchNorm (--use_bn_in_head, convnets) has statistics "
+                         "that no process owns; give --parallel ddp, or do without it")
 
     # AdamW changes each number by itself, so each process can change its part of a tensor. LARS
     # needs the norm of the whole tensor, and torch's fused SGD does not take split ones.
-    if config.parallel == "fsdp" and config.optimizer != "adamw":
-        raise UsageError(
-            f"--parallel fsdp with --optimizer {config.optimizer}: it has no step on "
-            "split tensors; give --optimizer adamw, or --parallel ddp")
+    if config.optimizer != "adamw":
+        raise UsageError(f"{given} with --optimizer {config.optimizer}: it has no step on "
+                         "split tensors; give --optimizer adamw, or --parallel ddp")
 
 
 def check_schedule(config: Config):

@@ -126,11 +126,9 @@ def expected_memory(student: nn.Module, config: Config, process: Process,
     if on_gpu or (on_gpu is None and process.device.type == "cuda"):
         crops = 2 * crops + 3 * largest
 
-    # What is there at every step. FSDP splits it over the processes. AdamW keeps two moments of
+    # What is there at every step. FSDP splits it over processes. AdamW keeps two moments of
     # each parameter; SGD and LARS keep one, the momentum.
-    one_network = sum(p.nbytes for p in student.parameters())
-    if config.parallel == "fsdp":
-        one_network /= process.world_size
+    one_network = sum(p.nbytes for p in student.parameters()) / config.sharers(process)
     moments = 2 if config.optimizer == "adamw" else 1
     parts = {
         "two networks": 2 * one_network, "gradients": one_network,

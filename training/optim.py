@@ -311,10 +311,12 @@ def clip_gradients(networks: list[nn.Module], max_norm: float, mode: str) -> Ten
         each = torch.stack(torch._foreach_norm(parts))  # one norm for each tensor
 
         # Under FSDP these are the norms of the parts that this process holds. The square of the
-        # whole tensor's norm is the sum of their squares.
+        # whole tensor's norm is the sum of their squares, over the processes that hold one copy
+        # together: the last dimension of the mesh. Another copy would count a second time.
         if isinstance(grads[0], DTensor):
+            mesh = grads[0].device_mesh
             each = each.square()
-            dist.all_reduce(each)
+            dist.all_reduce(each, group=mesh.get_group(mesh.ndim - 1))
             each = each.sqrt()
         norms.append(each)
         if not max_norm:
