@@ -566,7 +566,7 @@ class Run:
         # Imported here and not above: they are needed once in a run, and the imports at the top
         # of this file stay those of a training step.
         from evaluation.judge import Judge
-        from training.memory import expected_memory
+        from training.memory import expected_memory, shared_memory_warning
 
         self.config = config
         self.process = process
@@ -581,6 +581,7 @@ class Run:
         student, teacher = build(config, process)
         centerings = build_centerings(config).to(process.device)
         self.expected = expected_memory(student, config, process)
+        self.warning = shared_memory_warning(config, process)
         self.whole = teacher.backbone
         if config.parallel != "ddp":
             # Sharding replaces the parameters in place, so a whole copy is made before. It is
@@ -677,6 +678,8 @@ class Run:
             process.print(
                 "warning: that is too much; give --activation_checkpointing, --precision "
                 "bf16, --parallel fsdp or a smaller --batch_size_per_gpu")
+        if self.warning:
+            process.print(self.warning)
 
     def whole_teacher(self) -> nn.Module:
         """The teacher's backbone in one piece, with the weights that it has now."""

@@ -495,15 +495,18 @@ def _obey_parent():
     os._exit(0)
 
 
+PREFETCH = 2  # batches that each worker of training_loader prepares ahead
+
+
 def training_loader(views: Views, sampler: Sampler, num_workers: int, pin_memory: bool = False,
                     masking: Masking | None = None):
     """A DataLoader of the batches of augment.collate, from the sampler's start to its end."""
-    # Each worker prepares four batches ahead, so that one image that is slow to read does not
-    # hold up the device.
+    # Each worker prepares some batches ahead, so that one image that is slow to read does not
+    # hold up the device. They wait in shared memory, which may be small (training/memory.py).
     return torch.utils.data.DataLoader(views, batch_sampler=sampler, num_workers=num_workers,
                                        collate_fn=partial(collate, masking=masking),
                                        pin_memory=pin_memory, worker_init_fn=begin_worker,
-                                       prefetch_factor=4 if num_workers else None)
+                                       prefetch_factor=PREFETCH if num_workers else None)
 
 
 # ----------------------------------------------------------------------------------------------

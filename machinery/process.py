@@ -133,6 +133,19 @@ def warn_of_unused_gpu():
             f"{built_for}) finds no GPU that works: this runs on the CPU", flush=True)
 
 
+def spare_cores() -> int:
+    """How many helpers, such as the workers of a loader, each process should start: 2 to 16.
+
+    The usable cores are shared among the processes of this machine, and each keeps one for
+    itself. Example: 96 cores and 8 processes leave 96 / 8 - 1 = 11.
+    """
+    # A cluster may let a job use only some of the cores. Not every system can tell.
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(max(cores // processes - 1, 2), 16)
+
+
 def keep_freed_memory(process: Process):
     """On a CPU: keep the memory that one training step frees for the next one.
 

@@ -23,7 +23,7 @@ from augment import MASK_SHAPES, PHOTOMETRY, Masking, Pixels, pixels_of
 from backbones.convnet import CONVNETS
 from losses import CENTERING
 from machinery.flags import UsageError, require
-from machinery.process import Process
+from machinery.process import Process, spare_cores
 from training.optim import OPTIMIZERS
 from vit import ARCHS, FFNS, POS_EMBED_RESIZE
 
@@ -134,7 +134,8 @@ class Config:
     parallel: Parallel = "ddp"  # a copy of the network per process (ddp), node (hsdp), job (fsdp)
     compile: bool | None = None  # fuse the operations of a block by torch.compile [on CUDA]
     activation_checkpointing: bool = False  # recompute activations: less memory, 1/4 slower
-    num_workers: int = 2  # processes that read and crop images, beside each training process
+    # They read and crop images. Default: as many as there are cores to spare, from 2 to 16.
+    num_workers: int = spare_cores()  # loader processes, beside each training process
     # -- run
     output_dir: str = ""  # directory of the run; empty: runs/PRESET
     resume: bool = True  # continue the run that is in the directory; --no_resume starts anew

@@ -15,11 +15,14 @@ Letters  G global crops of an image, B images of a process, M masked patches, K 
 """
 
 import math
+import shutil
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
+from images.data import PREFETCH
 from losses import patch_loss, view_pair_loss
 from machinery.process import Process, autocast
 from training.config import Config
@@ -135,3 +138,30 @@ def expected_memory(student: nn.Module, config: Config, process: Process,
         "moments": moments * one_network, "kept for backward": activations,
         "teacher's logits": of_teacher, "logits' gradient": gradient, "crops": crops}
     return {name: size / 2**30 for name, size in parts.items()}
+
+
+def shared_memory_warning(config: Config, process: Process) -> str:
+    """A sentence if the batches of the loader's workers will not fit into shared memory, or "".
+
+    Example: 64 images with 2 crops of 224 and 8 of 96 pixels are 33 MB. Eight processes with 10
+    workers each, of which each prepares 2 batches ahead, need 8 * 10 * 2 * 33 MB = 5.3 GB.
+    """
+    # On Linux it looks like a folder. A container often has a small one of its own.
+    folder = Path("/dev/shm")
+    if not folder.exists():
+        return ""
+
+    # Crops of colour images are bytes, others are floats of four bytes.
+    pixels = config.global_crops_number * config.global_crops_size**2
+    if config.dino_weight:
+        pixels += config.local_crops_number * config.local_crops_size**2
+    bytes_each = 1 if config.in_chans == 3 else 4
+    batch = config.batch_size_per_gpu * pixels * config.in_chans * bytes_each
+    needed = batch * PREFETCH * config.num_workers * process.node_size
+    free = shutil.disk_usage(folder).free
+    if needed < free:
+        return ""
+    return (
+        f"warning: {config.num_workers} workers hold {needed / 2**30:.2f} GB of batches in "
+        f"/dev/shm, which has {free / 2**30:.2f} GB free: start the container with a larger "
+        "--shm-size, or give a smaller --num_workers")

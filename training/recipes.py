@@ -113,7 +113,8 @@ SHAPES = SMALL | dict(
     # lower (measured with one seed).
     batch_size_per_gpu=8,
     epochs=4,
-    knn_every=1)
+    knn_every=1,
+    num_workers=2)  # a laptop has other uses for its cores and its memory
 
 CIFAR10 = SMALL | dict(data="CIFAR10", val_data="CIFAR10:val", arch="vit_tiny", patch_size=4,
                        head_hidden_dim=1024, global_crops_size=32,

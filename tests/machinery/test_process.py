@@ -7,6 +7,7 @@
 4. Freed memory is kept on a CPU: the same block, needed again, is not mapped anew.
 5. A GPU that PyTorch cannot use is mentioned once, by the main process.
 6. Where the system does not say how much memory there is (Windows), the figure is NaN.
+7. Each process gets its share of the usable cores, less one, from 2 to 16.
 
 What several processes tell each other is checked in tests/test_distributed.py.
 """
@@ -22,7 +23,7 @@ import torch
 
 from machinery.flags import UsageError
 from machinery.process import (Process, StopSignal, autocast, keep_freed_memory, memory_gb,
-                               peak_memory_gb, resolve_precision, start_process,
+                               peak_memory_gb, resolve_precision, spare_cores, start_process,
                                warn_of_unused_gpu)
 
 CPU = torch.device("cpu")
@@ -130,6 +131,14 @@ def test_memory_that_is_not_known(monkeypatch):
     monkeypatch.delattr(os, "sysconf")
     monkeypatch.setitem(sys.modules, "resource", None)  # so that importing it fails
     assert math.isnan(memory_gb(CPU)) and math.isnan(peak_memory_gb(CPU))
+
+
+@pytest.mark.parametrize("cores, processes, spare", [(1, 1, 2), (2, 1, 2), (8, 1, 7),
+                                                     (64, 1, 16), (96, 8, 11), (8, 8, 2)])
+def test_spare_cores(cores, processes, spare, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert spare_cores() == spare
 
 
 def test_freed_memory_is_kept():

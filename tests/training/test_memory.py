@@ -4,16 +4,21 @@
    pass grows with the batch and shrinks with activation checkpointing.
 3. Crops, the teacher's logits and the gradient of the student's have the sizes of these tensors;
    a GPU holds the next batch as well, and what it takes to colour it.
+4. Batches of the workers that do not fit into shared memory are named, with the flags.
 
 That it is what autograd really keeps is checked in tests/bench/test_count.py.
 """
 
+import shutil
+from types import SimpleNamespace
+
 import pytest
+import torch
 from conftest import same_tensors, tiny_config
 
 import train
-from machinery.process import start_process
-from training.memory import expected_memory
+from machinery.process import Process, start_process
+from training.memory import expected_memory, shared_memory_warning
 
 
 def test_expected_memory(tmp_path):
@@ -60,3 +65,15 @@ def test_crops_and_logits(tmp_path):
     assert on_gpu["crops"] == (2 * (large + small) + 3 * large) / 2**30
     assert on_cpu["teacher's logits"] == 4 * G * B * K / 2**30
     assert on_cpu["logits' gradient"] == 4 * (G + L) * B * K / 2**30
+
+
+@pytest.mark.parametrize("workers, is_enough", [(0, True), (2, True), (3, False)])
+def test_shared_memory(workers, is_enough, tmp_path, monkeypatch):
+    """Batches of 8 images with 2 crops of 24 and 2 of 16 pixels: 39,936 bytes."""
+    one_batch = 8 * 3 * 2 * (24**2 + 16**2)
+    usage = SimpleNamespace(free=4 * 2 * 2 * one_batch + 1)  # 4 processes, 2 workers, 2 batches
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    config = tiny_config(tmp_path, "--num_workers", str(workers))
+    warning = shared_memory_warning(config, Process(torch.device("cpu"), 0, 8, node_size=4))
+    assert (warning == "") == is_enough
+    assert is_enough or "--shm-size" in warning
