@@ -699,6 +699,10 @@ class Run:
         config = self.config
         process = self.process
         batches = iter(batches_from(self.step, self.total, self.images, config, process))
+        if config.profile:
+            from machinery.trace import traced  # here, because few runs need it
+
+            batches = traced(batches, config.profile, self.folder, process)
         learner = self.learner
         # DDP averages the gradients of all processes while the backward pass still computes.
         # The wrapper is for this loop only: checkpoints know the network by its own names.

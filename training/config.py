@@ -142,6 +142,7 @@ class Config:
     save_every: int = 500  # steps from one checkpoint to the next
     keep: int = 2  # number of checkpoints to keep
     log_every: int = 20  # steps from one log line to the next
+    profile: int = 0  # steps to record into trace.json, for https://ui.perfetto.dev; 0: none
     knn_every: int = 10  # epochs from one k-NN evaluation to the next; 0: only first and last
 
     @property
@@ -210,7 +211,7 @@ CROPS = ("in_chans", "mean", "std", "global_crops_size", "local_crops_size",
 NEUTRAL = {
     "output_dir", "given", "resume", "save_every", "log_every", "knn_every", "num_workers",
     "device", "data_root", "download", "compile", "parallel", "keep",
-    "activation_checkpointing"}
+    "activation_checkpointing", "profile"}
 
 # ----------------------------------------------------------------------------------------------
 # config.json: a Config and its global batch, as a run keeps them

@@ -1,0 +1,52 @@
+"""Trace: what processor and GPU did during some steps, to be looked at in a browser.
+
+    batches --> [first steps, one to warm up] --> N steps, recorded --> trace.json
+                                                                            |
+                                            https://ui.perfetto.dev  <------+
+
+Idea     Seconds tell how long a step takes, a trace tells why: each operation is a bar on a time
+         line, the host's above and the GPU's below. Gaps in the lower one are where the GPU
+         waits for the host.
+Paper    none
+Try      python train.py --data shapes:64 --epochs 2 --warmup_epochs 0 --profile 2
+Change   what is recorded beside times: the arguments of torch.profiler.profile below
+Tests    pytest tests/machinery/test_trace.py
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity
+
+from machinery.clock import FIRST_STEPS
+from machinery.process import Process
+
+
+def traced(batches: Iterable, steps: int, folder: Path, process: Process) -> Iterator:
+    """The same batches; what is done with `steps` of them is recorded into folder/trace.json.
+
+    The first ones are left out, because memory and compiled code are made in them. Only the
+    main process records: the others do the same at the same time.
+    """
+    if not process.main:
+        yield from batches
+        return
+
+    def write(profiler):
+        file = folder / "trace.json"
+        profiler.export_chrome_trace(str(file))
+        process.print(f"wrote {file}: drop it on https://ui.perfetto.dev to see these steps")
+
+    # "wait" steps are not recorded; "warmup" is recorded and thrown away, because to record
+    # costs time itself at first.
+    when = torch.profiler.schedule(wait=FIRST_STEPS, warmup=1, active=steps, repeat=1)
+    activities = [ProfilerActivity.CPU]
+    if process.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, schedule=when,
+                                on_trace_ready=write) as profiler:
+        for batch in batches:
+            yield batch
+            # Back here the step is over: the loop asks for the next batch.
+            profiler.step()
