@@ -308,7 +308,7 @@ def column_mean(rows: Tensor, real: Tensor | None = None, of=Tensor.float) -> Te
 # copies of these rows stay in the processor's cache. On a GPU each such pass is compiled into
 # one kernel.
 
-# Numbers at a time. A GPU gives each of its units, 132 of an H100, one row at a time: of 131,072
+# Numbers at a time. Each unit of a GPU, 132 of an H100, takes one row at a time: of 131,072
 # prototypes 2**26 numbers are 512 rows.
 CHUNK = {"cpu": 2**20, "cuda": 2**26}
 COMPILE = False  # train.compile_blocks sets it where it compiles the networks

@@ -250,9 +250,11 @@ def shard(network: nn.Module, config: Config, process: Process):
     """
     # Blocks are most of the network, and their products lose nothing in bfloat16. The heads end
     # in a softmax over many prototypes, and norms and tokens are small: those stay in float32.
+    from machinery.shard import split  # here, because few runs need it
+
     blocks = list(network.backbone.blocks)
-    machine.shard(network, blocks, list(network.heads().values()), process, config.precision,
-                  config.sharers(process))
+    heads = list(network.heads().values())
+    split(network, blocks, heads, process, config.precision, config.sharers(process))
 
 
 # ----------------------------------------------------------------------------------------------

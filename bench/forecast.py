@@ -313,8 +313,8 @@ def plan(config: PlanConfig, process: Process) -> dict:
     steps = config.epochs * epoch_steps
     days = steps * batch / rate / 86400
 
-    # What a process of the planned run holds; one of several, since FSDP splits the weights, over
-    # all of them or (HSDP) over those of a node.
+    # What a process of the planned run holds; one of several, since FSDP splits the weights over
+    # all of them, and HSDP over those of a node.
     one_of_them = Process(torch.device("cpu"), world_size=config.gpus,
                           node_size=min(config.gpus, NODE))
     parts = expected_memory(meta_student(config), config, one_of_them, on_gpu=True)

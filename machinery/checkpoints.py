@@ -74,7 +74,7 @@ def digest(path: Path) -> str:
 def whole_state(network: nn.Module) -> dict:
     """The state dict with every tensor whole, on every process.
 
-    Under FSDP (process.shard) each process holds a part of every tensor. They exchange them
+    Under FSDP (machinery/shard.py) each process holds a part of every tensor. They exchange them
     here, so all processes have to call this.
     """
     return dcp_state.get_model_state_dict(

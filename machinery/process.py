@@ -6,7 +6,7 @@
 Idea     A program asks once where it runs, and hands the answer to every function that needs
          it. With one process every exchange gives back what was put in, so the same code runs
          on a laptop and on a cluster.
-Paper    FSDP: PyTorch's fully_shard (Zhao 2023)
+Paper    none
 Try      python -m machinery.process      what this machine would run with
 Change   another kind of accelerator is one entry of `available` in start_process; it runs in
          float32 unless fast_precisions gets a branch for it
@@ -23,13 +23,9 @@ import shutil
 import signal
 import sys
 import threading
-import warnings
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from machinery.flags import UsageError
 
@@ -358,57 +354,6 @@ def peak_memory_gb(device: torch.device) -> float:
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     largest_child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return (own + largest_child) / unit
-
-
-# ----------------------------------------------------------------------------------------------
-# Networks larger than one device
-
-
-def shard(network: nn.Module, cheap: list[nn.Module], exact: list[nn.Module], process: Process,
-          precision: str, together: int):
-    """Split parameters, gradients and moments of a network over processes, in place: FSDP2.
-
-    Without it every process holds all of them. With it each of N processes holds an N-th part
-    of every tensor. When a module is about to run, the processes send each other their parts,
-    so that each has the whole module for a moment, and drop them afterwards.
-
-    Example: a ViT-L has 304 million parameters. In float32 these, their gradients and the two
-    moments of AdamW take 16 bytes each, 4.5 GB in all; over eight processes 0.6 GB each.
-
-    together: how many processes hold one copy. With all of them every part goes over the wires
-    between machines, three times a step. With those of one machine, where GPUs are wired to each
-    other, each machine has a copy, and only gradients go between machines: HSDP. Example, of two
-    machines with two processes each:
-
-        together = 4     processes 0 1 2 3 hold a quarter each
-        together = 2     processes 0 1 hold a half each, 2 3 the same two halves
-
-    network: its modules in the two lists are gathered one at a time, and the rest of it as one
-    more. cheap: sent, and their gradients added up, in the low precision, on GPUs. exact: in
-    float32, as the rest is.
-    """
-    # FSDP warns that outputs of a module are views, for those who write into them. We do not.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-    copies = process.world_size // together
-    if copies == 1:
-        mesh = init_device_mesh(process.device.type, (together,))
-    else:
-        mesh = init_device_mesh(process.device.type, (copies, together),
-                                mesh_dim_names=("replicate", "shard"))
-
-    # Half as many bytes are sent in half the time. On CPUs nothing is lowered: there
-    # LayerNorm refuses parameters of a lower precision than its input. Inputs are not converted
-    # here, because autocast does that for each operation.
-    low = LOW.get(precision) if process.device.type == "cuda" else None
-    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low, cast_forward_inputs=False)
-    for module in cheap:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-
-    # The network itself comes last: it takes what no list has taken. By default PyTorch would
-    # keep this rest gathered after the forward pass, for the backward pass; but a network that
-    # is not trained has none.
-    for module in [*exact, network]:
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@
                                                                             |
                                             https://ui.perfetto.dev  <------+
 
-Idea     Seconds tell how long a step takes, a trace tells why: each operation is a bar on a time
-         line, the host's above and the GPU's below. Gaps in the lower one are where the GPU
-         waits for the host.
+Idea     Seconds tell how long a step takes, a trace tells why: each operation is a bar on a
+         line of time, the host's above and the GPU's below. Gaps in the lower one are where the
+         GPU waits for the host.
 Paper    none
 Try      python train.py --data shapes:64 --epochs 2 --warmup_epochs 0 --profile 2
-Change   what is recorded beside times: the arguments of torch.profiler.profile below
+Change   what is recorded beside times (shapes, memory): the arguments of `profile` below
 Tests    pytest tests/machinery/test_trace.py
 """
 

@@ -2,14 +2,14 @@
 1. Two processes move as one would on the joined batch: centre, Sinkhorn-Knopp (unequal counts,
    padding); ten whole steps of DINO and of DINOv2 (masks, stochastic depth, KoLeo), with DDP
    and with FSDP, in both ways to clip; in bfloat16 near to that.
-2. When one of two processes is asked to stop, both learn of it in the same step, without a group
-   of their own for it; both save and go, and what they saved with FSDP goes on with one process
-   and whole tensors.
+2. When one of two processes is asked to stop, both learn of it in the same step, without a
+   group of their own for it; both save and go, and what they saved with FSDP goes on with one
+   process and whole tensors.
 3. One process goes on as two (DDP), and they as three (FSDP): the same images, crops and
    colours follow, and the same losses.
 4. Features of two processes are those of one, for an odd number of images too.
-5. Four processes as two machines of two (HSDP) move as one, and as FSDP over all four, both ways
-   to clip; each machine has a copy of its own.
+5. Four processes as two machines of two (HSDP) move as one, and as FSDP over all four, in both
+   ways to clip; each machine has a copy of its own.
 
 Whatever two processes can tell is asked in one go, by `two_processes`: starting them is what
 costs time. The tests then compare what they wrote down with what one process finds.
@@ -389,7 +389,7 @@ def four_processes(rank, folder):
     torch.save(out, f"{folder}/{rank}.pt")
 
 
-# Small enough for every step to be clipped: what is clipped wrongly moves too far or not enough.
+# So small that every step is clipped: what is clipped wrongly moves too far or not enough.
 CLIPPED = ("--clip_grad", "0.01")
 
 

@@ -2,8 +2,8 @@
 1. Every preset can be compiled: no function needs more graphs than PyTorch keeps of one, also
    where DDP wraps the student; a convnet is left as it is.
 2. Without a C compiler a run says so and does not compile.
-3. A step of every preset runs on CUDA tensors in bf16 and in fp16: everything is on the GPU, and
-   of the types that are meant.
+3. A step of every preset runs on CUDA tensors in bf16 and in fp16: everything is on the GPU,
+   and of the types that are meant.
 4. Clipping of a whole network and the teacher's average take no kernel for each single tensor;
    what is drawn on the CPU goes to the GPU from pinned memory, without a wait.
 
@@ -36,7 +36,7 @@ CPU = Process(torch.device("cpu"))
 
 
 def small(preset, monkeypatch, **settings):
-    """A preset with all that it is made of, and little of each: three narrow blocks, four images."""
+    """A preset with little of each of its parts: three narrow blocks, four images."""
     for arch in vit.ARCHS.values():
         monkeypatch.setitem(arch, "depth", 3)
         monkeypatch.setitem(arch, "embed_dim", 64)
@@ -161,7 +161,7 @@ class Operations(TorchDispatchMode):
 
 @contextlib.contextmanager
 def as_if_there_were_a_gpu():
-    """Inside, tensors on CUDA have shapes and types but no numbers, and autocast believes in it."""
+    """Inside, tensors on CUDA have shapes and types but no numbers; autocast believes in it."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         for name, value in {
@@ -223,7 +223,7 @@ def step_on_cuda(config):
         batch = dict(global_crops=[None] * G, index=[None] * B)
         step = Step(networks, batch, config, CUDA)
 
-        # The backward pass is C++, which asks the GPU itself. It is left out; gradients are there.
+        # The backward pass is C++, which asks the GPU itself: gradients are just put there.
         def backward(loss):
             for p in step.student.parameters():
                 p.grad = torch.empty_like(p) if p.requires_grad else None
@@ -240,12 +240,12 @@ def step_on_cuda(config):
     ("fp16", "shapes"), ("fp16", "dinov2_vitl14"), *(("bf16", name) for name in KINDS)])
 def test_a_step_on_cuda(preset, precision, monkeypatch):
     config = replace(small(preset, monkeypatch, compile=False), precision=precision)
-    if config.optimizer == "sgd":  # whose fused kernel has no version for tensors without numbers
+    if config.optimizer == "sgd":  # whose fused kernel needs numbers
         config = replace(config, optimizer="lars")
     figures, step, operations = step_on_cuda(config)
     assert all(value.device == CUDA.device for value in figures.values())
     # The table of types: logits come in the low precision, all that is made of them in float32.
-    # Features come from a ViT's last norm, which autocast computes in float32; a convnet has none.
+    # Features come from a ViT's last norm, which autocast computes in float32, or a convnet.
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     seen = {name: {x.dtype for x in tensors} for name, tensors in step.seen.items()}
     assert seen == {

@@ -130,8 +130,8 @@ class Config:
     # -- machine
     device: str = "auto"  # auto (a GPU, if there is one) | cpu | cuda | mps
     precision: Precision = "auto"  # of matrix products; auto: bf16 or fp16 where it is fast
-    # Only where several processes work together; shard.py explains fsdp and hsdp.
-    parallel: Parallel = "ddp"  # a copy of the network per process (ddp), node (hsdp), job (fsdp)
+    # Only where several processes work together; machinery/shard.py explains fsdp and hsdp.
+    parallel: Parallel = "ddp"  # copies of the network: one a process (ddp), a node, or one (fsdp)
     compile: bool | None = None  # fuse the operations of a block by torch.compile [on CUDA]
     activation_checkpointing: bool = False  # recompute activations: less memory, 1/4 slower
     # They read and crop images. Default: as many as there are cores to spare, from 2 to 16.

@@ -125,7 +125,7 @@ def expected_memory(student: nn.Module, config: Config, process: Process,
         largest = max(x.nbytes for x in arguments[0])
 
     # While a GPU computes a step, the crops of the next one are coloured beside it, all of one
-    # size at a time: that takes about three more copies of them. A CPU does one after the other.
+    # size at a time, which takes about three more copies of them. A CPU does both in turn.
     if on_gpu or (on_gpu is None and process.device.type == "cuda"):
         crops = 2 * crops + 3 * largest
 

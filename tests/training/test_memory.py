@@ -2,8 +2,8 @@
 1. The memory that is expected is found without touching a weight, part by part.
 2. Networks, gradients and moments have the size of the weights; what is kept for the backward
    pass grows with the batch and shrinks with activation checkpointing.
-3. Crops, the teacher's logits and the gradient of the student's have the sizes of these tensors;
-   a GPU holds the next batch as well, and what it takes to colour it.
+3. Crops, the teacher's logits and the gradient of the student's have the sizes of these
+   tensors; a GPU holds the next batch as well, and what it takes to colour it.
 4. Batches of the workers that do not fit into shared memory are named, with the flags.
 
 That it is what autograd really keeps is checked in tests/bench/test_count.py.
