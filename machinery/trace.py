@@ -9,7 +9,7 @@ Idea     Seconds tell how long a step takes, a trace tells why: each operation i
          GPU waits for the host.
 Paper    none
 Try      python train.py --data shapes:64 --epochs 2 --warmup_epochs 0 --profile 2
-Change   what is recorded beside times (shapes, memory): the arguments of `profile` below
+Change   what is recorded beside times (shapes, memory): what `traced` asks of the profiler
 Tests    pytest tests/machinery/test_trace.py
 """
 
