@@ -84,6 +84,13 @@ def test_plan_splits_states_with_fsdp():
     fsdp = expected_memory(student, config, eight_processes)
     assert ddp["moments"] == pytest.approx(8 * fsdp["moments"])
     assert ddp["kept for backward"] == fsdp["kept for backward"]
+    in_one_piece = sum(p.nbytes for p in student.backbone.parameters())
+    assert fsdp["backbone in one piece"] == in_one_piece / 2**30
+
+    # HSDP splits them over the processes of one machine.
+    config.parallel = "hsdp"
+    hsdp = expected_memory(student, config, replace(eight_processes, node_size=4))
+    assert ddp["moments"] == pytest.approx(4 * hsdp["moments"])
     parameters = sum(p.numel() for p in student.parameters())
     assert ddp["two networks"] == pytest.approx(8 * parameters / 2**30)
 
