@@ -79,7 +79,7 @@ def graphs(monkeypatch):
     one_pass = functools.cache(functools.partial(torch.compile, backend=count))
     monkeypatch.setattr(losses, "compiled", one_pass)
     monkeypatch.setattr(losses, "COMPILE", False)  # so that it is False again after this test
-    monkeypatch.setitem(losses.CHUNK, "cpu", 3 * 32)  # (n, K) matrices in many chunks, of 3 rows
+    monkeypatch.setitem(losses.CHUNK, "cpu", 3 * 32)  # (n, K) in many chunks, of 3 rows
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
