@@ -41,7 +41,8 @@ from machinery.flags import UsageError, command
 from machinery.process import Process, start_process
 from train import Network
 from training.config import Config as TrainingConfig
-from training.config import check, read_config
+from training.check import check
+from training.config import read_config
 from training.optim import ema_update
 from training.recipes import DISTILLATION
 from vit import ARCHS

@@ -54,7 +54,7 @@ from machinery.checkpoints import (find_checkpoint, live_state, load_checkpoint,
 from machinery.clock import Clock
 from machinery.flags import command, parse, user_errors
 from machinery.process import Process, StopSignal, autocast, side_stream, start_process
-from training.config import Config, check
+from training.config import Config
 from training.log import LogWindow, diagnose, log_line, step_figures
 from training.optim import (OPTIMIZERS, LossScale, clip_gradients, cosine, ema_update, linear,
                             parameter_groups, set_schedule)
@@ -511,6 +511,9 @@ def run(config: Config, build=build, move_teacher=ema_update) -> dict:
     move_teacher(teacher, student, momentum, ok) that changes the second one after each step; ok
     is a tensor, and 0 must change nothing. distill.py brings both.
     """
+    # Imported here, because its rules matter only to who gives a setting that breaks one.
+    from training.check import check
+
     # With --init the weights decide what the network is; `config` has to follow them first.
     if config.init:
         from training.warmstart import config_from_init

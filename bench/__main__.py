@@ -22,7 +22,7 @@ from bench.step import Config, StepConfig, time_step
 from machinery.checkpoints import write_json
 from machinery.flags import UsageError, command, parse, require, user_errors
 from machinery.process import Process, resolve_precision, start_process
-from training.config import check
+from training.check import check
 from training.recipes import PRESETS, auto_scale
 
 # The name of a benchmark -> the function that runs it, and the dataclass of its flags. The

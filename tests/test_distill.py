@@ -30,7 +30,7 @@ from images.data import Views
 from machinery.checkpoints import whole_state
 from machinery.flags import UsageError, parse
 from machinery.process import Process, start_process
-from training.config import check
+from training.check import check
 from training.optim import OPTIMIZERS, parameter_groups
 from training.recipes import DISTILLATION, PRESETS
 from training.warmstart import config_from_init

@@ -1,4 +1,4 @@
-"""Config: every setting of a training run, and what cannot be trained.
+"""Config: every setting of a training run.
 
     Config's defaults  <--  PRESETS[name]  <--  flags on the command line
     (DINO, ViT-S/16)        (recipes.py)        what you say wins
@@ -13,7 +13,6 @@ Tests    pytest tests/training/test_config.py
 """
 
 import json
-import os
 import typing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ from typing import Literal
 from augment import MASK_SHAPES, PHOTOMETRY, Masking, Pixels, pixels_of
 from backbones.convnet import CONVNETS
 from losses import CENTERING
-from machinery.flags import UsageError, require
 from machinery.process import Process, spare_cores
 from training.optim import OPTIMIZERS
 from vit import ARCHS, FFNS, POS_EMBED_RESIZE
@@ -265,200 +263,3 @@ def read_config(file: Path) -> dict:
 
     stored = {name: tuple(v) if type(v) is list else v for name, v in stored.items()}
     return asdict(Config()) | stored
-
-
-# ----------------------------------------------------------------------------------------------
-# What cannot be trained
-
-
-def check(config: Config):
-    """Refuse what cannot work: UsageError with one sentence that names the flag.
-
-    Only what the settings alone can tell. What depends on the images or on a stored run is
-    refused where these are opened.
-    """
-    check_sizes(config)
-    check_pixels(config)
-    check_ranges(config)
-    check_losses(config)
-    check_parallel(config)
-    check_schedule(config)
-
-
-def check_sizes(config: Config):
-    """Refuses crops that are no whole number of patches, and counts and widths of 0."""
-    # Local crops may be left out; then their size does not matter. A convnet takes any size.
-    sizes = ["global_crops_size"]
-    if config.local_crops_number > 0:
-        sizes.append("local_crops_size")
-    p = 1 if config.convnet else config.patch_size
-
-    # The patch embedding is a convolution whose stride is the patch size. It would drop the
-    # rest of a crop without a word.
-    for name in sizes:
-        size = getattr(config, name)
-        if p < 1 or size < p:
-            raise UsageError(f"--{name} {size} is smaller than one patch of --patch_size {p}")
-        if size % p:
-            raise UsageError(
-                f"--{name} {size} is not a multiple of --patch_size {p}; try {size // p * p}")
-    require(config, lambda x: x >= 1, "at least 1", "epochs", "save_every", "log_every", "keep")
-
-    # The upper limits are far above what anybody trains. A number with some zeros too many is
-    # refused here, before the memory for it is asked for.
-    require(config, lambda x: 1 <= x <= 2**20, "1 to 1,048,576", "batch_size_per_gpu",
-            "n_prototypes", "ibot_n_prototypes", "head_hidden_dim", "head_bottleneck_dim",
-            "ibot_head_bottleneck_dim", "head_nlayers", "global_crops_number")
-    require(config, lambda x: x <= 2**14, "at most 16,384", *sizes, "cache_side")
-    require(config, lambda x: x <= 1000, "at most 1,000", "local_crops_number",
-            "num_register_tokens", "num_workers")
-
-
-def check_pixels(config: Config):
-    """Refuses means and deviations that do not fit the channels, and channels without a use."""
-    # A pixel is divided by the standard deviation of its channel.
-    C = config.in_chans
-    require(config, lambda x: 1 <= x <= 1000, "1 to 1,000", "in_chans")
-    require(config, lambda x: len(x) in (0, C), f"{C} numbers, as --in_chans", "mean", "std")
-    require(config, lambda x: all(v <= 1 for v in x), "numbers from 0 to 1", "mean")
-    require(config, lambda x: all(1e-6 <= v <= 1 for v in x), "positive numbers, 1e-6 to 1",
-            "std")
-
-    # A ViT is built for any number of channels. torchvision builds convnets for three only, and
-    # the cache stores three bytes for each pixel.
-    if C != 3 and config.convnet:
-        raise UsageError(
-            f"--in_chans {C}: torchvision's convnets begin with three channels; give a ViT")
-    if C != 3 and config.cache:
-        raise UsageError(f"--in_chans {C}: --cache keeps photographs, bytes of three channels")
-
-
-def check_ranges(config: Config):
-    """Refuses numbers that are outside of their interval."""
-    # Logits are divided by the temperatures, and factors multiply. Beyond these limits the
-    # first step would overflow, and the log could not say which flag is to blame.
-    require(config, lambda x: 1e-4 <= x <= 1000, "0.0001 to 1,000", "teacher_temp",
-            "warmup_teacher_temp", "student_temp")
-    weights = [name for name in vars(config) if name.endswith("_weight")]
-    require(config, lambda x: x <= 1000, "at most 1,000", *weights, "lr", "min_lr",
-            "weight_decay", "weight_decay_end", "layerscale", "patch_embed_lr_mult")
-    require(config, lambda x: 0 < x[0] <= x[1] <= 1, "0 < low <= high <= 1",
-            "global_crops_scale", "local_crops_scale")
-
-    # Momenta and probabilities are shares. With a rate of 1 stochastic depth would drop every
-    # sample, and divide what is left by 0.
-    require(config, lambda x: x <= 1, "at most 1", "momentum_teacher", "final_momentum_teacher",
-            "center_momentum", "mask_probability")
-    require(config, lambda x: x < 1, "below 1", "drop_path_rate")
-    require(config, lambda x: x <= 0.5, "at most 0.5", "val_share")
-    require(config, lambda x: 0 < x <= 1, "above 0, at most 1", "layerwise_decay")
-
-
-def check_losses(config: Config):
-    """Refuses losses that have nothing to compare."""
-    # Every field NAME_weight is the weight of a loss, also those of distill.py. The iBOT loss
-    # needs masks as well, so it is asked by learns_patches.
-    other_weights = [
-        value for name, value in vars(config).items()
-        if name.endswith("_weight") and name != "ibot_weight"]
-    if not (any(other_weights) or config.learns_patches):
-        raise UsageError(
-            "--dino_weight 0 and no other loss: nothing to learn; give --ibot_weight "
-            "(with --mask_probability) or --koleo_weight")
-
-    # The DINO loss never compares a view with itself, and KoLeo looks for the nearest other
-    # image on the same process.
-    if config.dino_weight and config.global_crops_number + config.local_crops_number < 2:
-        raise UsageError(
-            "--global_crops_number 1 --local_crops_number 0: one view has no other to "
-            "match; give at least two crops")
-    if config.koleo_weight and config.batch_size_per_gpu < 2:
-        raise UsageError(
-            "--batch_size_per_gpu 1 leaves KoLeo no other image to keep away from: "
-            "give at least 2, or --koleo_weight 0")
-    if config.learns_patches:
-        check_masks(config)
-
-
-def check_masks(config: Config):
-    """Refuses masks that would hide nothing, or cannot be drawn."""
-    if config.convnet:
-        raise UsageError(
-            f"--arch {config.arch} has no patches to hide: give a ViT, or --ibot_weight 0")
-
-    # The number of masked patches is rounded down. So with few patches and a small share even
-    # the largest mask could be empty, and there would be no iBOT loss.
-    low, high = config.mask_ratio
-    patches = (config.global_crops_size // config.patch_size)**2
-    if not 0 <= low <= high <= 1 or int(patches * high) < 1:
-        raise UsageError(
-            f"--mask_ratio {low} {high}: expected 0 <= low <= high <= 1, and at least "
-            f"one of the {patches} patches of a global crop")
-
-    # The same for the number of crops that get a mask. Example: two global crops of one image,
-    # at a probability of 0.4, are int(0.8) = 0 crops.
-    crops = config.global_crops_number * config.batch_size_per_gpu
-    if int(crops * config.mask_probability) < 1:
-        raise UsageError(
-            f"--mask_probability {config.mask_probability} of {crops} global crops is "
-            "not one crop; raise it or --batch_size_per_gpu, or --ibot_weight 0")
-    if not 1 <= config.mask_min_patches <= max(1, patches // 2):
-        raise UsageError(f"--mask_min_patches {config.mask_min_patches}: expected 1 to "
-                         f"{max(1, patches // 2)}, half of a global crop's {patches} patches")
-
-
-def check_parallel(config: Config):
-    """Refuses networks that cannot be computed twice, or not be split over processes."""
-    # Activation checkpointing computes a block a second time during the backward pass. Each
-    # time BatchNorm would add the batch to its running mean and variance.
-    if config.activation_checkpointing and config.convnet:
-        raise UsageError(
-            "--activation_checkpointing: BatchNorm would count each batch twice; give "
-            "a ViT, or a smaller --batch_size_per_gpu")
-
-    # torchrun sets WORLD_SIZE. Without it there is a single process.
-    if config.parallel == "ddp":
-        return
-    given = f"--parallel {config.parallel}"
-    if "WORLD_SIZE" not in os.environ:
-        raise UsageError(f"{given} splits a network over processes: start it with torchrun "
-                         "--nproc_per_node=N train.py ...")
-
-    # FSDP splits parameters. The running mean and variance of BatchNorm are buffers: each
-    # process would keep its own, of the images that it has seen, and they would drift apart.
-    # (DDP sends those of the main process to all others.)
-    if config.convnet or config.use_bn_in_head:
-        raise UsageError(f"{given}: BatchNorm (--use_bn_in_head, convnets) has statistics "
-                         "that no process owns; give --parallel ddp, or do without it")
-
-    # AdamW changes each number by itself, so each process can change its part of a tensor. LARS
-    # needs the norm of the whole tensor, and torch's fused SGD does not take split ones.
-    if config.optimizer != "adamw":
-        raise UsageError(f"{given} with --optimizer {config.optimizer}: it has no step on "
-                         "split tensors; give --optimizer adamw, or --parallel ddp")
-
-
-def check_schedule(config: Config):
-    """Refuses phases at the start that would last as long as the run."""
-    if config.freeze_backbone_epochs and not config.init:
-        raise UsageError(f"--freeze_backbone_epochs {config.freeze_backbone_epochs}: a random "
-                         "backbone has nothing to keep; give --init")
-    if config.freeze_backbone_epochs >= config.epochs:
-        raise UsageError(
-            f"--freeze_backbone_epochs {config.freeze_backbone_epochs} leaves nothing "
-            f"of --epochs {config.epochs}")
-
-    # Without epochs in which it rises, the first temperature would be ignored without a word.
-    if ("warmup_teacher_temp" in config.given and not config.warmup_teacher_temp_epochs
-            and config.warmup_teacher_temp != config.teacher_temp):
-        raise UsageError(f"--warmup_teacher_temp {config.warmup_teacher_temp} would never be "
-                         "used: give --warmup_teacher_temp_epochs, or --teacher_temp alone")
-
-    # The learning rate falls after the warm-up only, so the run would end at its peak or before
-    # it. --auto_scale chooses a warm-up that fits, later, unless a flag has set it; train.py
-    # calls `check` once more after that.
-    set_by_auto_scale = config.auto_scale and "warmup_epochs" not in config.given
-    if config.warmup_epochs >= config.epochs and not set_by_auto_scale:
-        raise UsageError(
-            f"--warmup_epochs {config.warmup_epochs} leaves nothing of --epochs {config.epochs}"
-        )

@@ -16,8 +16,8 @@ import pytest
 import torch
 from test_weights import KINDS
 
-from backbones.layouts import read_safetensors, read_tensors, to_hf, write_safetensors
-from backbones.weights import load_backbone, read_backbone
+from backbones.layouts import read_safetensors, read_tensors, write_safetensors
+from backbones.weights import load_backbone
 from vit import VisionTransformer
 
 # -- the layouts, written by the test as their libraries write them

@@ -6,7 +6,7 @@ import train
 from bench.step import StepConfig
 from machinery.flags import parse
 from machinery.process import Process
-from training.config import check
+from training.check import check
 from training.recipes import PRESETS
 
 CPU = Process(torch.device("cpu"))

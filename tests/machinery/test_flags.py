@@ -34,7 +34,7 @@ import visualize
 from bench import forecast, stages, step
 from machinery import flags, official
 from machinery.flags import LARGEST, UsageError, command, parse, require, user_errors
-from training.config import check
+from training.check import check
 from training.recipes import DISTILLATION, PRESETS
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,8 @@ import torch
 from augment import PHOTOMETRY
 from machinery.process import Process
 from train import schedules
-from training.config import Config, check
+from training.check import check
+from training.config import Config
 from training.recipes import DISTILLATION, PRESETS, SCALED, auto_scale
 
 

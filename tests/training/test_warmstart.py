@@ -33,7 +33,8 @@ from backbones.layouts import to_hf, write_safetensors
 from backbones.weights import load_backbone
 from evaluation.judge import Judge
 from machinery.flags import UsageError
-from training.config import Config, check
+from training.check import check
+from training.config import Config
 from training.warmstart import config_from_init, init_heads, init_settings
 from vit import ARCHS, VisionTransformer, resize_pos_embed
 
