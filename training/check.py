@@ -8,7 +8,7 @@ Idea     A wrong setting is refused before the first image is read, by one sente
          opened.
 Paper    none
 Try      python train.py --global_crops_size 41
-Change   a new rule is a branch in the function of its subject, all of which check calls
+Change   a new rule is a branch of the function of its subject, such as check_masks
 Tests    pytest tests/training/test_config.py
 """
 
