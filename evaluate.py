@@ -2,7 +2,7 @@
 
     --weights --> backbone, frozen --> features of --data and --val_data --> table, results.json
                                           |
-         evaluation/ knn  linear  logreg  finetune  retrieval  copies  export: a protocol a file
+         evaluation/ knn  linear  logreg  finetune  retrieval  copies  video  export
 
 Idea     A network is judged by what can be read off its features without changing them. So the
          figures say what was learned without labels, and not what labels taught it afterwards.
@@ -15,21 +15,26 @@ Change   a new protocol is one file in evaluation/ with a Config and a `run`, an
 Tests    pytest tests/test_evaluate.py
 """
 
+import copy
 import dataclasses
 import os
 import time
 
-from evaluation import copies, export, finetune, knn, linear, logreg, retrieval
-from evaluation.protocol import Extractor, results_folder
+from evaluation import copies, export, finetune, knn, linear, logreg, retrieval, video
+from evaluation.protocol import Extractor, WeightsConfig, results_folder
 from machinery.checkpoints import write_json
-from machinery.flags import (UsageError, command, did_you_mean, parse, require, user_errors)
+from machinery.flags import UsageError, command, did_you_mean, parse, user_errors
 from machinery.process import resolve_precision, start_process
 
 # Each of these modules has a dataclass Config, its flags, and a function run(extractor), which
 # prints its table and returns its figures; "headline" in them goes on the report card.
 TASKS = {
     "knn": knn, "linear": linear, "logreg": logreg, "finetune": finetune,
-    "retrieval": retrieval, "copies": copies, "features": export}
+    "retrieval": retrieval, "copies": copies, "video": video, "features": export}
+
+# Tasks whose flags `all` does not have. `features` is not on the report card. `video` has a
+# --temperature, as `knn` has, but with another default.
+NOT_FLAGS_OF_ALL = ("video", "features")
 
 
 def run_all(extractor: Extractor) -> dict:
@@ -40,12 +45,18 @@ def run_all(extractor: Extractor) -> dict:
     if extractor.model.pixels.channels != 3:
         left_out.append("copies")
 
+    # Where the images are drawn, videos can be drawn, too. Elsewhere nobody has named any.
+    if not extractor.config.data.startswith("shapes"):
+        left_out.append("video")
+
     results = {}
     card = {}
     for name, task in TASKS.items():
-        if name not in left_out:
-            results[name] = task.run(extractor)
-            card |= results[name].get("headline", {})
+        if name in left_out:
+            continue
+        own_extractor = with_defaults(extractor) if name == "video" else extractor
+        results[name] = task.run(own_extractor)
+        card |= results[name].get("headline", {})
 
     extractor.process.print(f"\nreport card of {extractor.config.weights}")
     for key, value in card.items():
@@ -53,11 +64,23 @@ def run_all(extractor: Extractor) -> dict:
     return results | {"headline": card}
 
 
+def with_defaults(extractor: Extractor) -> Extractor:
+    """The same network with the flags of `video`: its defaults, and what all tasks share."""
+    shared = {}
+    for field in dataclasses.fields(WeightsConfig):
+        shared[field.name] = getattr(extractor.config, field.name)
+
+    # Of images shapes:5000 are 5,000; as many videos would take days.
+    other = copy.copy(extractor)
+    other.config = video.Config(**shared | {"data": "shapes"})
+    return other
+
+
 def config_of_all() -> type:
-    """The dataclass of `all`: the flags of every protocol on the report card."""
+    """The dataclass of `all`: the flags of the protocols on the report card."""
     # A class that inherits from all of them has the fields of all. Several protocols have an
     # --epochs or a --seed: it is one field then, which serves each of them.
-    bases = tuple(task.Config for name, task in TASKS.items() if name != "features")
+    bases = tuple(task.Config for name, task in TASKS.items() if name not in NOT_FLAGS_OF_ALL)
     return dataclasses.make_dataclass("Config", [], bases=bases)
 
 
@@ -100,7 +123,6 @@ def read_flags(config_class: type, name: str, argv: list[str]):
     # A protocol may refuse values in a method `check` of its Config. For `all`, which inherits
     # from every Config, each of these methods has to be called; `config.check()` would call the
     # first one only.
-    require(config, lambda x: x >= 1, "at least 1", "batch_size")
     for base in config_class.__mro__:
         if "check" in vars(base):
             base.check(config)

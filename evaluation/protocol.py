@@ -30,7 +30,7 @@ from images.data import (Images, Sampler, Views, beside_validation, open_images,
                          training_loader)
 from machinery.checkpoints import save_tensors
 from machinery.clock import Progress
-from machinery.flags import UsageError
+from machinery.flags import UsageError, require
 from machinery.process import Process
 
 # ----------------------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ PHOTOGRAPHS = 224  # pixels: the size of the crops in most of the papers' evalua
 
 
 @dataclass
-class NetworkConfig:
+class WeightsConfig:
     """What every protocol needs."""
 
     # -- what to judge
@@ -50,16 +50,27 @@ class NetworkConfig:
                             "student"] = "teacher"  # which network of a training's two
     num_heads: int = 0  # attention heads, for a file that does not tell them; 0: of width 64
     data: str = "shapes"  # images to learn from or to search in: shapes, folder:PATH, CIFAR10
-    data_root: str = "data"  # the folder where torchvision keeps its data sets
-    download: bool = False  # let torchvision fetch the data set
     image_size: int = 0  # side of the images in pixels; 0: the paper's, or a small training's
     # -- machine
-    batch_size: int = 128  # images at once, on all processes together
     device: str = "auto"  # auto | cpu | cuda | mps
     precision: Precision = "auto"  # of matrix products; auto: tf32 on GPUs that have it
-    num_workers: int = 2  # loader processes for each process
     # -- where to
     output_dir: str = ""  # the folder for results.json; empty: evaluations/TASK
+
+
+@dataclass
+class NetworkConfig(WeightsConfig):
+    """For protocols that go through a set of images."""
+
+    # -- what to judge
+    data_root: str = "data"  # the folder where torchvision keeps its data sets
+    download: bool = False  # let torchvision fetch the data set
+    # -- machine
+    batch_size: int = 128  # images at once, on all processes together
+    num_workers: int = 2  # loader processes for each process
+
+    def check(self):
+        require(self, lambda x: x >= 1, "at least 1", "batch_size")
 
 
 @dataclass
@@ -79,7 +90,7 @@ class Labelled:
     class_mapping: str = ""  # a file of lines "class in --val_data, class in --data"
 
 
-def results_folder(config: NetworkConfig, task: str) -> Path:
+def results_folder(config: WeightsConfig, task: str) -> Path:
     """--output_dir, or evaluations/TASK; the folder is created if it does not exist."""
     folder = Path(config.output_dir or f"evaluations/{task}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +124,7 @@ class Extractor:
     size is the side of the crops in pixels; sha256 identifies the weights.
     """
 
-    def __init__(self, config: NetworkConfig, process: Process):
+    def __init__(self, config: WeightsConfig, process: Process):
         # Imported here, because a training run imports this file for the k-NN of its teacher, a
         # network that it has already: it need not know how weights are read.
         from backbones.weights import load_backbone
