@@ -21,6 +21,7 @@ Letters  h w patches down and across, D width, C labels (the background and each
          k neighbours, n masks, H W pixels of a frame.
 """
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -94,7 +95,7 @@ def propagate(queries: Tensor, contexts: list[tuple[Tensor, Tensor]], radius: in
 
 
 def patch_labels(mask: Tensor, grid: tuple[int, int], C: int) -> Tensor:
-    """Mask (H, W) of numbers below C -> labels (h, w, C): 1 for the number of the patch, else 0.
+    """Mask (H, W) of numbers below C -> labels (h, w, C), each 0 or 1.
 
     A patch has the number of the pixel in its middle.
     """
@@ -335,8 +336,10 @@ def open_videos(spec: str, side: int, channels: int) -> list[Video]:
     if name not in VIDEOS:
         raise UsageError(f"--data {spec}: choose from {', '.join(VIDEOS)}, as in davis:PATH")
     videos = VIDEOS[name](argument, side, channels)
+
+    # The layout that was expected is the first line of the docstring.
     if not videos:
-        layout = " ".join(VIDEOS[name].__doc__.split("\n")[0].split()).rstrip(".")
+        layout = VIDEOS[name].__doc__.splitlines()[0].rstrip(".")
         raise UsageError(f"--data {spec}: found no videos; expected {layout}")
     return videos
 
@@ -355,8 +358,12 @@ def number_objects(masks: dict[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]
         numbers from here on      0    1    2   VOID            0    1
         numbers to write          0    3    8                   0    1
     """
-    values = {value for mask in masks.values() for value in mask.unique().tolist()}
+    values = set()
+    for mask in masks.values():
+        values |= set(mask.unique().tolist())
     objects = sorted(values - {0, VOID})
+
+    # A table: the new number of each number that a byte can have.
     new_number = torch.zeros(256, dtype=torch.uint8)
     new_number[VOID] = VOID if objects else 1
     for i, value in enumerate(objects, 1):
@@ -371,6 +378,8 @@ def first_masks(masks: dict[int, Tensor]) -> dict[int, Tensor]:
     Frame -> mask (H, W) of the objects that are new in it, 0 elsewhere. Mostly all objects are
     in the first frame, so that it is the only one.
     """
+    # Of a later frame only the objects that no earlier frame has: all else in it is what has to
+    # be found.
     known = {0, VOID}
     given = {}
     for t, mask in sorted(masks.items()):
@@ -412,11 +421,14 @@ def write_mask(path: Path, mask: Tensor):
 
 
 def overlay(frame: Tensor, mask: Tensor, short: int = 240) -> Image.Image:
-    """A frame in grey with its objects in colour, made smaller: one picture of the animation."""
+    """A frame in grey, made smaller, with its objects in colour: a picture of the animation."""
+    # Without its own colours the frame does not compete with those of the objects.
     grey = in_channels(frame, 3).numpy().mean(0)[..., None].repeat(3, 2)  # (H, W, 3)
     is_object = mask.numpy()[..., None] > 0
     picture = np.where(is_object, grey / 2 + COLOURS[mask.numpy()] / 2, grey)
     image = Image.fromarray(picture.astype(np.uint8))
+
+    # A GIF of whole frames of 480 pixels would have some 20 MB.
     scale = min(1.0, short / min(image.size))
     return image.resize([max(1, round(side * scale)) for side in image.size])
 
@@ -448,6 +460,7 @@ def network_size(height: int, width: int, side: int, patch: int) -> tuple[int, i
     multiple of the patch. Example: a frame of 854 x 480 becomes 832 x 480 with patches of 8,
     and 840 x 476 with patches of 14.
     """
+    # Integers are cut down, as in DINO's code. A square stays a square.
     short = side // patch * patch
     step = 64 if short == 480 and 64 % patch == 0 else patch
     long = max(height, width) * short // min(height, width)
@@ -457,10 +470,14 @@ def network_size(height: int, width: int, side: int, patch: int) -> tuple[int, i
 
 def patch_features(extractor: Extractor, frame: Tensor) -> Tensor:
     """A frame (C, H, W) -> features of its patches (h, w, D), each of unit length."""
+    # The frame is not cropped: its objects may be anywhere.
     model = extractor.model
     size = network_size(*frame.shape[1:], extractor.size, model.patch_size)
     frame = TF.resize(frame, size, TF.InterpolationMode.BILINEAR, antialias=True)
     images = normalise(frame[None].to(extractor.process.device), model.pixels)
+
+    # The class token and the registers belong to no place. Of features of unit length the
+    # product is the cosine. It decides between near neighbours, so it is always in float32.
     with autocast(extractor.config.precision, extractor.process.device):
         patches = model.forward_features(images)["x_norm_patchtokens"][0].float()  # (P, D)
     if not patches.isfinite().all():
@@ -469,53 +486,65 @@ def patch_features(extractor: Extractor, frame: Tensor) -> Tensor:
     return F.normalize(patches, dim=1).unflatten(0, model.grid(images))
 
 
+def judge(mask: Tensor, still: Tensor, truth: Tensor, objects: list[int]) -> dict:
+    """One frame: {"J": a value for each of the objects, "F": ..., "J_still": ...}.
+
+    mask, still and truth are (H, W), numbers of objects; void pixels of the truth do not count.
+    """
+    numbers = torch.tensor(objects)[:, None, None]
+    counts = truth != VOID
+    true_masks = truth == numbers  # (n, H, W)
+    own_masks = (mask == numbers) & counts  # (n, H, W)
+    still_masks = (still == numbers) & counts  # (n, H, W)
+    return {
+        "J": region_similarity(own_masks, true_masks).tolist(),
+        "F": boundary_measure(own_masks, true_masks).tolist(),
+        "J_still": region_similarity(still_masks, true_masks).tolist()}
+
+
 def segment(video: Video, extractor: Extractor, folder: Path, report) -> dict:
     """Follows the objects of one video, writes masks and animation, and judges the masks.
 
     -> object -> {"J": of each judged frame, "F": ..., "J_still": ...}. J_still is J of the
     object's first mask, which stays where it is. report() is called after each frame.
     """
+    # All masks of a video are kept, a byte for each pixel. Frames and features are larger: they
+    # are made one by one, when `follow` asks for them.
     config = extractor.config
     to_write, truths = number_objects({t: video.read_mask(t) for t in video.annotated})
     given = first_masks(truths)
-    frames = range(len(video.frame_names))
-    features = (patch_features(extractor, video.read_frame(t)) for t in frames)
+    last = len(video.frame_names) - 1
+    features = (patch_features(extractor, video.read_frame(t)) for t in range(last + 1))
     masks = follow(features, given, len(to_write), config.n_last_frames,
                    radius=config.size_mask_neighborhood, topk=config.topk,
                    temperature=config.temperature)
 
     (folder / video.name).mkdir(parents=True, exist_ok=True)
-    scores = {}
+    scores = {n: {"J": [], "F": [], "J_still": []} for n in range(1, len(to_write))}
+    objects = []  # those that were given in earlier frames
+    still = torch.zeros_like(given[min(given)])
     pictures = []
-    objects = []  # the numbers of the objects that were given in earlier frames
-    still = None
     for t, mask in enumerate(masks):
-        # The first frame is given, and the last one is left out, as in the toolkit of DAVIS.
-        if t in truths and objects and t < frames[-1]:
-            numbers = torch.tensor(objects)[:, None, None]
-            counts = truths[t] != VOID
-            true_masks = truths[t] == numbers  # (n, H, W)
-            own_masks = (mask == numbers) & counts  # (n, H, W)
-            figures = {
-                "J": region_similarity(own_masks, true_masks),
-                "F": boundary_measure(own_masks, true_masks), "J_still": region_similarity(
-                    (still == numbers) & counts, true_masks)}
-            for name, values in figures.items():
-                for number, value in zip(objects, values.tolist()):
-                    of_object = scores.setdefault(str(int(to_write[number])), {})
-                    of_object.setdefault(name, []).append(value)
+        # An object is judged from the frame after the one in which it was given. As in the
+        # toolkit of DAVIS, the last frame of a video is left out.
+        if t in truths and objects and t < last:
+            for figure, values in judge(mask, still, truths[t], objects).items():
+                for number, value in zip(objects, values):
+                    scores[number][figure].append(value)
         if t in given:
             objects += given[t][given[t] > 0].unique().tolist()
-            still = given[t] if still is None else torch.where(given[t] > 0, given[t], still)
+            still = torch.where(given[t] > 0, given[t], still)
 
+        # The toolkit of DAVIS, or any other, finds the masks by the names of the frames.
         written = to_write[mask.long()]
         write_mask(folder / video.name / f"{video.frame_names[t]}.png", written)
         pictures.append(overlay(video.read_frame(t), written))
         report()
 
+    # Ten frames a second, again and again.
     pictures[0].save(folder / f"{video.name}.gif", save_all=True, append_images=pictures[1:],
                      duration=100, loop=0)
-    return scores
+    return {str(int(to_write[n])): values for n, values in scores.items() if values["J"]}
 
 
 def run(extractor: Extractor) -> dict:
@@ -535,64 +564,69 @@ def run(extractor: Extractor) -> dict:
     side = extractor.size // model.patch_size * model.patch_size
     videos = open_videos(config.data, side, model.pixels.channels)
 
-    # Each process takes every W-th video; all get the figures of all of them.
+    # Each process takes every W-th video. The main process shows how far it is with its own.
     own_videos = videos[process.rank::process.world_size]
     progress = Progress("video", sum(len(v.frame_names) for v in own_videos), process)
-    done = []
+    frames_done = itertools.count(1)
 
     def report():
-        done.append(1)
-        progress(len(done))
+        progress(next(frames_done))
 
+    # The figures of all videos go to all processes, in the order of the videos.
     folder = results_folder(config, "video")
     own_scores = {v.name: segment(v, extractor, folder, report) for v in own_videos}
     scores = {}
     for part in process.all_gather(own_scores):
         scores |= part
-    return tell(extractor, {v.name: scores[v.name] for v in videos}, folder)
+    figures = figures_of({v.name: scores[v.name] for v in videos})
 
-
-def tell(extractor: Extractor, scores: dict, folder: Path) -> dict:
-    """Prints a line for each object; returns the same as a dictionary, with the means.
-
-    scores: video -> object -> the lists of `segment`.
-    """
-    process = extractor.process
-    config = extractor.config
-    process.print(f"video: {len(scores)} videos at {extractor.size} px, the first and the last "
+    process.print(f"video: {len(videos)} videos at {extractor.size} px, the first and the last "
                   f"{config.n_last_frames} frames; masks and animations are in {folder}")
-    columns = [f"{measure} {figure}" for measure in "JF" for figure in over_time([0.0])]
-    columns.append("J still")
-
-    # The figures of an object are over its frames. All objects count the same in the means.
-    figures = {}
-    for name, objects in scores.items():
-        figures[name] = {}
-        for number, values in objects.items():
-            row = {f"J {k}": v for k, v in over_time(values["J"]).items()}
-            row |= {f"F {k}": v for k, v in over_time(values["F"]).items()}
-            figures[name][number] = row | {"J still": over_time(values["J_still"])["mean"]}
     rows = [row for objects in figures.values() for row in objects.values()]
     results = {
         "video": figures,
-        "protocol": f"first and last {config.n_last_frames} frames, {config.size_mask_neighborhood} "
-        f"patches around, top {config.topk}, T = {config.temperature}; J and F without the "
-        "first and the last frame"}
+        "protocol": f"the first and the last {config.n_last_frames} frames, patches at most "
+        f"{config.size_mask_neighborhood} away, top {config.topk}, "
+        f"T = {config.temperature}; judged without first and last frame"}
     if not rows:
         process.print("  no frame but the first and the last one has a mask to judge with")
         return results
 
-    means = {column: sum(row[column] for row in rows) / len(rows) for column in columns}
-    j_and_f = (means["J mean"] + means["F mean"]) / 2
-    process.print(f"  {'video, object':24s}" + "".join(f"{c:>10s}" for c in columns))
+    # All objects count the same, those of a video with many objects, too.
+    means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    process.print(table(figures, means))
+    results |= {"means": means, "J&F": (means["J mean"] + means["F mean"]) / 2}
+    process.print(f"  J&F {results['J&F']:.3f}; \"J still\" is J of an object's first mask, "
+                  "which stays where it is")
+    return results | {"headline": {"video J&F": results["J&F"]}}
+
+
+def figures_of(scores: dict) -> dict:
+    """The lists of `segment` for each video -> video -> object -> figures by name."""
+    figures = {}
+    for name, objects in scores.items():
+        figures[name] = {}
+        for number, values in objects.items():
+            row = {}
+            for measure in ("J", "F"):
+                for figure, value in over_time(values[measure]).items():
+                    row[f"{measure} {figure}"] = value
+            row["J still"] = over_time(values["J_still"])["mean"]
+            figures[name][number] = row
+    return figures
+
+
+def table(figures: dict, means: dict) -> str:
+    """A line for each object, and one for the means, which are those of all objects."""
+    lines = []
     for name, objects in figures.items():
-        for number, row in objects.items():
-            values = "".join(f"{row[c]:10.3f}" for c in columns)
-            process.print(f"  {f'{name}, {number}':24s}{values}")
-    values = "".join(f"{means[c]:10.3f}" for c in columns)
-    process.print(f"  {'mean':24s}{values}\n  J&F {j_and_f:.3f}; \"J still\" is J of the first "
-                  "mask, unmoved")
-    return results | {"means": means, "J&F": j_and_f, "headline": {"video J&F": j_and_f}}
+        lines += [(f"{name}, {number}", row) for number, row in objects.items()]
+    lines.append(("mean", means))
+
+    text = [f"  {'video, object':24s}" + "".join(f"{name:>10s}" for name in means)]
+    for title, row in lines:
+        text.append(f"  {title:24s}" + "".join(f"{value:10.3f}" for value in row.values()))
+    return "\n".join(text)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
    hash of the weights, the data and the time.
 2. Two processes give the figures of one, for sizes that do not divide.
 3. Each task has the flags that its file uses, no other task's, and --help lists these; `all`
-   has those of every protocol, with the same defaults.
+   has those of every protocol but `video`, with the same defaults.
 4. A new line in TASKS is a new task: it runs under its name, and is part of `all`.
 5. Misuse is one line that names the flag, exit code 2.
 """
@@ -25,7 +25,7 @@ import torch
 from conftest import finish, run_evaluate, start
 
 import evaluate
-from evaluation import knn, logreg, protocol
+from evaluation import knn, logreg, protocol, video
 from evaluation.protocol import Extractor
 from machinery.flags import parse
 from machinery.process import Process
@@ -42,7 +42,7 @@ FEW = logreg.PENALTIES[8:28:4]  # some strengths of the penalty, where all 45 wo
 def evaluate_all(rank, backbone, folder):
     """The report card of this process, written into the folder."""
     os.chdir(folder)
-    with patch.object(logreg, "PENALTIES", FEW):
+    with patch.multiple(video, N_DRAWN=3, N_FRAMES=4), patch.object(logreg, "PENALTIES", FEW):
         results = run_evaluate(f"all --weights {backbone} {SMALL}")
     torch.save(results, f"{rank}.pt")
 
@@ -74,6 +74,7 @@ def test_all_tasks(report_cards, small_backbone):
                 assert 0 <= value <= 1 and written["headline"][key] == value
     assert len(written["linear"]["probes"]) == 52 and len(written["logreg"]["chosen_by"]) == 5
     assert len(written["copies"]["copies"]) == 20
+    assert list(written["video"]["video"]) == ["shapes-0", "shapes-1", "shapes-2"]
 
 
 def test_two_processes_give_the_figures_of_one(report_cards):
@@ -154,7 +155,9 @@ def test_help_of_the_program(capsys):
 
 def test_all_has_the_flags_of_every_protocol(small_backbone):
     of_all = {field.name: field for field in dataclasses.fields(evaluate.config_of_all())}
-    protocols = [task.Config for name, task in evaluate.TASKS.items() if name != "features"]
+    protocols = [
+        task.Config for name, task in evaluate.TASKS.items()
+        if name not in ("features", "video")]
     assert set(of_all) == set().union(*map(flags_of, protocols))
     for config_class in protocols:
         for field in dataclasses.fields(config_class):

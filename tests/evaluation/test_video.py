@@ -13,19 +13,25 @@
 
 import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import finish, start
 from PIL import Image
 
 import evaluate
+from backbones.convnet import ConvNet
 from evaluation import video
+from evaluation.protocol import Extractor
 from evaluation.video import (boundary, boundary_measure, first_masks, follow, network_size,
                               number_objects, over_time, propagate, region_similarity, to_mask)
 from images.shapes import video as draw_video
+from machinery.flags import UsageError
+from machinery.process import Process
 
 # -- 1
 
@@ -243,21 +249,28 @@ def davis(tmp_path):
     return tmp_path / "davis"
 
 
-def segment_on_rank(rank, backbone, data, folder):
-    torch.save(run_video(backbone, data, folder), f"{folder}-{rank}.pt")
+def test_davis_on_one_process_and_on_two(small_backbone, davis, tmp_path, monkeypatch):
+    one = run_video(small_backbone, f"davis:{davis}", tmp_path / "one")
 
+    # Two threads in the place of two processes; tests/test_evaluate.py has processes.
+    shares, barrier = {}, threading.Barrier(2, timeout=60)
 
-def test_davis_on_one_process_and_on_two(small_backbone, davis, tmp_path):
-    pair = start(segment_on_rank, small_backbone, f"davis:{davis}", str(tmp_path / "two"))
-    segment_on_rank(0, small_backbone, f"davis:{davis}", str(tmp_path / "one"))
-    finish(pair)
-    one = torch.load(tmp_path / "one-0.pt")
-    for rank in (0, 1):
-        two = torch.load(tmp_path / f"two-{rank}.pt")
-        assert {k: v
-                for k, v in two.items()
-                if k != "minutes"} == {k: v
-                                       for k, v in one.items() if k != "minutes"}
+    def all_gather(process, value):
+        shares[process.rank] = value
+        barrier.wait()
+        return [shares[0], shares[1]]
+
+    def on_rank(rank):
+        process = Process(torch.device("cpu"), rank, 2)
+        config = video.Config(small_backbone, f"davis:{davis}", output_dir=tmp_path / "two")
+        return video.run(Extractor(config, process))
+
+    monkeypatch.setattr(Process, "all_gather", all_gather)
+    with ThreadPoolExecutor(2) as pool:
+        for two in pool.map(on_rank, (0, 1)):
+            assert two == {key: one[key] for key in two}
+    assert list(shares[0]) == ["ant", "car"] and list(shares[1]) == ["bus"]
+
     assert json.loads((tmp_path / "one/results.json").read_text())["video"] == one["video"]
     assert list(one["video"]) == ["ant", "bus", "car"] and one["image_size"] == 96
     means = one["means"]
@@ -370,17 +383,17 @@ def test_broken_data(how, words, small_backbone, tmp_path, capsys):
     ("--data folder:x", "--data folder:x: choose from shapes, davis, frames"),
     ("--data shapes:x", "expected a number of videos"), ("--topk 0", "--topk 0"),
     ("--size_mask_neighborhood 0", "--size_mask_neighborhood 0"),
-    ("--temperature 0", "--temperature 0"), ("--image_size 7", "smaller than one patch of 8"),
-    ("--weights dino_resnet50", "a convnet, which has no patches")])
-def test_misuse(flags, words, small_backbone, tmp_path, monkeypatch, capsys):
-    from backbones import weights
-
-    if "resnet50" in flags:  # its file would have to be downloaded
-        convnet = weights.untrained("dino_resnet50")
-        torch.save(convnet.state_dict(), tmp_path / "resnet50.pth")
-        flags = f"--weights {tmp_path / 'resnet50.pth'}"
+    ("--temperature 0", "--temperature 0"), ("--image_size 7", "smaller than one patch of 8")])
+def test_misuse(flags, words, small_backbone, tmp_path, capsys):
     flags = flags.replace("EMPTY", str(tmp_path)).split()
     with pytest.raises(SystemExit) as stop:
         run_video(small_backbone, "shapes", tmp_path / "out", *flags)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and words in error and error.count("\n") == 1
+
+
+def test_a_convnet_is_refused():
+    extractor = SimpleNamespace(config=video.Config("mine"), process=None,
+                                model=ConvNet("resnet18"))
+    with pytest.raises(UsageError, match="--weights mine: a convnet, which has no patches"):
+        video.run(extractor)
