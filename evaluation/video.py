@@ -14,7 +14,7 @@ Idea     If features tell the parts of objects apart, then the patch of an earli
 Paper    DINO sec. 4.2.2; Jabri 2020 (the propagation); Perazzi 2016 (J and F)
 Try      python -m evaluation.video       how J and F see a disc that is in the wrong place
          python evaluate.py video --weights RUN
-Change   videos from elsewhere are a function that returns Videos, and one line in VIDEOS
+Change   videos from elsewhere are a function that gives a list of Video, and one line in VIDEOS
 Tests    pytest tests/evaluation/test_video.py
 
 Letters  h w patches down and across, D width, C labels (the background and each object),
