@@ -21,6 +21,7 @@ import sys
 import textwrap
 import tokenize
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -541,7 +542,7 @@ TRACED = [
     "vit.py", "heads.py", "losses.py", "augment.py", "backbones/classifier.py",
     "evaluation/extract.py", "evaluation/knn.py", "evaluation/linear.py",
     "evaluation/logreg.py", "evaluation/protocol.py", "evaluation/retrieval.py",
-    "evaluation/copies.py"]
+    "evaluation/copies.py", "evaluation/video.py"]
 
 
 def commented_assignments(name):
@@ -676,6 +677,7 @@ def run_evaluations(model):
     from evaluation.logreg import Logistic
     from evaluation.protocol import random_crops
     from evaluation.retrieval import Scales
+    from evaluation.video import follow, judge, patch_features
     from images.data import open_images
 
     process = Process(torch.device("cpu"))
@@ -690,6 +692,14 @@ def run_evaluations(model):
     for reading in (Blocks(model, 2), Descriptor(model), Scales(model)):
         extract(reading, images, 32, process)
     next(random_crops(images, 32, 2, 2, process))
+
+    model.pixels = images.pixels
+    extractor = SimpleNamespace(model=model, size=32, process=process,
+                                config=SimpleNamespace(precision="fp32"))
+    features = [patch_features(extractor, images.read(i)) for i in range(2)]
+    mask = torch.ones(64, 64, dtype=torch.uint8)
+    masks = list(follow(features, {0: mask}, 2))
+    judge(masks[1], mask, mask, [1])
 
 
 def test_shape_comments_are_true():
