@@ -139,7 +139,7 @@ def follow(features: Iterable[Tensor], given: dict[int, Tensor], C: int, n_last_
         grid = tuple(patches.shape[:2])
         if t == 0:
             mask = nothing
-            labels = patch_labels(nothing.to(patches.device), grid, C)  # (h, w, C)
+            labels = patch_labels(nothing, grid, C).to(patches.device)  # (h, w, C)
         else:
             # Soft labels are handed on, and not the mask: a patch that is half sure stays so.
             labels = propagate(patches, [*certain, *recent], **options)  # (h, w, C)
@@ -148,7 +148,7 @@ def follow(features: Iterable[Tensor], given: dict[int, Tensor], C: int, n_last_
         # The pixels of an object that is marked in this frame are known; the rest stays.
         if t in given:
             mask = torch.where(given[t] > 0, given[t], mask)
-            marked = patch_labels(given[t].to(patches.device), grid, C)  # (h, w, C)
+            marked = patch_labels(given[t], grid, C).to(patches.device)  # (h, w, C)
             labels = torch.where(marked[..., :1] == 0, marked, labels)  # (h, w, C)
         (certain if t == 0 or t in given else recent).append((patches, labels))
         yield mask
@@ -255,7 +255,8 @@ def video_of_files(name: str, frames: Path, masks: Path, channels: int) -> Video
     """
     paths = sorted(p for p in frames.glob("[!.]*") if p.suffix.lower() in EXTENSIONS)
     if len(paths) < 2:
-        raise UsageError(f"--data: {frames} has {len(paths)} frames, expected at least 2")
+        count = "1 image" if paths else "no images"
+        raise UsageError(f"--data: {frames} has {count}, expected at least 2 frames")
     mask_paths = [masks / f"{path.stem}.png" for path in paths]
     annotated = [t for t, path in enumerate(mask_paths) if path.exists()]
 
@@ -580,13 +581,14 @@ def run(extractor: Extractor) -> dict:
         scores |= part
     figures = figures_of({v.name: scores[v.name] for v in videos})
 
-    process.print(f"video: {len(videos)} videos at {extractor.size} px, the first and the last "
-                  f"{config.n_last_frames} frames; masks and animations are in {folder}")
+    process.print(f"video: {len(videos)} videos at {extractor.size} px, labels of the first "
+                  f"frame and of the last {config.n_last_frames}; masks and animations are in "
+                  f"{folder}")
     rows = [row for objects in figures.values() for row in objects.values()]
     results = {
         "video": figures,
-        "protocol": f"the first and the last {config.n_last_frames} frames, patches at most "
-        f"{config.size_mask_neighborhood} away, top {config.topk}, "
+        "protocol": f"labels of the first frame and of the last {config.n_last_frames}, at most "
+        f"{config.size_mask_neighborhood} patches away, top {config.topk}, "
         f"T = {config.temperature}; judged without first and last frame"}
     if not rows:
         process.print("  no frame but the first and the last one has a mask to judge with")
