@@ -18,7 +18,7 @@ Change   videos from elsewhere are a function that gives a list of Video, and on
 Tests    pytest tests/evaluation/test_video.py
 
 Letters  h w patches down and across, D width, C labels (the background and each object),
-         k neighbours, n masks, H W pixels of a frame.
+         c columns near a patch, k neighbours, n masks, H W pixels of a frame.
 """
 
 import itertools
@@ -65,13 +65,18 @@ def propagate(queries: Tensor, contexts: list[tuple[Tensor, Tensor]], radius: in
         weights      .57       .35       .08       exp(cosine / .1), divided by their sum
         mean        (.15, .85)
     """
+    # The columns near each column. Beyond the border of the frame there are none: there the
+    # nearest column that exists stands for them, and is left out below.
     h, w, _ = queries.shape
-    column = torch.arange(w, device=queries.device)
-    far = (column[:, None] - column).abs() > radius  # (w, w)
+    reach = min(radius, w - 1)
+    offset = torch.arange(-reach, reach + 1, device=queries.device)
+    columns = torch.arange(w, device=queries.device)[:, None] + offset  # (w, c)
+    outside = (columns < 0) | (columns >= w)  # (w, c)
+    columns = columns.clamp(0, w - 1)  # (w, c)
 
     # All pairs of patches of two frames of 60 x 104 patches would be 39 million cosines, and
     # there are eight contexts. So the patches of one row are compared at a time, with the rows
-    # near it: 104 patches with 25 x 104 of each context, which is 9 MB for all eight.
+    # near it: 104 patches with 25 x 104 of each context, of which the near columns are kept.
     rows = []
     for y in range(h):
         near = slice(max(0, y - radius), y + radius + 1)
@@ -80,16 +85,21 @@ def propagate(queries: Tensor, contexts: list[tuple[Tensor, Tensor]], radius: in
         for context_features, context_labels in contexts:
             keys = context_features[near].flatten(0, 1)  # (r*w, D)
             cosine = (queries[y] @ keys.T).unflatten(1, (-1, w))  # (w, r, w)
-            cosines.append(cosine.masked_fill(far[:, None], -torch.inf).flatten(1))
-            labels.append(context_labels[near].flatten(0, 1))
+            near_columns = columns[:, None].expand(-1, cosine.shape[1], -1)  # (w, r, c)
+            cosines.append(cosine.gather(2, near_columns))
+            labels.append(context_labels[near])
 
         # The neighbours may be of one context or of several. Where fewer than topk patches are
         # near, the others have the cosine -inf and the weight 0.
-        all_cosines = torch.cat(cosines, 1)  # (w, m)
-        all_labels = torch.cat(labels)  # (m, C)
+        all_cosines = torch.cat(cosines, 1)  # (w, m, c)
+        all_cosines = all_cosines.masked_fill(outside[:, None], -torch.inf).flatten(1)
         top = all_cosines.topk(min(topk, all_cosines.shape[1]))
         weights = (top.values / temperature).softmax(1)  # (w, k)
-        neighbour_labels = all_labels[top.indices]  # (w, k, C)
+
+        # From the place in the flattened table back to row and column, to get the labels there.
+        row = top.indices // len(offset)  # (w, k)
+        column = columns.gather(1, top.indices % len(offset))  # (w, k)
+        neighbour_labels = torch.cat(labels)[row, column]  # (w, k, C)
         rows.append((weights[:, :, None] * neighbour_labels).sum(1))
     return torch.stack(rows)
 
