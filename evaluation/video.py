@@ -597,7 +597,7 @@ def run(extractor: Extractor) -> dict:
     rows = [row for objects in figures.values() for row in objects.values()]
     results = {
         "video": figures,
-        "protocol": f"labels of the first frame and of the last {config.n_last_frames}, at most "
+        "protocol": f"labels of the first frame and the last {config.n_last_frames}, at most "
         f"{config.size_mask_neighborhood} patches away, top {config.topk}, "
         f"T = {config.temperature}; judged without first and last frame"}
     if not rows:
