@@ -1,0 +1,326 @@
+"""Pairs: images, each together with a map that has one number for every pixel of it.
+
+    "shapes" | "pairs:PATH" | "ade20k:PATH" | VOCSegmentation ...
+                  |
+    Pairs: read(i) -> image (C, H, W), map (H, W): the class of each pixel, or metres to it
+
+Idea     Segmentation and depth learn from the same kind of data: a picture, and a second
+         picture of the same size that holds an answer for every pixel. Pixels without an answer
+         are marked in the map itself, by IGNORE for classes and by 0 for metres; no loss and no
+         figure counts them.
+Paper    DINOv2 sec. 7.4 (ADE20k, Cityscapes, Pascal VOC; NYUd, KITTI, SUN RGB-D)
+Try      python -m images.pairs [NAME]      what is in a set of pairs
+Change   a new data set is a function that returns Pairs, and one line in MASKS or DEPTHS
+Tests    pytest tests/images/test_pairs.py
+
+Letters  C channels, H W pixels.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor
+
+from augment import RGB, Pixels
+from images.data import EXTENSIONS, in_channels, read_file
+
+IGNORE = -1  # in a map of classes: this pixel has no answer, and does not count
+
+
+@dataclass
+class Pairs:
+    """Images and their maps, which are read one by one by their numbers 0, 1, 2, ..."""
+
+    name: str  # of the data set, as in --data
+    # number -> image (C, H, W) as images.data.read_file gives it, and its map (H, W): int64
+    # classes with IGNORE, or float32 metres with 0 where nothing was measured.
+    read: Callable[[int], tuple[Tensor, Tensor]]
+    names: list[str]  # one for each pair
+    classes: list[str] | None = None  # of maps of classes: their names, where they are known
+    pixels: Pixels = RGB  # the channels, mean and spread that a network will be fed
+    # Where pairs are drawn: (number, side) -> the same pair, drawn with `side` pixels.
+    draw: Callable[[int, int], tuple[Tensor, Tensor]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        """Pair i; ValueError with its name if the map has another size than the image."""
+        image, map = self.read(i)
+        if image.shape[-2:] != map.shape:
+            raise ValueError(
+                f"{self.names[i]}: an image of {image.shape[-1]} x {image.shape[-2]} pixels "
+                f"with a map of {map.shape[-1]} x {map.shape[-2]}; expected the same size")
+        return image, map
+
+    def drawn_at(self, side: int) -> "Pairs":
+        """The same pairs drawn with `side` pixels, if they are drawn; else as they are."""
+        return replace(self, read=partial(_drawn_pair, self.draw, side)) if self.draw else self
+
+    def subset(self, indices) -> "Pairs":
+        """The pairs of these numbers alone; they are numbered anew, from 0."""
+        indices = [int(i) for i in indices]
+        draw = self.draw and partial(_draw_part, self.draw, indices)
+        return replace(self, read=partial(_read_part, self.read, indices), draw=draw,
+                       names=[self.names[i] for i in indices])
+
+
+# As in images/data.py, what goes to worker processes stands at the top level of the file, where
+# pickle finds it by its name.
+
+
+def _drawn_pair(draw, side: int, i: int):
+    return draw(i, side)
+
+
+def _read_part(read, indices: list[int], i: int):
+    return read(indices[i])
+
+
+def _draw_part(draw, indices: list[int], i: int, side: int):
+    return draw(indices[i], side)
+
+
+# ----------------------------------------------------------------------------------------------
+# Files of maps
+
+
+def read_mask(file: Path, ignore_label: int = 255) -> Tensor:
+    """A picture of class numbers -> (H, W) int64, IGNORE where it has `ignore_label`.
+
+    Its pixels are the numbers themselves: grey of 8 or 16 bits, or indices into a palette.
+    ValueError for a picture of colours.
+    """
+    # The colours of a palette are for the eye. np.asarray gives the indices, which are classes;
+    # converting the picture to RGB or to grey would lose them.
+    with Image.open(file) as image:
+        if len(image.getbands()) > 1:
+            raise ValueError(f"{file}: a mask in colours ({image.mode}); expected one number "
+                             "for each pixel, as grey or with a palette")
+        classes = torch.from_numpy(np.array(image).astype(np.int64))  # (H, W)
+    return classes.masked_fill(classes == ignore_label, IGNORE)
+
+
+def read_depth(file: Path, scale: float = 1000.0) -> Tensor:
+    """Depths -> metres (H, W) float32, 0 where nothing was measured.
+
+    A .npy holds metres. A picture holds integers, of which `scale` are a metre (1000: they are
+    millimetres). 0 and the largest number of 16 bits mean "not measured", as NaN and infinity
+    do in an array. ValueError for colours, and for an array that is not (H, W).
+    """
+    if file.suffix == ".npy":
+        values = np.load(file, allow_pickle=False)
+        metres = values.astype(np.float32)
+    else:
+        with Image.open(file) as image:
+            values = np.array(image)
+        metres = np.where(values == 65535, 0, values).astype(np.float32) / np.float32(scale)
+    if metres.ndim != 2:
+        raise ValueError(f"{file}: an array {metres.shape}, expected one depth for each pixel")
+    metres = np.where(np.isfinite(metres) & (metres > 0), metres, 0).astype(np.float32)
+    return torch.from_numpy(metres)
+
+
+# ----------------------------------------------------------------------------------------------
+# Sets of pairs by name
+#
+# Each function takes (argument, split, root, download, channels, read_map) and returns Pairs.
+# Of "pairs:PATH:val", PATH is the argument and val the split; root and download are --data_root
+# and --download; channels are those of the images; read_map reads the file of a map.
+
+
+def open_folder(kind: str, argument: str, split: str, root: str, download: bool, channels: int,
+                read_map) -> Pairs:
+    """pairs:PATH, the folders PATH/images and PATH/masks, or PATH/depth: `kind` says which.
+
+    A map has the name of its image, but for the ending. Where PATH has a folder of the split's
+    name, as PATH/val/images, that one is meant. A file PATH/classes.txt names the classes, one
+    on each line.
+    """
+    path = Path(argument).expanduser()
+    top = path / split if (path / split).is_dir() else path
+    images = _files(top / "images", EXTENSIONS, f"pairs:{argument}")
+    maps = _files(top / kind, (".png", ".npy", ".tif", ".tiff"), f"pairs:{argument}")
+
+    # Matched by their names without the ending: 0001.jpg belongs to 0001.png.
+    map_of = {Path(name).with_suffix(""): name for name in maps}
+    missing = [name for name in images if Path(name).with_suffix("") not in map_of]
+    if missing or len(map_of) != len(images):
+        first = f"; {missing[0]} has no map" if missing else ""
+        raise ValueError(f"pairs:{argument}: {len(images)} images in {top / 'images'} and "
+                         f"{len(maps)} maps in {top / kind}{first}; expected one map of the "
+                         "same name for each image")
+    files = []
+    for name in images:
+        files.append((top / "images" / name, top / kind / map_of[Path(name).with_suffix("")]))
+
+    # The names of the classes are the same for all splits, so they may lie beside these.
+    classes = None
+    for listed in (top / "classes.txt", path / "classes.txt"):
+        if listed.exists():
+            classes = listed.read_text().split("\n")
+            classes = [line.strip() for line in classes if line.strip()]
+            break
+    return Pairs("pairs", partial(_read_files, files, channels, read_map), images, classes)
+
+
+def open_ade20k(argument: str, split: str, root: str, download: bool, channels: int,
+                read_map) -> Pairs:
+    """ade20k:PATH, the folder ADEChallengeData2016 as it is unpacked: 150 classes."""
+    path = Path(argument).expanduser()
+    part = "training" if split == "train" else "validation"
+    images = _files(path / "images" / part, (".jpg",), f"ade20k:{argument}")
+    files = []
+    for name in images:
+        mask = path / "annotations" / part / Path(name).with_suffix(".png")
+        files.append((path / "images" / part / name, mask))
+    return Pairs("ade20k", partial(_read_files, files, channels, _read_ade20k), images)
+
+
+def _read_ade20k(file: Path) -> Tensor:
+    """0 is "other objects", which has no answer; the classes 1 to 150 become 0 to 149."""
+    return read_mask(file, ignore_label=0).sub(1).clamp(min=IGNORE)
+
+
+def _files(folder: Path, endings: tuple[str, ...], flag: str) -> list[str]:
+    """The names of the files below a folder that end so, sorted; ValueError without any."""
+    names = []
+    for file in folder.rglob("*") if folder.is_dir() else ():
+        if file.suffix.lower() in endings and not file.name.startswith("."):
+            names.append(str(file.relative_to(folder)))
+    if not names:
+        raise ValueError(f"{flag}: no {', '.join(endings)} files in {folder}")
+    return sorted(names)
+
+
+def _read_files(files: list[tuple[Path, Path]], channels: int, read_map, i: int):
+    image, map = files[i]
+    return read_file(image, channels), read_map(map)
+
+
+def open_shapes(kind: str, argument: str, split: str, root: str, download: bool, channels: int,
+                read_map) -> Pairs:
+    """shapes, or shapes:N for N of them: the drawn world has a mask and a depth for each image.
+
+    Masks have the class 0 for the ground and 1 to 10 for the ten kinds of things.
+    """
+    from images.shapes import SIZE, Shapes
+
+    if argument and not argument.isdigit():
+        raise ValueError(f"shapes:{argument}: expected a number of images, or nothing")
+    world = Shapes(split, int(argument or 0) or None)
+    draw = partial(_draw_scene, world, channels, kind)
+    names = [f"{split}-{i:06d}" for i in range(len(world))]
+    classes = ["ground", *world.classes] if kind == "masks" else None
+    return Pairs("shapes", partial(_drawn_pair, draw, SIZE), names, classes, draw=draw)
+
+
+def _draw_scene(world, channels: int, kind: str, i: int, side: int):
+    from images.shapes import render
+
+    image, mask, depth = render(world.scene(i), side)
+    if kind == "depth":
+        map = torch.from_numpy(depth)
+    else:
+        map = torch.from_numpy(mask * np.int64(1 + world.labels[i]))
+    return in_channels(torch.from_numpy(image), channels), map
+
+
+# The segmentation sets of torchvision: how each calls its splits, and what the numbers in its
+# masks mean, as number -> class (a number that is not listed is ignored).
+def _voc(split: str) -> tuple[dict, dict]:
+    # 0 is the background, 1 to 20 are things, 255 the border between them.
+    return dict(image_set=split), {i: i for i in range(21)}
+
+
+def _pets(split: str) -> tuple[dict, dict]:
+    # A "trimap": 1 is the animal, 2 the background, 3 the border between them.
+    options = dict(split="trainval" if split == "train" else "test",
+                   target_types="segmentation")
+    return options, {1: 1, 2: 0}
+
+
+def _cityscapes(split: str) -> tuple[dict, dict]:
+    # 34 numbers, of which 19 are judged; torchvision has the table.
+    classes = {c.id: c.train_id for c in torchvision.datasets.Cityscapes.classes}
+    judged = {i: c for i, c in classes.items() if 0 <= c < 255}
+    return dict(split=split, mode="fine", target_type="semantic"), judged
+
+
+TORCHVISION = {"VOCSegmentation": _voc, "OxfordIIITPet": _pets, "Cityscapes": _cityscapes}
+
+
+def open_torchvision(name: str, argument: str, split: str, root: str, download: bool,
+                     channels: int, read_map) -> Pairs:
+    """A segmentation set of torchvision in --data_root, by its class name."""
+    cls = getattr(torchvision.datasets, name)
+    options, class_of = TORCHVISION[name](split)
+    if "download" in inspect.signature(cls).parameters:
+        options["download"] = download
+    try:
+        dataset = cls(root, **options)
+    except Exception as error:  # each class raises exceptions of its own kind
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{name} in --data_root {root}: {reason}") from None
+
+    # A table from every number of 8 bits to its class.
+    table = torch.full((256,), IGNORE)
+    for number, c in class_of.items():
+        table[number] = c
+    names = [f"{name}-{split}-{i:07d}" for i in range(len(dataset))]
+    return Pairs(name, partial(_read_torchvision, dataset, channels, table), names)
+
+
+def _read_torchvision(dataset, channels: int, table: Tensor, i: int):
+    image, mask = dataset[i]
+    pixels = torchvision.transforms.v2.functional.pil_to_tensor(image.convert("RGB"))
+    return in_channels(pixels, channels), table[torch.from_numpy(np.array(mask)).long()]
+
+
+MASKS = {
+    "shapes": partial(open_shapes, "masks"), "pairs": partial(open_folder, "masks"),
+    "ade20k": open_ade20k}
+MASKS |= {name: partial(open_torchvision, name) for name in TORCHVISION}
+DEPTHS = {"shapes": partial(open_shapes, "depth"), "pairs": partial(open_folder, "depth")}
+
+
+def open_pairs(table: dict, spec: str, read_map, root: str = "data", download: bool = False,
+               flag: str = "--data", pixels: Pixels = RGB) -> Pairs:
+    """NAME[:ARGUMENT][:train or :val] -> Pairs with these pixels, by an entry of MASKS or DEPTHS.
+
+    read_map reads the file of a map: read_mask or read_depth, with its options. A ValueError
+    names the flag, and for an unknown name the choices.
+    """
+    split = "train"
+    before, _, last = spec.rpartition(":")
+    if before and last in ("train", "val"):
+        spec = before
+        split = last
+    name, _, argument = spec.partition(":")
+    if name not in table:
+        raise ValueError(f"{flag} {spec!r}: this task needs a map for each image; choose from "
+                         f"{', '.join(table)} (as in pairs:PATH, with the folders PATH/images "
+                         f"and PATH/{'masks' if table is MASKS else 'depth'})")
+    try:
+        pairs = table[name](argument, split, root, download, pixels.channels, read_map)
+    except ValueError as error:
+        raise ValueError(f"{flag} {error}") from None
+    return replace(pairs, pixels=pixels)
+
+
+if __name__ == "__main__":
+    for spec in sys.argv[1:] or ["shapes:100"]:
+        pairs = open_pairs(MASKS, spec, read_mask)
+        image, mask = pairs[0]
+        shares = torch.bincount(mask[mask != IGNORE]) / mask.numel()
+        listed = ", ".join(f"{c}: {share:.1%}" for c, share in enumerate(shares) if share)
+        print(f"{spec}: {len(pairs):,d} pairs, the first {tuple(image.shape)}, with the "
+              f"classes {listed}")
