@@ -56,6 +56,7 @@ class WeightsConfig:
     precision: Precision = "auto"  # of matrix products; auto: tf32 on GPUs that have it
     # -- where to
     output_dir: str = ""  # the folder for results.json; empty: evaluations/TASK
+    given: tuple[str, ...] = ()  # names of the flags on the command line, set by flags.parse
 
 
 @dataclass

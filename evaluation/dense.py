@@ -1,0 +1,204 @@
+"""Dense: what segmentation and depth share, which is crops of pairs, and large images in parts.
+
+    pair --> the same random resize, crop and mirror for image and map --> batches to learn from
+    large image --> overlapping windows --> their answers, averaged where they overlap
+
+Idea     A head on patch tokens learns from crops of a fixed size, and has to answer for images
+         of any size. An image that is larger than the crops is worked through in windows of
+         their size, so that the network never sees a grid of patches that it did not train on.
+Paper    DINOv2 sec. 7.4, whose heads were trained with mmsegmentation: its random resize and
+         crop, and its sliding window
+Try      python evaluate.py segment --help
+Change   another way to cut crops: PairCrops.__getitem__
+Tests    pytest tests/evaluation/test_dense.py
+
+Letters  B images, C channels, K classes or channels of an answer, H W pixels, s side of a crop.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from augment import Pixels, normalise
+from evaluation.extract import spread
+from evaluation.protocol import Extractor
+from images.data import Sampler
+from images.pairs import Pairs, open_pairs
+from machinery.flags import UsageError
+from machinery.process import Process
+
+
+def side_of_crops(image_size: int, model) -> int:
+    """--image_size, or the side at which the patch tokens of this network are read.
+
+    A network of small images has few patches: 8 x 8 for crops of 64 pixels and patches of 8.
+    Its positions can be resampled, so it is asked at four times the size that it was trained
+    at, up to 320 pixels; one that was trained at more is asked at its own size.
+    """
+    side = image_size or max(model.img_size, min(4 * model.img_size, 320))
+    if side < model.patch_size:
+        raise UsageError(f"--image_size {side} is smaller than one patch of {model.patch_size}")
+    return side
+
+
+def with_recipe(config, recipes: dict[str, dict]):
+    """The config with the settings of its --recipe, except for the flags that were given."""
+    settings = recipes[config.recipe]
+    return replace(config, **{k: v for k, v in settings.items() if k not in config.given})
+
+
+def open_for_patches(extractor: Extractor, table: dict, flag: str, read_map,
+                     size: int) -> Pairs:
+    """The pairs of a flag such as "data"; drawn ones are drawn with `size` pixels.
+
+    UsageError for a network without patch tokens.
+    """
+    config = extractor.config
+    if not hasattr(extractor.model, "blocks"):
+        raise UsageError(
+            f"--weights {config.weights}: a convnet has no patch tokens; this task "
+            "needs a Vision Transformer")
+    pairs = open_pairs(table, getattr(config, flag), read_map, config.data_root,
+                       config.download, f"--{flag}", extractor.model.pixels)
+    return pairs.drawn_at(size)
+
+
+# ----------------------------------------------------------------------------------------------
+# To learn from: random crops
+
+
+class PairCrops(torch.utils.data.Dataset):
+    """Key (epoch, step, index) -> a crop (C, s, s) of an image, and of its map (s, s).
+
+    scale: the range of the short side after the random resize, as multiples of `size`.
+    no_answer: what stands in the map beside the image, where the crop is larger than it.
+    """
+
+    def __init__(self, pairs: Pairs, size: int, scale: tuple[float, float], no_answer: float,
+                 seed: int = 0):
+        self.pairs = pairs
+        self.size = size
+        self.scale = scale
+        self.no_answer = no_answer
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        epoch, _, index = key
+        image, map = self.pairs[index]
+        # As in images.data.Views: the crop depends on the seed, the pass and the image alone.
+        rng = np.random.default_rng([self.seed, epoch, index])
+
+        # Resize. A class between two classes means nothing, and neither does a depth between
+        # that of a thing and that of the wall behind it: so maps take the nearest pixel.
+        side = max(1, round(self.size * rng.uniform(*self.scale)))
+        image, map = resize_short_side(image, map, side)
+
+        # Where the image is smaller than the crop, the rest is filled with the mean colour and
+        # with "no answer".
+        image = fill(image, self.size, mean_colour(image, self.pairs.pixels))
+        map = fill(map[None], self.size, self.no_answer)[0]
+
+        # The same box of both, and mirrored with a chance of 1/2.
+        top = rng.integers(map.shape[0] - self.size + 1)
+        left = rng.integers(map.shape[1] - self.size + 1)
+        box = (..., slice(top, top + self.size), slice(left, left + self.size))
+        image = image[box]
+        map = map[box]
+        if rng.random() < 0.5:
+            return image.flip(-1), map.flip(-1)
+        return image, map
+
+
+def resize_short_side(image: Tensor, map: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Image (C, H, W) and map (H, W) -> both with a short side of `side` pixels."""
+    height, width = map.shape
+    factor = side / min(height, width)
+    shape = [max(side, round(height * factor)), max(side, round(width * factor))]
+    image = TF.resize(image, shape, interpolation=TF.InterpolationMode.BILINEAR, antialias=True)
+    return image, TF.resize(map[None], shape, interpolation=TF.InterpolationMode.NEAREST)[0]
+
+
+def mean_colour(image: Tensor, pixels: Pixels) -> Tensor:
+    """The mean of each channel in the unit of the image, (C, 1, 1): normalised it becomes 0."""
+    mean = torch.tensor(pixels.mean)
+    if image.dtype == torch.uint8:
+        mean = (mean * 255).round().byte()
+    return mean.view(-1, 1, 1).to(image.dtype)
+
+
+def fill(image: Tensor, size: int, value) -> Tensor:
+    """(C, h, w) -> at least `size` high and wide; what is added below and at the right is
+    `value`.
+    """
+    channels, height, width = image.shape
+    if height >= size and width >= size:
+        return image
+    filled = image.new_empty(channels, max(height, size), max(width, size))
+    filled[:] = value
+    filled[:, :height, :width] = image
+    return filled
+
+
+def crop_batches(pairs: Pairs, size: int, scale: tuple[float, float], no_answer: float,
+                 batch_size: int, steps: int, process: Process, num_workers: int = 0,
+                 seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's share of each batch: crops (b, C, s, s), normalised, and maps (b, s, s).
+
+    batch_size counts the crops of all processes together, and the batches are the same for any
+    number of processes.
+    """
+
+    # Every process draws the whole batches, and takes its share of each.
+    batches = Sampler(len(pairs), min(batch_size, len(pairs)), steps, seed=seed)
+    shares = [spread(keys, process) for keys in batches]
+    crops = PairCrops(pairs, size, scale, no_answer, seed)
+    loader = torch.utils.data.DataLoader(crops, batch_sampler=shares, num_workers=num_workers)
+    for images, maps in loader:
+        yield normalise(images.to(process.device), pairs.pixels), maps.to(process.device)
+
+
+# ----------------------------------------------------------------------------------------------
+# To be judged: images of any size
+
+
+def window_starts(length: int, window: int, stride: int) -> list[int]:
+    """Where windows begin so that they cover `length` pixels.
+
+    The last one is moved back to end with the image. Example: 20 pixels, windows of 8, stride
+    5: they begin at 0, 5, 10 and 12 (and not 15, where one would end at 23).
+    """
+    starts = list(range(0, max(length - window, 0), stride))
+    return [*starts, max(length - window, 0)]
+
+
+def in_windows(predict: Callable[[Tensor], Tensor], image: Tensor, window: int,
+               stride: int) -> Tensor:
+    """predict(image (1, C, H, W)) -> (1, K, H, W), asked window by window.
+
+    An image that fits into one window is asked as a whole. Where windows overlap, the answer is
+    the mean of theirs. Only one window is in the network at a time, so memory does not grow
+    with the image, but for the answer itself.
+    """
+    height, width = image.shape[-2:]
+    if height <= window and width <= window:
+        return predict(image)
+    total = None
+    count = image.new_zeros(height, width)
+    for top in window_starts(height, window, stride):
+        for left in window_starts(width, window, stride):
+            box = (..., slice(top, top + window), slice(left, left + window))
+            answer = predict(image[box])
+            if total is None:
+                total = answer.new_zeros(1, answer.shape[1], height, width)
+            total[box] += answer
+            count[box] += 1
+    return total.div_(count)
+
+
+def over_flips(predict: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
+    """The mean of the answers for an image and, turned back, for its mirror image."""
+    return (predict(image) + predict(image.flip(-1)).flip(-1)) / 2

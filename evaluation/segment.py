@@ -1,0 +1,307 @@
+"""Segment: which class every pixel belongs to, by a linear layer on frozen patch tokens.
+
+    crops, masks --> backbone, frozen --> (B, n*D, h, w) --> BatchNorm, 1 x 1 convolution
+                                                               |
+    cross-entropy of every pixel <-- enlarged to the crop <-- logits (B, K, h, w)
+
+    judged: windows (and scales, mirrored) --> classes of all pixels --> mIoU
+
+Idea     A patch token says what stands in its patch, though nobody ever told the network what
+         that is called. A linear layer learns the names; how sharp its maps are shows how much
+         of a place the tokens keep.
+Paper    DINOv2 sec. 7.4: "linear", and "+ms" (--last_blocks 4, several scales)
+Try      python evaluate.py segment --weights RUN
+Change   another head: backbones/dense_heads.py; another protocol: RECIPES
+Tests    pytest tests/evaluation/test_segment.py
+
+Letters  B images, D width, n blocks, h w the grid of patches, H W pixels, K classes.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from augment import normalise
+from backbones.dense_heads import SegmentationHead, Segmenter, at_pixels, read_dense_head
+from backbones.weights import load_strictly
+from evaluation import protocol
+from evaluation.dense import (crop_batches, in_windows, open_for_patches, over_flips,
+                              side_of_crops, with_recipe)
+from evaluation.extract import gather
+from evaluation.protocol import Extractor, results_folder
+from images.pairs import IGNORE, MASKS, Pairs, read_mask
+from machinery.checkpoints import save_tensors
+from machinery.clock import Progress
+from machinery.flags import UsageError, require
+from machinery.process import Process, autocast
+
+# ----------------------------------------------------------------------------------------------
+# The figures
+
+
+def confusion(truth: Tensor, predicted: Tensor, classes: int) -> Tensor:
+    """Counts (K, K): entry (t, p) is how many pixels of class t were taken for class p.
+
+    Pixels whose truth is IGNORE do not count. ValueError for a truth that is no class.
+    """
+    judged = truth != IGNORE
+    truth = truth[judged]
+    if len(truth) and int(truth.max()) >= classes:
+        raise ValueError(f"a mask has the class {int(truth.max())}, and there are {classes}")
+    # A pair (t, p) is one number t*K + p, so that one count of numbers counts all pairs.
+    pairs = truth * classes + predicted[judged]
+    return torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
+
+
+def scores(counts: Tensor) -> dict:
+    """The figures of a confusion matrix (K, K): miou, accuracy, and iou of each class.
+
+    The IoU of a class is the number of pixels in both its truth and its prediction, divided by
+    the number in either. Example with two classes:
+
+                   taken for 0   for 1
+        class 0         6          2      IoU of 0: 6 / (6 + 2 + 1) = .67
+        class 1         1          3      IoU of 1: 3 / (3 + 1 + 2) = .50,  mIoU .58
+
+    A class that is neither there nor predicted has no IoU (None), and does not count.
+    """
+    counts = counts.double()
+    both = counts.diag()  # (K,)
+    either = counts.sum(0) + counts.sum(1) - both
+    iou = both / either  # NaN where a class does not occur
+    occurs = either > 0
+    return {
+        "miou": iou[occurs].mean().item(), "accuracy": (both.sum() / counts.sum()).item(),
+        "iou": [value if there else None for value, there in zip(iou.tolist(), occurs)]}
+
+
+# ----------------------------------------------------------------------------------------------
+# The protocol
+
+# What the papers' protocols set, where no flag says otherwise.
+RECIPES = {
+    # Short enough for a laptop, on a network of small images.
+    "short": {"batch_size": 16},
+    # DINOv2's, for ADE20k, Cityscapes and VOC alike; batch and steps are mmsegmentation's.
+    "linear": {"image_size": 512, "steps": 40_000, "batch_size": 16, "resize": (0.5, 2.0)},
+    "ms": {
+        "image_size": 640, "steps": 40_000, "batch_size": 16, "resize": (0.5, 2.0),
+        "last_blocks": 4, "scales": (1.0, 1.32, 1.73), "flip": True}}
+
+
+@dataclass
+class Config(protocol.NetworkConfig):
+    val_data: str = "shapes:val"  # the pairs that are judged
+    # -- segmentation
+    recipe: Literal[*RECIPES] = "short"  # whose settings: short, or DINOv2's linear or ms
+    ignore_label: int = 255  # the number in a mask of pixels that have no class
+    last_blocks: int = 1  # how many of the last blocks the head reads
+    scales: tuple[float, ...] = (1.0,
+                                 )  # sizes at which an image is judged, their answers averaged
+    flip: bool = False  # judge the mirror image, too
+    steps: int = 300  # of training the head
+    resize: tuple[float,
+                  float] = (1.0, 2.0)  # range of the short side, in crops, before cropping
+    head_lr: float = 1e-3  # peak of the head's learning rate
+    head: str = ""  # judge this head, a file or a released NAME, and train none
+    seed: int = 0  # the seed of the head's first weights, the order of the pairs, and the crops
+
+    def check(self):
+        require(self, lambda x: x >= 1, "at least 1", "last_blocks", "steps")
+        require(self, lambda x: 0 < x[0] <= x[1], "0 < low <= high", "resize")
+        require(self, lambda x: x and all(s > 0 for s in x), "positive numbers", "scales")
+
+
+def has_data(config) -> bool:
+    """Whether --data names pairs with masks, so that `evaluate.py all` can judge by them."""
+    return config.data.partition(":")[0] in MASKS
+
+
+def run(extractor: Extractor) -> dict:
+    """A linear layer on frozen patch tokens names the class of each pixel. DINOv2 sec. 7.4."""
+    config = with_recipe(extractor.config, RECIPES)
+    process = extractor.process
+    size = side_of_crops(config.image_size, extractor.model)
+    read = partial(read_mask, ignore_label=config.ignore_label)
+    train = open_for_patches(extractor, MASKS, "data", read, size)
+    val = open_for_patches(extractor, MASKS, "val_data", read, size)
+    classes = train.classes or count_classes(train, process)
+
+    # The head is read from a file, or trained here.
+    if config.head:
+        segmenter = read_segmenter(config.head, extractor.model, len(classes))
+    else:
+        segmenter = train_segmenter(extractor.model, train, len(classes), size, config, process)
+        if process.main:
+            file = results_folder(config, "segment") / "head.pt"
+            save_tensors(file, segmenter.decode_head.state_dict())
+
+    # Each process judges every W-th image, and their counts are added up: these are integers,
+    # so the figures do not depend on the number of processes.
+    counts = torch.zeros(len(classes), len(classes), dtype=torch.long)
+    report = Progress("segment", len(val), process)
+    shown = []
+    for i in range(process.rank, len(val), process.world_size):
+        image, truth = val[i]
+        predicted = segment(segmenter, image, val.pixels, size, config, process)  # (H, W)
+        counts += confusion(truth, predicted, len(classes))
+        if len(shown) < 4:
+            shown.append((image, truth, predicted))
+        report(i + 1)
+    figures = scores(sum(process.all_gather(counts)))
+
+    # The table: one line for each class.
+    trained = f"head {config.head}" if config.head else f"{config.steps} steps"
+    how = (f"last {len(segmenter.blocks)} blocks, {trained}, crops of {size} px, scales "
+           f"{' '.join(map(str, config.scales))}{', mirrored' if config.flip else ''}")
+    process.print(f"segment: {how}, {len(val):,d} images judged")
+    for name, iou in zip(classes, figures["iou"]):
+        process.print(f"  {name:20s} " + ("-" if iou is None else f"{iou:7.2%}"))
+    process.print(f"  mIoU {figures['miou']:.2%}, accuracy {figures['accuracy']:.2%}")
+    if process.main:
+        draw_page(shown, len(classes), results_folder(config, "segment") / "segment.png")
+    return {
+        "segment": figures | {"classes": list(classes)}, "protocol": how,
+        "headline": {"segmentation, mIoU": figures["miou"]}}
+
+
+def count_classes(pairs: Pairs, process: Process) -> list[str]:
+    """Names for the classes 0, 1, ... up to the largest that occurs in any of the masks."""
+    # The whole set has to be read once for this, where nothing else says how many there are.
+    largest = -1
+    report = Progress("reading masks", len(pairs), process)
+    for i in range(process.rank, len(pairs), process.world_size):
+        largest = max(largest, int(pairs[i][1].max()))
+        report(i + 1)
+    largest = max(process.all_gather(largest))
+    if largest < 0:
+        raise UsageError(
+            "--data: every pixel of every mask is ignored; is --ignore_label right?")
+    return [f"class {c}" for c in range(largest + 1)]
+
+
+def train_segmenter(backbone, train: Pairs, classes: int, size: int, config,
+                    process: Process) -> Segmenter:
+    """A head for this backbone, trained on random crops of `size` pixels."""
+    torch.manual_seed(config.seed)
+    n = config.last_blocks
+    head = SegmentationHead(n * backbone.embed_dim, classes)
+    segmenter = Segmenter(backbone, head, n).to(process.device)
+    optimizer = torch.optim.AdamW(head.parameters(), config.head_lr, weight_decay=1e-4)
+
+    batch = min(config.batch_size, len(train))
+    warmup = min(1500, config.steps // 10)
+    batches = crop_batches(train, size, config.resize, IGNORE, batch, config.steps, process,
+                           config.num_workers, config.seed)
+    report = Progress("training the head", config.steps, process)
+    for step, (images, masks) in enumerate(batches):
+        # Each process runs the backbone on its share. The head sees the whole batch on all of
+        # them, because its BatchNorm needs all of it; it is so small that this costs little.
+        with torch.no_grad(), autocast(config.precision, process.device):
+            features = segmenter.features(images)  # (b, n*D, h, w)
+        features = gather(features.float(), batch, process)  # (B, n*D, h, w)
+        masks = gather(masks, batch, process)  # (B, s, s)
+
+        # The learning rate grows over the warm-up, and then falls on a straight line to 0.
+        rate = min((step + 1) / max(warmup, 1), (config.steps - step) / (config.steps - warmup))
+        for group in optimizer.param_groups:
+            group["lr"] = config.head_lr * min(rate, 1)
+
+        # The loss asks for the class of every pixel. With cross_entropy's mean a batch without
+        # any answer would be 0 / 0, so the sum is divided here.
+        logits = at_pixels(head(features), masks.shape[-2:], backbone.patch_size)
+        loss = F.cross_entropy(logits, masks, ignore_index=IGNORE, reduction="sum")
+        loss = loss / (masks != IGNORE).sum().clamp(min=1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        report(step + 1)
+    return segmenter.eval()
+
+
+@torch.no_grad()
+def segment(segmenter: Segmenter, image: Tensor, pixels, size: int, config,
+            process: Process) -> Tensor:
+    """The class of every pixel of an image (C, H, W), (H, W) on the CPU.
+
+    The image is judged at each of config.scales, where 1 means a short side of `size` pixels,
+    in windows of that size. The probabilities of all scales are averaged at its own size.
+    """
+    height, width = image.shape[-2:]
+    total = 0
+    for scale in config.scales:
+        factor = scale * size / min(height, width)
+        shape = [round(height * factor), round(width * factor)]
+        scaled = TF.resize(image, shape, antialias=True)
+        scaled = normalise(scaled[None].to(process.device), pixels)  # (1, C, H', W')
+
+        def predict(part):
+            with autocast(config.precision, process.device):
+                return segmenter(part).float()
+
+        def in_parts(whole):
+            return in_windows(predict, whole, size, stride=-(-size * 2 // 3))
+
+        logits = over_flips(in_parts, scaled) if config.flip else in_parts(scaled)
+        logits = F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)
+        total = total + logits.softmax(1)
+    return total.argmax(1)[0].cpu()
+
+
+# ----------------------------------------------------------------------------------------------
+# Heads in files, ours and the released ones
+
+
+def read_segmenter(what: str, backbone, classes: int) -> Segmenter:
+    """The backbone with a head of a file; how many blocks it reads follows from its width.
+
+    UsageError for another kind of file, another width, or another number of classes.
+    """
+    try:
+        state = read_dense_head(what)
+        weight = state["conv_seg.weight"]  # (K, n*D, 1, 1)
+    except Exception as error:  # torch.load raises different exceptions for different damage
+        raise UsageError(f"--head {what}: no segmentation head ({error!r:.100})") from None
+    n = weight.shape[1] // backbone.embed_dim
+    if n * backbone.embed_dim != weight.shape[1] or not 1 <= n <= backbone.depth:
+        raise UsageError(f"--head {what} reads {weight.shape[1]} channels, which are no blocks "
+                         f"of a network of width {backbone.embed_dim}")
+    if len(weight) != classes:
+        raise UsageError(f"--head {what} knows {len(weight)} classes, --data has {classes}")
+    head = SegmentationHead(weight.shape[1], classes)
+    load_strictly(head, state, f"--head {what}")
+    return Segmenter(backbone, head, n).to(weight.device).eval()
+
+
+# ----------------------------------------------------------------------------------------------
+# The page
+
+
+def draw_page(shown: list, classes: int, path: Path):
+    """Images, their truth and the prediction, a row each, with one colour for each class."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    # Pixels without an answer are black; the classes share out a map of twenty colours.
+    palette = [plt.get_cmap("tab20")(c % 20)[:3] for c in range(classes)] + [(0, 0, 0)]
+    palette = torch.tensor(palette)
+    fig, axes = plt.subplots(3, len(shown), figsize=(2.6 * len(shown), 7), squeeze=False,
+                             layout="constrained")
+    for column, (image, truth, predicted) in zip(axes.T, shown):
+        column[0].imshow(image[:3].permute(1, 2, 0))
+        column[1].imshow(palette[truth])  # IGNORE is -1: the last colour
+        column[2].imshow(palette[predicted.where(truth != IGNORE, IGNORE)])
+    for row, name in zip(axes, ("image", "truth", "prediction")):
+        row[0].set_ylabel(name)
+        for axis in row:
+            axis.set(xticks=[], yticks=[])
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
