@@ -1,0 +1,239 @@
+"""Depth heads: how far away every pixel is, read off the patch tokens of a frozen backbone.
+
+    tokens of 1 or 4 blocks --> linear layer --> how likely is each of 256 depths --> their mean
+    tokens of 4 blocks --> four maps, fine to coarse --> fused from coarse to fine --> depth (DPT)
+
+Idea     The linear head asks what one patch and the class token know together. DPT adds
+         convolutions, in which neighbouring patches agree on edges and surfaces: the difference
+         between the two is what the head has found, and not the backbone.
+Paper    DINOv2 sec. 7.4 ("lin. 1", "lin. 4", "DPT"); Ranftl 2021 (DPT); Bhat 2021 (bins)
+Try      python evaluate.py depth --weights RUN --depth_head dpt
+Change   another head is a class with the same `forward`, and one line in DEPTH_HEADS
+Tests    pytest tests/backbones/test_depth_heads.py
+
+Letters  B images, D width, h w the grid of patches, n blocks, H W pixels, K = 256 bins.
+"""
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backbones.dense_heads import at_pixels, patch_maps
+
+BINS = 256  # depths that the linear head chooses from
+
+
+def blocks_of(depth: int, n: int) -> list[int]:
+    """The blocks (0-based) that a head on n of them reads: the last, or four spread evenly.
+
+    Example: of 12 blocks 2, 5, 8 and 11. DINOv2's heads for 24 blocks read 4, 11, 17 and 23,
+    which are not quite evenly spread; the released weights want these.
+    """
+    if n == 1:
+        return [depth - 1]
+    if depth == 24:
+        return [4, 11, 17, 23]
+    # The ends of four equal parts. A network of fewer than four blocks has some of them twice.
+    return [max(0, depth * part // 4 - 1) for part in (1, 2, 3, 4)]
+
+
+class LinearDepth(nn.Module):
+    """Patch and class token of n blocks -> depth in metres (B, 1, 4*h, 4*w).
+
+    A linear layer answers with one number for each of 256 depths from `nearest` to `farthest`;
+    what they say together is the mean of these depths, weighted by the numbers. So it can say
+    "2 or 4 metres, not 3", which a single output could not. Its tensors are called conv_depth,
+    as in the released heads.
+    """
+
+    def __init__(self, width: int, n: int, nearest: float = 0.001, farthest: float = 10.0):
+        super().__init__()
+        self.conv_depth = nn.Conv2d(2 * n * width, BINS, 1)
+        self.nearest = nearest
+        self.farthest = farthest
+
+    def forward(self, maps: list[tuple[Tensor, Tensor]]) -> Tensor:
+        # The class token says what kind of place it is: it is joined to every patch.
+        parts = []
+        for patches, cls in maps:
+            parts += [patches, cls[:, :, None, None].expand_as(patches)]
+        scores = self.conv_depth(torch.cat(parts, 1))  # (B, K, h, w)
+
+        # DINOv2's code enlarges the tokens fourfold before its linear layer. A linear layer and
+        # a weighted mean of neighbours can change places, and 256 scores are fewer numbers than
+        # the tokens of four blocks.
+        scores = F.interpolate(scores, scale_factor=4, mode="bilinear", align_corners=False)
+
+        # As shares that sum to 1. The .1 keeps every depth possible, so that a bin whose score
+        # is negative everywhere still has a say; example with three bins: the scores
+        # (-1, 0.3, 0.9) become (0.1, 0.4, 1.0) / 1.5.
+        shares = scores.relu() + 0.1
+        shares = shares / shares.sum(1, keepdim=True)
+        depths = torch.linspace(self.nearest, self.farthest, BINS, device=shares.device)
+        return torch.einsum("bkhw,k->bhw", shares, depths)[:, None]
+
+
+# ----------------------------------------------------------------------------------------------
+# DPT. All names of modules are those of the released heads
+
+
+def conv(inputs: int, outputs: int, side: int, bias: bool = True) -> nn.Module:
+    """A convolution that keeps height and width; its tensors are called conv.weight, ..."""
+    layer = nn.Conv2d(inputs, outputs, side, padding=side // 2, bias=bias)
+    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(OrderedDict(conv=layer))
+
+
+class Reassemble(nn.Module):
+    """Tokens of four blocks -> four maps, of 4, 2, 1 and 1/2 times the grid of patches.
+
+    Early blocks become fine maps with few channels, late ones coarse maps with many, as the
+    stages of a convnet: D/8, D/4, D/2 and D channels.
+    """
+
+    def __init__(self, width: int, channels: list[int]):
+        super().__init__()
+        # The class token is not lost: a layer mixes it into each patch.
+        self.readout_projects = nn.ModuleList([
+            nn.Sequential(nn.Linear(2 * width, width), nn.GELU()) for _ in channels])
+        self.projects = nn.ModuleList([conv(width, c, 1) for c in channels])
+        self.resize_layers = nn.ModuleList([
+            nn.ConvTranspose2d(channels[0], channels[0], 4, stride=4),
+            nn.ConvTranspose2d(channels[1], channels[1], 2, stride=2),
+            nn.Identity(),
+            nn.Conv2d(channels[3], channels[3], 3, stride=2, padding=1)])
+
+    def forward(self, maps: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        outputs = []
+        for i, (patches, cls) in enumerate(maps):
+            rows = patches.flatten(2).transpose(1, 2)  # (B, h*w, D)
+            joined = torch.cat([rows, cls[:, None].expand_as(rows)], 2)  # (B, h*w, 2*D)
+            mixed = self.readout_projects[i](joined)  # (B, h*w, D)
+            grid = mixed.transpose(1, 2).reshape(patches.shape)  # (B, D, h, w)
+            outputs.append(self.resize_layers[i](self.projects[i](grid)))
+        return outputs
+
+
+class ResidualConv(nn.Module):
+    """x + two convolutions of x, each after a ReLU."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1 = conv(channels, channels, 3, bias=False)
+        self.conv2 = conv(channels, channels, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(self.conv1(x.relu()).relu())
+
+
+class Fusion(nn.Module):
+    """A coarse map, and the next finer one -> both together, twice as large."""
+
+    def __init__(self, channels: int, first: bool = False):
+        super().__init__()
+        self.project = conv(channels, channels, 1)
+        # The coarsest map has nothing to be joined with.
+        self.res_conv_unit1 = None if first else ResidualConv(channels)
+        self.res_conv_unit2 = ResidualConv(channels)
+
+    def forward(self, x: Tensor, finer: Tensor | None = None) -> Tensor:
+        if finer is not None:
+            # With an odd grid the sizes differ by one: 5 patches halve to 3 and double to 6.
+            finer = F.interpolate(finer, x.shape[-2:], mode="bilinear", align_corners=False)
+            x = x + self.res_conv_unit1(finer)
+        x = self.res_conv_unit2(x)
+        x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+        return self.project(x)
+
+
+class Enlarge(nn.Module):
+    """Twice the height and width, bilinearly."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+
+
+class DepthOutput(nn.Module):
+    """The fused map -> one number for each place, at twice the size."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.head = nn.Sequential(nn.Conv2d(channels, channels // 2, 3, padding=1), Enlarge(),
+                                  nn.Conv2d(channels // 2, 32, 3, padding=1), nn.ReLU(),
+                                  nn.Conv2d(32, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+
+class DPT(nn.Module):
+    """Patch and class token of four blocks -> depth in metres (B, 1, 16*h, 16*w). Ranftl 2021.
+
+    Of an odd h it is 16*(h + 1), as the coarsest map has half a row more; so for w.
+
+    channels: of the maps that are fused; the released heads have 256.
+    """
+
+    def __init__(self, width: int, channels: int = 256, nearest: float = 0.001,
+                 farthest: float = 10.0):
+        super().__init__()
+        widths = [width // 8, width // 4, width // 2, width]
+        self.reassemble_blocks = Reassemble(width, widths)
+        self.convs = nn.ModuleList([conv(w, channels, 3, bias=False) for w in widths])
+        self.fusion_blocks = nn.ModuleList([
+            Fusion(channels, first=i == 0) for i in range(len(widths))])
+        self.project = conv(channels, channels, 3)
+        self.conv_depth = DepthOutput(channels)
+        self.nearest = nearest
+        self.farthest = farthest
+
+    def forward(self, maps: list[tuple[Tensor, Tensor]]) -> Tensor:
+        maps = self.reassemble_blocks(maps)
+        maps = [layer(x) for layer, x in zip(self.convs, maps)]
+
+        # From coarse to fine: each fusion doubles the size and brings in the next finer map.
+        fused = self.fusion_blocks[0](maps[3])
+        for fusion, finer in zip(self.fusion_blocks[1:], maps[2::-1]):
+            fused = fusion(fused, finer)
+        return self.conv_depth(self.project(fused).relu()).relu() + self.nearest
+
+
+# Name -> (blocks that it reads, (width, nearest, farthest) -> the head).
+DEPTH_HEADS = {
+    "linear": (1, lambda width, *ends: LinearDepth(width, 1, *ends)),
+    "linear4": (4, lambda width, *ends: LinearDepth(width, 4, *ends)),
+    "dpt": (4, lambda width, nearest, farthest: DPT(width, nearest=nearest, farthest=farthest))}
+
+
+class Depther(nn.Module):
+    """A frozen backbone and a depth head: images (B, C, H, W) -> metres (B, 1, H, W).
+
+    head: a name of DEPTH_HEADS; nearest and farthest: the range of depths in metres.
+    """
+
+    def __init__(self, backbone: nn.Module, head: str, nearest: float = 0.001,
+                 farthest: float = 10.0):
+        super().__init__()
+        n, build = DEPTH_HEADS[head]
+        self.backbone = backbone
+        self.decode_head = build(backbone.embed_dim, nearest, farthest)
+        self.blocks = blocks_of(backbone.depth, n)
+
+    def features(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What the head reads: (patch tokens (B, D, h, w), class token (B, D)) of its blocks.
+
+        Without the final norm, with which the released heads were not trained.
+        """
+        # A network of fewer than four blocks has some of the four twice, but gives each once.
+        distinct = sorted(set(self.blocks))
+        maps = dict(zip(distinct, patch_maps(self.backbone, images, distinct, norm=False)))
+        return [maps[block] for block in self.blocks]
+
+    def forward(self, images: Tensor) -> Tensor:
+        head = self.decode_head
+        metres = head(self.features(images)).clamp(head.nearest, head.farthest)
+        return at_pixels(metres, images.shape[-2:], self.backbone.patch_size)

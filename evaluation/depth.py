@@ -1,0 +1,334 @@
+"""Depth: how many metres away every pixel is, by a head on frozen patch tokens.
+
+    crops, depths --> backbone, frozen --> tokens of 1 or 4 blocks --> head --> metres (B, 1, H, W)
+                                                                        |
+              scale-invariant error of the logarithms, and of their slopes (measured pixels alone)
+
+Idea     One picture does not say how large things are; a network that knows what it sees does.
+         So depth shows whether patch tokens know of surfaces and sizes, which no label of an
+         image asks for.
+Paper    DINOv2 sec. 7.4 ("lin. 1", "lin. 4", "DPT"); Eigen 2014 (the loss and the figures)
+Try      python evaluate.py depth --weights RUN --depth_head linear4
+Change   another head: DEPTH_HEADS in backbones/depth_heads.py; another data set's settings:
+         RECIPES
+Tests    pytest tests/evaluation/test_depth.py
+
+Letters  B images, H W pixels, n measured pixels.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from augment import normalise
+from backbones.dense_heads import at_pixels, read_dense_head
+from backbones.depth_heads import DEPTH_HEADS, Depther
+from evaluation import protocol
+from evaluation.dense import (crop_batches, open_for_patches, over_flips, side_of_crops,
+                              with_recipe)
+from evaluation.extract import gather
+from evaluation.protocol import Extractor, results_folder
+from images.pairs import DEPTHS, Pairs, read_depth
+from machinery.checkpoints import save_tensors
+from machinery.clock import Progress
+from machinery.flags import UsageError, require
+from machinery.process import Process, autocast
+from training.optim import cosine
+
+# ----------------------------------------------------------------------------------------------
+# The loss
+
+
+def sig_loss(predicted: Tensor, truth: Tensor, warm_up: bool = False) -> Tensor:
+    """The scale-invariant error of the logarithms of depths, over the measured pixels.
+
+    With g = log predicted - log truth: sqrt(variance of g + 0.15 * (mean of g)^2). Eigen 2014.
+    A prediction that is right but for one factor has a variance of 0, and pays for the factor
+    only .15 of what it would: shape matters more than scale. warm_up: the mean alone, with
+    which training begins, because scale is what has to be found first.
+
+    Example: predicted 2 and 4 where 1 and 2 are true. g = (log 2, log 2), its variance is 0,
+    and the loss is sqrt(.15) * log 2 = .27.
+    """
+    measured = truth > 0
+    g = (predicted[measured] + 1e-3).log() - (truth[measured] + 1e-3).log()  # (n,)
+    # Fewer than two measured pixels have no variance. A sum over nothing is 0, and has the
+    # gradient 0.
+    if len(g) < 2:
+        return predicted.sum() * 0
+    scale_error = 0.15 * g.mean()**2
+    # sqrt has an infinite slope at 0: the small number keeps the gradient finite.
+    return (scale_error + (0 if warm_up else g.var()) + 1e-12).sqrt()
+
+
+def gradient_loss(predicted: Tensor, truth: Tensor) -> Tensor:
+    """How much the slopes of the log-depths (B, H, W) differ, at four coarsenesses.
+
+    It asks for edges where the truth has them. The slope is the difference of pixels that are
+    two apart, across and down; the maps are taken whole, and every 2nd, 4th and 6th pixel.
+    DINOv2's code writes this sum, but takes it along the wrong axes, where it is 0 for batches
+    of up to two images on each GPU; here it is along height and width.
+    """
+    total = 0
+    for step in (1, 2, 4, 6):
+        d = truth[:, ::step, ::step]
+        measured = d > 0
+        g = (predicted[:, ::step, ::step] + 1e-3).log() - (d + 1e-3).log()
+        g = g.where(measured, 0)  # (B, H', W')
+        # A slope counts where both of its pixels were measured.
+        down = (g[:, 2:] - g[:, :-2]).abs() * (measured[:, 2:] & measured[:, :-2])
+        across = (g[:, :, 2:] - g[:, :, :-2]).abs() * (measured[:, :, 2:] & measured[:, :, :-2])
+        total = total + (down.sum() + across.sum()) / measured.sum().clamp(min=1)
+    return total
+
+
+# ----------------------------------------------------------------------------------------------
+# The figures
+
+
+def errors(predicted: Tensor, truth: Tensor) -> dict[str, float] | None:
+    """The figures of one image, over its measured pixels; None if it has none. Eigen 2014.
+
+    rmse, in metres; abs_rel, the mean of |p - t| / t; log10, the mean of |log10 p - log10 t|;
+    delta1, delta2, delta3: the share of pixels where the larger of p and t is less than 1.25,
+    1.25^2, 1.25^3 times the smaller.
+    """
+    measured = truth > 0
+    if not measured.any():
+        return None
+    p = predicted[measured].double()
+    t = truth[measured].double()
+    ratio = torch.maximum(p / t, t / p)
+    figures = {
+        "rmse": (p - t).square().mean().sqrt(), "abs_rel": ((p - t).abs() / t).mean(),
+        "log10": (p.log10() - t.log10()).abs().mean()}
+    for power in (1, 2, 3):
+        figures[f"delta{power}"] = (ratio < 1.25**power).double().mean()
+    return {name: value.item() for name, value in figures.items()}
+
+
+# Which part of an image is judged, as shares of its height and width: (top, bottom, left,
+# right). The borders of NYU's depths were filled in, and KITTI's laser sees no sky.
+CROPS = {
+    "none": (0.0, 1.0, 0.0, 1.0), "nyu": (45 / 480, 471 / 480, 41 / 640, 601 / 640),
+    "eigen": (0.3324324, 0.91351351, 0.0359477, 0.96405229),
+    "garg": (0.40810811, 0.99189189, 0.03594771, 0.96405229)}
+
+
+def only_inside(truth: Tensor, crop: str) -> Tensor:
+    """The truth (H, W) with "not measured" outside of a crop of CROPS."""
+    height, width = truth.shape
+    top, bottom, left, right = CROPS[crop]
+    kept = torch.zeros_like(truth)
+    box = (slice(int(top * height),
+                 int(bottom * height)), slice(int(left * width), int(right * width)))
+    kept[box] = truth[box]
+    return kept
+
+
+# ----------------------------------------------------------------------------------------------
+# The protocol
+
+# What the papers' protocols set, where no flag says otherwise.
+RECIPES = {
+    # Short enough for a laptop, on a network of small images.
+    "short": {"batch_size": 8},
+    # NYU Depth v2: millimetres, rooms of up to 10 metres, crops of 480 x 640 pixels there.
+    "nyu": {
+        "batch_size": 16, "steps": 38_400, "image_size": 480, "flip": True,
+        "depth_scale": 1000.0, "farthest": 10.0, "judged_part": "nyu", "head_lr": 1e-4},
+    # KITTI: 256 units are a metre, streets of up to 80 metres, judged in Eigen's crop.
+    "kitti": {
+        "batch_size": 16, "steps": 38_400, "image_size": 352, "flip": True,
+        "depth_scale": 256.0, "farthest": 80.0, "judged_part": "eigen", "head_lr": 1e-4},
+    # SUN RGB-D, judged by a head that was trained on NYU (--head): 8,000 units are a metre.
+    "sun": {"image_size": 480, "flip": True, "depth_scale": 8000.0, "farthest": 10.0}}
+
+
+@dataclass
+class Config(protocol.NetworkConfig):
+    val_data: str = "shapes:val"  # the pairs that are judged
+    # -- depth
+    recipe: Literal[*RECIPES] = "short"  # whose settings: short, or a data set's in the paper
+    depth_head: Literal[*DEPTH_HEADS] = "linear"  # the head: linear, on 1 or 4 blocks, or DPT
+    depth_scale: float = 1000.0  # units of a depth picture that are a metre; .npy is in metres
+    nearest: float = 0.001  # the smallest depth that is predicted, in metres
+    farthest: float = 10.0  # the largest; what was measured beyond it does not count
+    judged_part: Literal[*CROPS] = "none"  # which part of an image is judged
+    flip: bool = False  # judge the mirror image, too, and take the mean
+    steps: int = 300  # of training the head
+    head_lr: float = 1e-3  # peak of the head's learning rate
+    head: str = ""  # judge this head, a file or a released NAME, and train none
+    seed: int = 0  # the seed of the head's first weights, the order of the pairs, and the crops
+
+    def check(self):
+        require(self, lambda x: x >= 1, "at least 1", "steps")
+        require(self, lambda x: x > 0, "a positive number", "depth_scale", "nearest", "head_lr")
+        require(self, lambda x: x > self.nearest, "more than --nearest", "farthest")
+
+
+def has_data(config) -> bool:
+    """Whether --data names pairs with depths, so that `evaluate.py all` can judge by them."""
+    return config.data.partition(":")[0] in DEPTHS
+
+
+def run(extractor: Extractor) -> dict:
+    """A head on frozen tokens tells the depth of each pixel, in metres. DINOv2 sec. 7.4."""
+    config = with_recipe(extractor.config, RECIPES)
+    process = extractor.process
+    size = side_of_crops(config.image_size, extractor.model)
+    read = partial(read_depth, scale=config.depth_scale)
+    train = open_for_patches(extractor, DEPTHS, "data", read, size)
+    val = open_for_patches(extractor, DEPTHS, "val_data", read, size)
+
+    depther = Depther(extractor.model, config.depth_head, config.nearest, config.farthest)
+    depther = depther.to(process.device)
+    if config.head:
+        load_head(depther, config.head)
+    else:
+        train_head(depther, train, size, config, process)
+        if process.main:
+            file = results_folder(config, "depth") / "head.pt"
+            save_tensors(file, depther.decode_head.state_dict())
+
+    # Each process judges every W-th image. The figures of all of them are put in the order of
+    # the images before their mean is taken, so that it is the same for any number of processes.
+    own = {}
+    shown = []
+    report = Progress("depth", len(val), process)
+    for i in range(process.rank, len(val), process.world_size):
+        image, truth = val[i]
+        truth = truth.where(truth <= config.farthest, 0)
+        predicted = metres_of(depther.eval(), image, val.pixels, size, config, process)
+        own[i] = errors(predicted, only_inside(truth, config.judged_part))
+        if len(shown) < 4:
+            shown.append((image, truth, predicted))
+        report(i + 1)
+    by_image = {}
+    for part in process.all_gather(own):
+        by_image |= part
+    rows = [by_image[i] for i in sorted(by_image) if by_image[i]]
+    if not rows:
+        raise UsageError(f"--val_data {config.val_data}: no pixel of any image was measured "
+                         f"below --farthest {config.farthest:g} metres")
+    figures = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+    trained = f"head {config.head}" if config.head else f"{config.steps} steps"
+    how = f"{config.depth_head}, {trained}, crops of {size} px, {len(rows):,d} images judged"
+    listed = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+    process.print(f"depth: {how}\n  {listed} (rmse in metres)")
+    if process.main:
+        draw_page(shown, results_folder(config, "depth") / "depth.png")
+    return {"depth": figures, "protocol": how, "headline": {"depth, delta1": figures["delta1"]}}
+
+
+def train_head(depther: Depther, train: Pairs, size: int, config, process: Process):
+    """Train the head on random crops of `size` pixels; the backbone stays as it is."""
+    torch.manual_seed(config.seed)
+    fresh = Depther(depther.backbone, config.depth_head, config.nearest, config.farthest)
+    depther.decode_head = fresh.decode_head.to(process.device)
+    head = depther.decode_head
+    optimizer = torch.optim.AdamW(head.parameters(), config.head_lr, weight_decay=0.01)
+
+    # No random resize: a thing that is drawn larger would have to be nearer.
+    batch = min(config.batch_size, len(train))
+    batches = crop_batches(train, size, (1.0, 1.0), 0.0, batch, config.steps, process,
+                           config.num_workers, config.seed)
+    report = Progress("training the head", config.steps, process)
+    for step, (images, truth) in enumerate(batches):
+        # As in segment.py: each process runs the backbone on its share of the crops, and the
+        # head learns from the whole batch on all of them.
+        with torch.no_grad(), autocast(config.precision, process.device):
+            maps = depther.features(images)
+        gathered = []
+        for patches, cls in maps:
+            gathered.append((gather(patches.float(), batch,
+                                    process), gather(cls.float(), batch, process)))
+        truth = gather(truth, batch, process)  # (B, s, s)
+        truth = truth.where(truth <= config.farthest, 0)
+
+        # The loss is taken at the size of the crop, as it will be judged.
+        metres = at_pixels(head(gathered), truth.shape[-2:], depther.backbone.patch_size)[:, 0]
+        warm_up = step < min(100, config.steps // 10)
+        loss = sig_loss(metres, truth, warm_up) + 0.5 * gradient_loss(metres, truth)
+        rate = cosine(step, config.head_lr, 0.0, config.steps, config.steps // 10)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(head.parameters(), 35.0)
+        optimizer.step()
+        report(step + 1)
+
+
+def load_head(depther: Depther, what: str):
+    """Put the tensors of a file, or of a released head, in place; UsageError if they do not fit.
+    """
+    from backbones.weights import load_strictly
+
+    try:
+        state = read_dense_head(what)
+    except Exception as error:  # torch.load raises different exceptions for different damage
+        raise UsageError(f"--head {what}: no readable head ({error!r:.100})") from None
+    try:
+        load_strictly(depther.decode_head, state, f"--head {what}")
+    except ValueError as error:
+        raise UsageError(f"{error}; is --depth_head the right one?") from None
+
+
+@torch.no_grad()
+def metres_of(depther: Depther, image: Tensor, pixels, size: int, config,
+              process: Process) -> Tensor:
+    """The depth of every pixel of an image (C, H, W), in metres, (H, W) on the CPU.
+
+    The image is judged as a whole, with a short side of `size` pixels.
+    """
+    height, width = image.shape[-2:]
+    factor = size / min(height, width)
+    shape = [round(height * factor), round(width * factor)]
+    scaled = TF.resize(image, shape, antialias=True)
+    scaled = normalise(scaled[None].to(process.device), pixels)  # (1, C, H', W')
+
+    def predict(images):
+        with autocast(config.precision, process.device):
+            return depther(images).float()
+
+    metres = over_flips(predict, scaled) if config.flip else predict(scaled)
+    metres = F.interpolate(metres, (height, width), mode="bilinear", align_corners=False)
+    return metres[0, 0].cpu()
+
+
+def draw_page(shown: list, path: Path):
+    """Images, truth, prediction, and by how much they differ: a column for each image."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    # One scale of colours for truth and prediction of all images. NaN stays white: there
+    # nothing was measured.
+    farthest = max(truth.max().item() for _, truth, _ in shown)
+    fig, axes = plt.subplots(4, len(shown), figsize=(2.6 * len(shown), 8.4), squeeze=False,
+                             layout="constrained")
+    for column, (image, truth, predicted) in zip(axes.T, shown):
+        known = truth.where(truth > 0, math.nan)
+        column[0].imshow(image[:3].permute(1, 2, 0))
+        for axis, metres in zip(column[1:], (known, predicted)):
+            depth = axis.imshow(metres, cmap="viridis_r", vmin=0, vmax=farthest)
+        error = column[3].imshow((predicted - known).abs(), cmap="magma", vmin=0,
+                                 vmax=farthest / 4)
+    fig.colorbar(depth, ax=axes[1:3, -1], label="metres")
+    fig.colorbar(error, ax=axes[3, -1], label="metres")
+    for row, name in zip(axes, ("image", "truth", "prediction", "difference")):
+        row[0].set_ylabel(name)
+        for axis in row:
+            axis.set(xticks=[], yticks=[])
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
