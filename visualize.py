@@ -31,6 +31,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from augment import RGB, Pixels, center_crop, normalise
 from backbones.weights import load_backbone
+from evaluation.masks import class_attention, top_mass
 from images.data import read_file
 from machinery.flags import (UsageError, command, did_you_mean, near_path, parse, require,
                              user_errors)
@@ -51,47 +52,7 @@ def pyplot():
 
 
 # ----------------------------------------------------------------------------------------------
-# Attention maps: from images to numbers
-
-
-@torch.no_grad()
-def class_attention(model: VisionTransformer, images: Tensor, block: int = -1,
-                    pixels: Pixels = RGB) -> Tensor:
-    """Images (B, C, H, W) -> how much the class token attends to each patch, (B, nh, h, w).
-
-    The columns of the class token itself and of the registers are left out. So a map adds up to
-    less than one: the rest of the attention went to those tokens.
-    """
-    # Row 0 of the attention matrix belongs to the class token. The columns are in the order of
-    # the tokens: class token, registers, then the patches row by row.
-    attention = model.get_attention(normalise(images, pixels), block)  # (B, nh, N, N)
-    h, w = model.grid(images)
-    first_patch = 1 + model.num_register_tokens
-    return attention[:, :, 0, first_patch:].unflatten(2, (h, w))
-
-
-def top_mass(attention: Tensor, share: float = 0.6) -> Tensor:
-    """The smallest set of patches that holds `share` of each map's mass: bool, (..., h, w).
-
-    Example with four patches and a share of .6:
-
-        attention, sorted upwards     .1   .2   .3   .4
-        running sum                   .1   .3   .6   1.
-        above 1 - .6 = .4             no   no   yes  yes     these two hold .7, one alone .4
-    """
-    flat = attention.flatten(-2)
-    values, order = flat.sort(-1)
-    running_sum = values.cumsum(-1) / values.sum(-1, keepdim=True)
-
-    # The patches are sorted upwards, so that what comes after the first 1 - share of the mass
-    # is the set. `scatter` takes the answers back to where their patches were.
-    in_set = running_sum > 1 - share
-    keep = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, order, in_set)
-    return keep.view_as(attention)
-
-
-# ----------------------------------------------------------------------------------------------
-# Attention maps: pictures
+# Attention maps
 
 
 def fit(image: Tensor, side: int, patch: int) -> Tensor:

@@ -72,6 +72,12 @@ class Pairs:
         return replace(self, read=partial(_read_part, self.read, indices), draw=draw,
                        names=[self.names[i] for i in indices])
 
+    def spread_out(self, most: int) -> "Pairs":
+        """At most `most` of the pairs, evenly spread: files are often sorted by what they show.
+        """
+        count = min(len(self), most)
+        return self.subset(np.linspace(0, len(self) - 1, count).astype(int))
+
 
 # As in images/data.py, what goes to worker processes stands at the top level of the file, where
 # pickle finds it by its name.

@@ -23,7 +23,7 @@ from vit import VisionTransformer
 def test_top_mass_is_the_smallest_set():
     torch.manual_seed(0)
     for maps in (torch.rand(3, 4, 5), torch.rand(1, 7, 7)**8):
-        mask = visualize.top_mass(maps, 0.6)
+        mask = top_mass(maps, 0.6)
         for a, m in zip(maps, mask):
             held = a[m].sum() / a.sum()
             assert held >= 0.6 - 1e-5 and (a[m].sum() - a[m].min()) / a.sum() < 0.6

@@ -1,0 +1,197 @@
+"""Masks: the class token's attention, taken for a segmentation of what is in the image.
+
+    image --> attention of the class token, a map for each head --> patches that hold 60 % of it
+                                                                      |
+              Jaccard with the mask of the things in the image <-- enlarged to the pixels
+
+Idea     Nobody told the network what a thing is. If the patches that its class token looks at
+         are those of the thing, then it has found out by itself. Heads look at different
+         things, so the best one for each image is compared with the truth, and their mean.
+Paper    DINO sec. 4.2.2 and fig. 4 (mass threshold of 60 %, Pascal VOC 2012)
+Try      python evaluate.py masks --weights RUN
+Change   another way to a mask: top_mass
+Tests    pytest tests/evaluation/test_masks.py
+
+Letters  B images, nh heads, N tokens, h w patches down and across, H W pixels.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as TF
+
+from augment import RGB, Pixels, normalise
+from backbones.weights import architecture, load_backbone
+from evaluation import protocol
+from evaluation.dense import open_for_patches, side_of_crops
+from evaluation.protocol import Extractor
+from images.pairs import IGNORE, MASKS, Pairs, read_mask
+from machinery.clock import Progress
+from machinery.flags import UsageError, require
+from machinery.process import Process
+from vit import VisionTransformer
+
+# ----------------------------------------------------------------------------------------------
+# From images to masks
+
+
+@torch.no_grad()
+def class_attention(model: VisionTransformer, images: Tensor, block: int = -1,
+                    pixels: Pixels = RGB) -> Tensor:
+    """Images (B, C, H, W) -> how much the class token attends to each patch, (B, nh, h, w).
+
+    The columns of the class token itself and of the registers are left out. So a map adds up to
+    less than one: the rest of the attention went to those tokens.
+    """
+    # Row 0 of the attention matrix belongs to the class token. The columns are in the order of
+    # the tokens: class token, registers, then the patches row by row.
+    attention = model.get_attention(normalise(images, pixels), block)  # (B, nh, N, N)
+    h, w = model.grid(images)
+    first_patch = 1 + model.num_register_tokens
+    return attention[:, :, 0, first_patch:].unflatten(2, (h, w))
+
+
+def top_mass(attention: Tensor, share: float = 0.6) -> Tensor:
+    """The smallest set of patches that holds `share` of each map's mass: bool, (..., h, w).
+
+    Example with four patches and a share of .6:
+
+        attention, sorted upwards     .1   .2   .3   .4
+        running sum                   .1   .3   .6   1.
+        above 1 - .6 = .4             no   no   yes  yes     these two hold .7, one alone .4
+    """
+    flat = attention.flatten(-2)
+    values, order = flat.sort(-1)
+    running_sum = values.cumsum(-1) / values.sum(-1, keepdim=True)
+
+    # The patches are sorted upwards, so that what comes after the first 1 - share of the mass
+    # is the set. `scatter` takes the answers back to where their patches were.
+    in_set = running_sum > 1 - share
+    keep = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, order, in_set)
+    return keep.view_as(attention)
+
+
+def jaccard(masks: Tensor, truth: Tensor, ignored: Tensor) -> Tensor:
+    """Masks (nh, H, W), the truth and what is ignored (H, W), all bool -> (nh,), from 0 to 1.
+
+    The Jaccard index is the number of pixels in both masks, divided by the number in either.
+    Example: a mask of 6 pixels and a truth of 8 that share 4 have 4 / (6 + 8 - 4) = .4.
+    """
+    both = (masks & truth & ~ignored).sum((1, 2))
+    either = ((masks | truth) & ~ignored).sum((1, 2))
+    return both / either.clamp(min=1)
+
+
+# ----------------------------------------------------------------------------------------------
+# The protocol
+
+
+@dataclass
+class Config(protocol.NetworkConfig):
+    # -- masks
+    val_data: str = "shapes:val"  # the pairs that are judged
+    others: tuple[str, ...] = ()  # further networks, for the same table
+    ignore_label: int = 255  # the number in a mask of pixels that have no class
+    background: int = 0  # the class in a mask that is no thing
+    share: float = 0.6  # the share of the attention that a mask holds
+    block: int = -1  # the block whose attention it is; -1 is the last
+    most: int = 500  # how many of the images are judged, at most
+
+    def check(self):
+        require(self, lambda x: 0 < x < 1, "between 0 and 1", "share")
+        require(self, lambda x: x >= 1, "at least 1", "most")
+
+
+def has_data(config) -> bool:
+    """Whether --val_data names pairs with masks, so that `evaluate.py all` can judge by them."""
+    return config.val_data.partition(":")[0] in MASKS
+
+
+def run(extractor: Extractor) -> dict:
+    """The class token's attention, taken for a mask of the things. DINO sec. 4.2.2, fig. 4."""
+    config = extractor.config
+    process = extractor.process
+    size = side_of_crops(config.image_size, extractor.model)
+    read = partial(read_mask, ignore_label=config.ignore_label)
+    pairs = open_for_patches(extractor, MASKS, "val_data", read, size).spread_out(config.most)
+
+    # The network itself; one that has the same shape and random weights, which shows what the
+    # figure is worth; and whatever else was asked for.
+    networks = {config.weights: extractor.model}
+    networks["the same, untrained"] = untrained_like(extractor.model).to(process.device)
+    for what in config.others:
+        networks[what] = load_backbone(what).to(process.device)
+
+    table = {}
+    process.print(f"masks: top {config.share:.0%} of the attention of block {config.block}, "
+                  f"{size} px, {len(pairs):,d} images\n  {'Jaccard of':20s} {'best head':>11s} "
+                  f"{'one head':>9s} {'all heads':>10s} {'mean head':>10s}")
+    for name, model in networks.items():
+        table[name] = figures = judge(model, pairs, size, config, process)
+        process.print(f"  {name[-20:]:20s} {figures['best']:11.2%} {figures['one_head']:9.2%} "
+                      f"{figures['all_heads']:10.2%} {figures['mean_head']:10.2%}")
+    return {
+        "masks": table, "protocol": f"{config.share:g} of block {config.block}, {size} px",
+        "headline": {"attention masks, Jaccard": table[config.weights]["best"]}}
+
+
+def judge(model: VisionTransformer, pairs: Pairs, size: int, config,
+          process: Process) -> dict[str, float]:
+    """Four Jaccard indices, means over the images.
+
+    best: the best head of each image. one_head: the head that is best over all images. all_heads:
+    one mask, from the mean of the heads' maps. mean_head: the mean over the heads.
+    """
+    own = {}
+    report = Progress("masks", len(pairs), process)
+    for i in range(process.rank, len(pairs), process.world_size):
+        image, classes = pairs[i]
+        truth = (classes != config.background) & (classes != IGNORE)
+        # An image without any thing has no mask to be found.
+        if truth.any():
+            maps = attention_at(model, image, size, config.block, pairs.pixels, process)
+            maps = torch.cat([maps, maps.mean(0, keepdim=True)])  # (nh + 1, h, w)
+            masks = top_mass(maps, config.share)
+            masks = F.interpolate(masks[None].float(), classes.shape, mode="nearest")[0] > 0
+            own[i] = jaccard(masks, truth, classes == IGNORE).double()  # (nh + 1,)
+        report(i + 1)
+
+    # In the order of the images, so that sums do not depend on the number of processes.
+    by_image = {}
+    for part in process.all_gather(own):
+        by_image |= part
+    if not by_image:
+        raise UsageError(f"--val_data {config.val_data}: no image has a pixel that is not "
+                         f"--background {config.background}")
+    rows = torch.stack([by_image[i] for i in sorted(by_image)])  # (n, nh + 1)
+    heads = rows[:, :-1]
+    return {
+        "best": heads.max(1).values.mean().item(), "one_head": heads.mean(0).max().item(),
+        "all_heads": rows[:, -1].mean().item(), "mean_head": heads.mean().item()}
+
+
+@torch.no_grad()
+def attention_at(model: nn.Module, image: Tensor, size: int, block: int, pixels: Pixels,
+                 process: Process) -> Tensor:
+    """The attention of an image (C, H, W) with a short side of `size` pixels, (nh, h, w)."""
+    height, width = image.shape[-2:]
+    factor = size / min(height, width)
+    # Whole patches: an image is stretched by less than a patch rather than cut, so that the map
+    # and the mask cover the same picture.
+    patch = model.patch_size
+    shape = [max(1, round(side * factor / patch)) * patch for side in (height, width)]
+    scaled = TF.resize(image, shape, antialias=True)
+    maps = class_attention(model, scaled[None].to(process.device), block, pixels)
+    return maps[0].float().cpu()
+
+
+def untrained_like(model: VisionTransformer) -> VisionTransformer:
+    """A network of the same shape with random weights, always the same ones."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        fresh = VisionTransformer(**architecture(model.state_dict()))
+    fresh.pos_embed_resize = model.pos_embed_resize
+    return fresh.eval()

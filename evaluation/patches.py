@@ -1,0 +1,159 @@
+"""Patches: segmentation without any training, by the vote of the nearest labelled patches.
+
+    images, masks --> patch tokens, each with the class that fills most of its patch: the bank
+    image --> patch tokens --> the 20 nearest of the bank vote --> class of each patch --> mIoU
+
+Idea     What k-NN is for class tokens. Nothing is learned that could hide a bad feature, and it
+         takes seconds, so a training run can watch by it whether its patch tokens still get
+         better (--dense_every): they may get worse while the class token improves.
+Paper    none as a protocol; DINOv2 sec. 7.4 judges the same tokens by a linear layer
+Try      python evaluate.py patches --weights RUN
+Change   the vote: vote_for_classes
+Tests    pytest tests/evaluation/test_patches.py
+
+Letters  n patches, D width, k neighbours, K classes, h w patches down and across, H W pixels.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as TF
+
+from augment import normalise
+from backbones.dense_heads import at_pixels, frame, patch_maps
+from evaluation import protocol
+from evaluation.dense import open_for_patches, side_of_crops
+from evaluation.knn import top_neighbours
+from evaluation.protocol import Extractor
+from evaluation.segment import confusion, count_classes, scores
+from images.pairs import IGNORE, MASKS, Pairs, read_mask
+from machinery.flags import require
+from machinery.process import Process, autocast
+
+# ----------------------------------------------------------------------------------------------
+# The vote
+
+
+def classes_of_patches(mask: Tensor, shape: tuple[int, int], patch_size: int,
+                       classes: int) -> Tensor:
+    """The class that fills most of each patch of an image, (h, w); IGNORE where none does.
+
+    mask (H, W); shape: height and width at which the network sees the image.
+    """
+    mask = TF.resize(mask[None], list(shape), interpolation=TF.InterpolationMode.NEAREST)[0]
+    mask = F.pad(mask, frame(*shape, patch_size), value=IGNORE)
+
+    # Counted by one-hot maps, whose mean over a patch is the share of each class; the last map
+    # is that of ignored pixels, and wins where most of the patch has no answer.
+    one_hot = F.one_hot(mask.where(mask != IGNORE, classes), classes + 1)  # (H, W, K + 1)
+    shares = F.avg_pool2d(one_hot.permute(2, 0, 1).float(), patch_size)  # (K + 1, h, w)
+    winner = shares.argmax(0)
+    return winner.where(winner < classes, IGNORE)
+
+
+def vote_for_classes(queries: Tensor, bank: Tensor, labels: Tensor, classes: int, k: int = 20,
+                     temperature: float = 0.07) -> Tensor:
+    """Shares of the vote that each class gets from the k nearest patches, (n, K).
+
+    queries (n, D), bank (n_bank, D), labels (n_bank,). The weights are those of
+    evaluation.knn.knn_vote; here all classes keep their share, so that the map can be enlarged
+    before the largest is chosen.
+    """
+    similarities, rows = top_neighbours(queries, bank, min(k, len(bank)))
+    weights = (similarities / temperature).softmax(1)  # (n, k)
+    votes = weights.new_zeros(len(queries), classes)
+    return votes.scatter_add_(1, labels[rows], weights)
+
+
+@torch.no_grad()
+def patch_knn(model: nn.Module, train: Pairs, val: Pairs, classes: int, size: int,
+              process: Process, k: int = 20, most: int = 20_000,
+              precision: str = "fp32") -> dict:
+    """The figures of evaluation.segment.scores for the vote of patches, the same on all processes.
+
+    most: how many patches vote at most; they are drawn evenly from all images.
+    """
+    was_training = model.training
+    model.eval()
+
+    def tokens_of(pairs, i):
+        """(patch tokens (1, D, h, w), mask (H, W), size that the network has seen)."""
+        image, mask = pairs[i]
+        factor = size / min(mask.shape)
+        shape = (round(mask.shape[0] * factor), round(mask.shape[1] * factor))
+        scaled = TF.resize(image, list(shape), antialias=True)[None].to(process.device)
+        with autocast(precision, process.device):
+            maps = patch_maps(model, normalise(scaled, pairs.pixels), [model.depth - 1])
+        return maps[0][0].float(), mask, shape
+
+    # The bank. Every process makes the tokens of its share of the images, and gets all of them.
+    each = max(1, most // len(train))
+    own = {}
+    for i in range(process.rank, len(train), process.world_size):
+        tokens, mask, shape = tokens_of(train, i)
+        labels = classes_of_patches(mask, shape, model.patch_size, classes).flatten()
+        known = (labels != IGNORE).nonzero()[:, 0]
+        drawn = np.random.default_rng([0, i]).permutation(len(known))[:each]
+        chosen = known[torch.from_numpy(drawn)]
+        own[i] = (tokens[0].flatten(1).T.cpu()[chosen], labels[chosen])
+    by_image = {}
+    for part in process.all_gather(own):
+        by_image |= part
+    bank = torch.cat([by_image[i][0] for i in sorted(by_image)]).to(process.device)
+    labels = torch.cat([by_image[i][1] for i in sorted(by_image)]).to(process.device)
+
+    # The vote, image by image.
+    counts = torch.zeros(classes, classes, dtype=torch.long)
+    for i in range(process.rank, len(val), process.world_size):
+        tokens, mask, shape = tokens_of(val, i)
+        votes = vote_for_classes(tokens[0].flatten(1).T, bank, labels, classes, k)
+        votes = votes.T.view(1, classes, *tokens.shape[-2:])  # (1, K, h, w)
+        votes = at_pixels(votes, shape, model.patch_size)
+        votes = F.interpolate(votes, mask.shape, mode="bilinear", align_corners=False)
+        counts += confusion(mask, votes.argmax(1)[0].cpu(), classes)
+    model.train(was_training)
+    return scores(sum(process.all_gather(counts)))
+
+
+# ----------------------------------------------------------------------------------------------
+# The protocol
+
+
+@dataclass
+class Config(protocol.NetworkConfig):
+    val_data: str = "shapes:val"  # the pairs that are judged
+    # -- vote of patches
+    ignore_label: int = 255  # the number in a mask of pixels that have no class
+    neighbours: int = 20  # how many of the nearest patches vote
+    most_patches: int = 20_000  # how many patches there are to vote, at most
+    most: int = 500  # how many images of --data and of --val_data are used, at most
+
+    def check(self):
+        require(self, lambda x: x >= 1, "at least 1", "neighbours", "most_patches", "most")
+
+
+def has_data(config) -> bool:
+    """Whether --data names pairs with masks, so that `evaluate.py all` can judge by them."""
+    return config.data.partition(":")[0] in MASKS
+
+
+def run(extractor: Extractor) -> dict:
+    """The nearest labelled patches vote for the class of each patch; nothing is trained."""
+    config = extractor.config
+    process = extractor.process
+    size = side_of_crops(config.image_size, extractor.model)
+    read = partial(read_mask, ignore_label=config.ignore_label)
+    train = open_for_patches(extractor, MASKS, "data", read, size).spread_out(config.most)
+    val = open_for_patches(extractor, MASKS, "val_data", read, size).spread_out(config.most)
+    classes = train.classes or count_classes(train, process)
+    figures = patch_knn(extractor.model, train, val, len(classes), size, process,
+                        config.neighbours, config.most_patches, config.precision)
+    how = f"{config.neighbours} neighbours, {len(train):,d} images vote, {size} px"
+    process.print(f"patches: {how}, {len(val):,d} images judged\n  mIoU {figures['miou']:.2%}, "
+                  f"accuracy {figures['accuracy']:.2%}")
+    return {
+        "patches": figures, "protocol": how, "headline": {"patch k-NN, mIoU": figures["miou"]}}
