@@ -20,41 +20,46 @@ import dataclasses
 import os
 import time
 
-from evaluation import copies, export, finetune, knn, linear, logreg, retrieval, video
-from evaluation.protocol import Extractor, WeightsConfig, results_folder
+from evaluation import (copies, depth, export, finetune, knn, linear, logreg, masks, patches,
+                        retrieval, segment, video)
+from evaluation.protocol import Extractor, results_folder
 from machinery.checkpoints import write_json
 from machinery.flags import UsageError, command, did_you_mean, parse, user_errors
 from machinery.process import resolve_precision, start_process
 
 # Each of these modules has a dataclass Config, its flags, and a function run(extractor), which
-# prints its table and returns its figures; "headline" in them goes on the report card.
+# prints its table and returns its figures; "headline" in them goes on the report card. It may
+# have a function on_report_card(config, model) as well: the config with which `all` judges by
+# it, or None where the data or the network have not what it needs.
 TASKS = {
     "knn": knn, "linear": linear, "logreg": logreg, "finetune": finetune,
-    "retrieval": retrieval, "copies": copies, "video": video, "features": export}
+    "retrieval": retrieval, "copies": copies, "segment": segment, "patches": patches,
+    "depth": depth, "masks": masks, "video": video, "features": export}
 
-# Tasks whose flags `all` does not have. `features` is not on the report card. `video` has a
-# --temperature, as `knn` has, but with another default.
-NOT_FLAGS_OF_ALL = ("video", "features")
+
+def judging_tasks() -> dict:
+    """The tasks on the report card. `features` writes a table and judges nothing."""
+    return {name: task for name, task in TASKS.items() if task is not export}
 
 
 def run_all(extractor: Extractor) -> dict:
-    """All protocols, one after the other, and one report card."""
-    # `features` writes a table and judges nothing. The copies are JPEGs, blurred, printed in
-    # grey, ...: edits of photographs, which networks for other channels cannot see.
-    left_out = ["features"]
-    if extractor.model.pixels.channels != 3:
-        left_out.append("copies")
-
-    # Where the images are drawn, videos can be drawn, too. Elsewhere nobody has named any.
-    if not extractor.config.data.startswith("shapes"):
-        left_out.append("video")
-
+    """All protocols that fit the data, one after the other, and one report card."""
     results = {}
     card = {}
-    for name, task in TASKS.items():
-        if name in left_out:
+    for name, task in judging_tasks().items():
+        # Each task gets its own dataclass: the flags that `all` has, and else its defaults.
+        values = {}
+        for field in dataclasses.fields(task.Config):
+            if field.name in flags_of_all():
+                values[field.name] = getattr(extractor.config, field.name)
+        config = task.Config(**values)
+        if hasattr(task, "on_report_card"):
+            config = task.on_report_card(config, extractor.model)
+        if config is None:
             continue
-        own_extractor = with_defaults(extractor) if name == "video" else extractor
+
+        own_extractor = copy.copy(extractor)  # the network is shared
+        own_extractor.config = config
         results[name] = task.run(own_extractor)
         card |= results[name].get("headline", {})
 
@@ -64,24 +69,33 @@ def run_all(extractor: Extractor) -> dict:
     return results | {"headline": card}
 
 
-def with_defaults(extractor: Extractor) -> Extractor:
-    """The same network with the flags of `video`: its defaults, and what all tasks share."""
-    shared = {}
-    for field in dataclasses.fields(WeightsConfig):
-        shared[field.name] = getattr(extractor.config, field.name)
+def flags_of_all() -> set[str]:
+    """The names of the flags that mean the same in every protocol that has them.
 
-    # Of images shapes:5000 are 5,000; as many videos would take days.
-    other = copy.copy(extractor)
-    other.config = video.Config(**shared | {"data": "shapes"})
-    return other
+    Example: --epochs and --seed of several protocols are one flag of `all`. But --temperature
+    is .07 in knn and .1 in video: `all` does not have it, and each keeps its own.
+    """
+    meanings = {}
+    for task in judging_tasks().values():
+        for field in dataclasses.fields(task.Config):
+            meanings.setdefault(field.name, set()).add((str(field.type), str(field.default)))
+    return {name for name, several in meanings.items() if len(several) == 1}
 
 
 def config_of_all() -> type:
-    """The dataclass of `all`: the flags of the protocols on the report card."""
-    # A class that inherits from all of them has the fields of all. Several protocols have an
-    # --epochs or a --seed: it is one field then, which serves each of them.
-    bases = tuple(task.Config for name, task in TASKS.items() if name not in NOT_FLAGS_OF_ALL)
-    return dataclasses.make_dataclass("Config", [], bases=bases)
+    """The dataclass of `all`, with the flags of flags_of_all."""
+    # A class that inherits from all of them has the fields of all, and their help. Those that
+    # mean several things are declared once more, without a flag.
+    bases = tuple(task.Config for task in judging_tasks().values())
+    shared = flags_of_all()
+    hidden = []
+    for base in bases:
+        for field in dataclasses.fields(base):
+            if field.name not in shared:
+                value = dataclasses.field(default=field.default, metadata={"no_flag": True})
+                hidden.append((field.name, field.type, value))
+    unique = {name: (name, kind, value) for name, kind, value in reversed(hidden)}
+    return dataclasses.make_dataclass("Config", unique.values(), bases=bases)
 
 
 USAGE = "python evaluate.py TASK --weights RUN_OR_FILE_OR_NAME [--flag ...]"

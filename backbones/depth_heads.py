@@ -9,7 +9,7 @@ Idea     The linear head asks what one patch and the class token know together. 
 Paper    DINOv2 sec. 7.4 ("lin. 1", "lin. 4", "DPT"); Ranftl 2021 (DPT); Bhat 2021 (bins)
 Try      python evaluate.py depth --weights RUN --depth_head dpt
 Change   another head is a class with the same `forward`, and one line in DEPTH_HEADS
-Tests    pytest tests/backbones/test_depth_heads.py
+Tests    pytest tests/backbones/test_dense_heads.py
 
 Letters  B images, D width, h w the grid of patches, n blocks, H W pixels, K = 256 bins.
 """
@@ -71,7 +71,8 @@ class LinearDepth(nn.Module):
         # (-1, 0.3, 0.9) become (0.1, 0.4, 1.0) / 1.5.
         shares = scores.relu() + 0.1
         shares = shares / shares.sum(1, keepdim=True)
-        depths = torch.linspace(self.nearest, self.farthest, BINS, device=shares.device)
+        depths = torch.linspace(self.nearest, self.farthest, BINS, device=shares.device,
+                                dtype=shares.dtype)
         return torch.einsum("bkhw,k->bhw", shares, depths)[:, None]
 
 
@@ -165,6 +166,10 @@ class DepthOutput(nn.Module):
         self.head = nn.Sequential(nn.Conv2d(channels, channels // 2, 3, padding=1), Enlarge(),
                                   nn.Conv2d(channels // 2, 32, 3, padding=1), nn.ReLU(),
                                   nn.Conv2d(32, 1, 1))
+        # DPT ends in a ReLU, whose gradient is 0 where its input is negative. A head whose first
+        # answers are all negative would never learn, so it begins with 1 metre everywhere.
+        nn.init.zeros_(self.head[4].weight)
+        nn.init.ones_(self.head[4].bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(x)

@@ -200,6 +200,12 @@ def copydays(config: Config) -> tuple[Images, dict[str, Images]]:
     return parts.pop("original"), parts
 
 
+def on_report_card(config: Config, model) -> Config | None:
+    """For `evaluate.py all`: None for networks of other channels than photographs have."""
+    # The copies are JPEGs, blurred, printed in grey, ...: edits of photographs.
+    return config if model.pixels.channels == 3 else None
+
+
 def run(extractor: Extractor) -> dict:
     """Copies are looked for among originals and --data. DINO sec. 4.2.1, at 320 pixels.
 

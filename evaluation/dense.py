@@ -45,9 +45,9 @@ def side_of_crops(image_size: int, model) -> int:
     return side
 
 
-def with_recipe(config, recipes: dict[str, dict]):
-    """The config with the settings of its --recipe, except for the flags that were given."""
-    settings = recipes[config.recipe]
+def with_protocol(config, protocols: dict[str, dict]):
+    """The config with the settings of its --protocol, except for the flags that were given."""
+    settings = protocols[config.protocol]
     return replace(config, **{k: v for k, v in settings.items() if k not in config.given})
 
 

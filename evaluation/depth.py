@@ -10,7 +10,7 @@ Idea     One picture does not say how large things are; a network that knows wha
 Paper    DINOv2 sec. 7.4 ("lin. 1", "lin. 4", "DPT"); Eigen 2014 (the loss and the figures)
 Try      python evaluate.py depth --weights RUN --depth_head linear4
 Change   another head: DEPTH_HEADS in backbones/depth_heads.py; another data set's settings:
-         RECIPES
+         PROTOCOLS
 Tests    pytest tests/evaluation/test_depth.py
 
 Letters  B images, H W pixels, n measured pixels.
@@ -32,7 +32,7 @@ from backbones.dense_heads import at_pixels, read_dense_head
 from backbones.depth_heads import DEPTH_HEADS, Depther
 from evaluation import protocol
 from evaluation.dense import (crop_batches, open_for_patches, over_flips, side_of_crops,
-                              with_recipe)
+                              with_protocol)
 from evaluation.extract import gather
 from evaluation.protocol import Extractor, results_folder
 from images.pairs import DEPTHS, Pairs, read_depth
@@ -137,7 +137,7 @@ def only_inside(truth: Tensor, crop: str) -> Tensor:
 # The protocol
 
 # What the papers' protocols set, where no flag says otherwise.
-RECIPES = {
+PROTOCOLS = {
     # Short enough for a laptop, on a network of small images.
     "short": {"batch_size": 8},
     # NYU Depth v2: millimetres, rooms of up to 10 metres, crops of 480 x 640 pixels there.
@@ -156,7 +156,7 @@ RECIPES = {
 class Config(protocol.NetworkConfig):
     val_data: str = "shapes:val"  # the pairs that are judged
     # -- depth
-    recipe: Literal[*RECIPES] = "short"  # whose settings: short, or a data set's in the paper
+    protocol: Literal[*PROTOCOLS] = "short"  # whose settings: short, or DINOv2's for a data set
     depth_head: Literal[*DEPTH_HEADS] = "linear"  # the head: linear, on 1 or 4 blocks, or DPT
     depth_scale: float = 1000.0  # units of a depth picture that are a metre; .npy is in metres
     nearest: float = 0.001  # the smallest depth that is predicted, in metres
@@ -174,18 +174,18 @@ class Config(protocol.NetworkConfig):
         require(self, lambda x: x > self.nearest, "more than --nearest", "farthest")
 
 
-def has_data(config) -> bool:
-    """Whether --data names pairs with depths, so that `evaluate.py all` can judge by them."""
-    return config.data.partition(":")[0] in DEPTHS
+def on_report_card(config: Config, model) -> Config | None:
+    """For `evaluate.py all`: None where there are no maps of pixels, or no patch tokens."""
+    fits = config.data.partition(":")[0] in DEPTHS and hasattr(model, "blocks")
+    return config if fits else None
 
 
 def run(extractor: Extractor) -> dict:
     """A head on frozen tokens tells the depth of each pixel, in metres. DINOv2 sec. 7.4."""
-    config = with_recipe(extractor.config, RECIPES)
+    config = with_protocol(extractor.config, PROTOCOLS)
     process = extractor.process
     size = side_of_crops(config.image_size, extractor.model)
     read = partial(read_depth, scale=config.depth_scale)
-    train = open_for_patches(extractor, DEPTHS, "data", read, size)
     val = open_for_patches(extractor, DEPTHS, "val_data", read, size)
 
     depther = Depther(extractor.model, config.depth_head, config.nearest, config.farthest)
@@ -193,6 +193,7 @@ def run(extractor: Extractor) -> dict:
     if config.head:
         load_head(depther, config.head)
     else:
+        train = open_for_patches(extractor, DEPTHS, "data", read, size)
         train_head(depther, train, size, config, process)
         if process.main:
             file = results_folder(config, "depth") / "head.pt"

@@ -105,9 +105,10 @@ class Config(protocol.NetworkConfig):
         require(self, lambda x: x >= 1, "at least 1", "most")
 
 
-def has_data(config) -> bool:
-    """Whether --val_data names pairs with masks, so that `evaluate.py all` can judge by them."""
-    return config.val_data.partition(":")[0] in MASKS
+def on_report_card(config: Config, model) -> Config | None:
+    """For `evaluate.py all`: None where there are no maps of pixels, or no patch tokens."""
+    fits = config.val_data.partition(":")[0] in MASKS and hasattr(model, "blocks")
+    return config if fits else None
 
 
 def run(extractor: Extractor) -> dict:
@@ -192,6 +193,6 @@ def untrained_like(model: VisionTransformer) -> VisionTransformer:
     """A network of the same shape with random weights, always the same ones."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        fresh = VisionTransformer(**architecture(model.state_dict()))
+        fresh = VisionTransformer(**architecture(model.state_dict(), None, model.num_heads))
     fresh.pos_embed_resize = model.pos_embed_resize
     return fresh.eval()

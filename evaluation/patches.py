@@ -136,9 +136,10 @@ class Config(protocol.NetworkConfig):
         require(self, lambda x: x >= 1, "at least 1", "neighbours", "most_patches", "most")
 
 
-def has_data(config) -> bool:
-    """Whether --data names pairs with masks, so that `evaluate.py all` can judge by them."""
-    return config.data.partition(":")[0] in MASKS
+def on_report_card(config: Config, model) -> Config | None:
+    """For `evaluate.py all`: None where there are no maps of pixels, or no patch tokens."""
+    fits = config.data.partition(":")[0] in MASKS and hasattr(model, "blocks")
+    return config if fits else None
 
 
 def run(extractor: Extractor) -> dict:

@@ -11,7 +11,7 @@ Idea     A patch token says what stands in its patch, though nobody ever told th
          of a place the tokens keep.
 Paper    DINOv2 sec. 7.4: "linear", and "+ms" (--last_blocks 4, several scales)
 Try      python evaluate.py segment --weights RUN
-Change   another head: backbones/dense_heads.py; another protocol: RECIPES
+Change   another head: backbones/dense_heads.py; another protocol: PROTOCOLS
 Tests    pytest tests/evaluation/test_segment.py
 
 Letters  B images, D width, n blocks, h w the grid of patches, H W pixels, K classes.
@@ -32,7 +32,7 @@ from backbones.dense_heads import SegmentationHead, Segmenter, at_pixels, read_d
 from backbones.weights import load_strictly
 from evaluation import protocol
 from evaluation.dense import (crop_batches, in_windows, open_for_patches, over_flips,
-                              side_of_crops, with_recipe)
+                              side_of_crops, with_protocol)
 from evaluation.extract import gather
 from evaluation.protocol import Extractor, results_folder
 from images.pairs import IGNORE, MASKS, Pairs, read_mask
@@ -84,22 +84,28 @@ def scores(counts: Tensor) -> dict:
 # ----------------------------------------------------------------------------------------------
 # The protocol
 
-# What the papers' protocols set, where no flag says otherwise.
-RECIPES = {
+# What the papers' protocols set, where no flag says otherwise. Batch, steps and the random resize
+# are those of mmsegmentation, with which DINOv2's heads were trained.
+LINEAR = {"image_size": 512, "steps": 40_000, "batch_size": 16, "resize": (0.5, 2.0)}
+MULTISCALE = LINEAR | {
+    "image_size": 640, "last_blocks": 4, "scales": (1.0, 1.32, 1.73), "flip": True}
+PROTOCOLS = {
     # Short enough for a laptop, on a network of small images.
     "short": {"batch_size": 16},
-    # DINOv2's, for ADE20k, Cityscapes and VOC alike; batch and steps are mmsegmentation's.
-    "linear": {"image_size": 512, "steps": 40_000, "batch_size": 16, "resize": (0.5, 2.0)},
-    "ms": {
-        "image_size": 640, "steps": 40_000, "batch_size": 16, "resize": (0.5, 2.0),
-        "last_blocks": 4, "scales": (1.0, 1.32, 1.73), "flip": True}}
+    # DINOv2's: the same settings for all three data sets. None of them was run here.
+    "ade20k": LINEAR,
+    "cityscapes": LINEAR,
+    "voc2012": LINEAR,
+    "ade20k_ms": MULTISCALE,
+    "cityscapes_ms": MULTISCALE,
+    "voc2012_ms": MULTISCALE}
 
 
 @dataclass
 class Config(protocol.NetworkConfig):
     val_data: str = "shapes:val"  # the pairs that are judged
     # -- segmentation
-    recipe: Literal[*RECIPES] = "short"  # whose settings: short, or DINOv2's linear or ms
+    protocol: Literal[*PROTOCOLS] = "short"  # whose settings: short, or DINOv2's for a data set
     ignore_label: int = 255  # the number in a mask of pixels that have no class
     last_blocks: int = 1  # how many of the last blocks the head reads
     scales: tuple[float, ...] = (1.0,
@@ -118,14 +124,15 @@ class Config(protocol.NetworkConfig):
         require(self, lambda x: x and all(s > 0 for s in x), "positive numbers", "scales")
 
 
-def has_data(config) -> bool:
-    """Whether --data names pairs with masks, so that `evaluate.py all` can judge by them."""
-    return config.data.partition(":")[0] in MASKS
+def on_report_card(config: Config, model) -> Config | None:
+    """For `evaluate.py all`: None where there are no maps of pixels, or no patch tokens."""
+    fits = config.data.partition(":")[0] in MASKS and hasattr(model, "blocks")
+    return config if fits else None
 
 
 def run(extractor: Extractor) -> dict:
     """A linear layer on frozen patch tokens names the class of each pixel. DINOv2 sec. 7.4."""
-    config = with_recipe(extractor.config, RECIPES)
+    config = with_protocol(extractor.config, PROTOCOLS)
     process = extractor.process
     size = side_of_crops(config.image_size, extractor.model)
     read = partial(read_mask, ignore_label=config.ignore_label)

@@ -116,10 +116,12 @@ def describe(config_class) -> dict[str, tuple[str, str]]:
     # A dataclass that inherits from another one begins with its fields, so parents come first.
     # A field that a subclass declares again gets the help and the group that it has there.
     for cls in reversed(config_class.__mro__):
-        # Classes made by dataclasses.make_dataclass have no fields of their own and no source.
-        if not dataclasses.is_dataclass(cls) or not vars(cls).get("__annotations__"):
+        if not dataclasses.is_dataclass(cls):
             continue
-        source = textwrap.dedent(inspect.getsource(cls))
+        try:
+            source = textwrap.dedent(inspect.getsource(cls))
+        except OSError:  # made by dataclasses.make_dataclass, without any source
+            continue
 
         # Python drops comments when it compiles a class, so they are taken from the text. The
         # formatter may spread a field over several lines: its comment can be on any of them.
@@ -219,11 +221,12 @@ def options_of(field: dataclasses.Field, kind) -> dict:
         choices = typing.get_args(kind)
         return dict(choices=choices, type=type(choices[0]))
 
-    # tuple[float, float] takes exactly two numbers, tuple[int, ...] takes one or more.
+    # tuple[float, float] takes exactly two numbers, tuple[str, ...] takes one word or more.
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)
         number = "+" if inner[-1] is Ellipsis else len(inner)
-        return dict(nargs=number, type=number_from(0, inner[0]), metavar=field.name.upper()[0])
+        one = str if inner[0] is str else number_from(0, inner[0])
+        return dict(nargs=number, type=one, metavar=field.name.upper()[0])
     if kind is str:
         return dict(type=str, metavar="str")
 

@@ -263,7 +263,8 @@ def test_davis_on_one_process_and_on_two(small_backbone, davis, tmp_path, monkey
 
     def on_rank(rank):
         process = Process(torch.device("cpu"), rank, 2)
-        config = video.Config(small_backbone, f"davis:{davis}", 32, output_dir=tmp_path / "two")
+        config = video.Config(weights=small_backbone, data=f"davis:{davis}", image_size=32,
+                              output_dir=tmp_path / "two")
         return video.run(Extractor(config, process))
 
     monkeypatch.setattr(Process, "all_gather", all_gather)

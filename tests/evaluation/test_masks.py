@@ -1,0 +1,80 @@
+"""Claims
+1. The Jaccard index equals a plain count, without ignored pixels.
+2. A network that looks at the things, and at nothing else, has an index near 1; the table has
+   the network, an untrained one of its shape, and others that were asked for.
+3. Images without a thing are left out; where none has one it is said.
+"""
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_evaluate
+from PIL import Image
+
+from evaluation import masks
+from evaluation.masks import jaccard, untrained_like
+from vit import VisionTransformer
+
+
+def test_jaccard():
+    torch.manual_seed(0)
+    several = torch.rand(3, 12, 9) < 0.4
+    truth, ignored = torch.rand(12, 9) < 0.5, torch.rand(12, 9) < 0.2
+    for mask, index in zip(several, jaccard(several, truth, ignored)):
+        both = either = 0
+        for m, t, i in zip(mask.flatten(), truth.flatten(), ignored.flatten()):
+            both += bool(m and t and not i)
+            either += bool((m or t) and not i)
+        assert index.item() == pytest.approx(both / either)
+
+
+@pytest.fixture
+def things(tmp_path):
+    """Two pairs of 64 x 64 pixels: a bright thing, as large as some patches of 8, on black."""
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    for i in range(2):
+        mask = np.zeros((64, 64), np.uint8)
+        mask[8:32, 16 + 8 * i:56] = 1
+        Image.fromarray(mask * 200).save(tmp_path / f"images/{i}.png")
+        Image.fromarray(mask).save(tmp_path / f"masks/{i}.png")
+    return tmp_path
+
+
+def test_a_network_that_looks_at_things(small_backbone, things, monkeypatch, capsys):
+    # In place of the attention: one head that looks at what is bright, and one at everything.
+    def looks(model, images, block, pixels):
+        bright = torch.nn.functional.avg_pool2d(images[:, :1].float(), 8) + 1e-6
+        return torch.cat([bright, torch.ones_like(bright)], 1)
+
+    line = f"masks --weights {small_backbone} --val_data pairs:{things} --others {small_backbone}"
+    flags = dict(image_size=64, share=0.99, output_dir=things / "out")
+    usual = run_evaluate(line, **flags)["masks"]
+    assert set(usual) == {small_backbone, "the same, untrained"}
+    monkeypatch.setattr(masks, "class_attention", looks)
+    figures = run_evaluate(line, **flags)["masks"][small_backbone]
+    assert figures["best"] == figures["one_head"] == pytest.approx(1.0)
+    share_of_things = (24 * 40
+                       + 24 * 32) / 2 / 64**2  # what a mask of everything shares with them
+    assert figures["mean_head"] == pytest.approx((1 + share_of_things) / 2, abs=0.02)
+    assert usual[small_backbone]["best"] < 0.9
+    assert "100.00%" in capsys.readouterr().out
+
+
+def test_untrained():
+    model = VisionTransformer(16, 8, embed_dim=64, depth=2, num_heads=1, layerscale=0.1,
+                              num_register_tokens=2, pos_embed_resize="antialias")
+    fresh = untrained_like(model)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    assert shapes == {name: value.shape for name, value in fresh.state_dict().items()}
+    assert torch.equal(fresh.pos_embed, untrained_like(model).pos_embed)
+    assert not torch.equal(fresh.pos_embed, model.pos_embed)
+
+
+def test_no_things(small_backbone, tmp_path, capsys):
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (16, 16)).save(tmp_path / name / "0.png")  # class 0 everywhere
+    with pytest.raises(SystemExit):
+        run_evaluate(f"masks --weights {small_backbone} --val_data pairs:{tmp_path}")
+    assert "no image has a pixel that is not --background 0" in capsys.readouterr().err

@@ -1,0 +1,104 @@
+"""Claims
+1. mIoU, accuracy and the IoU of each class equal a plain count of pixels; ignored pixels and
+   classes that do not occur do not count.
+2. The task learns: on a world in which the colour tells the class it is nearly right, and the
+   head it saves gives the same figures without training.
+3. Every scale and the mirror image take part; protocols set what no flag has set.
+4. What does not fit is refused with one line.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_evaluate
+from PIL import Image
+
+from backbones.dense_heads import SegmentationHead
+from evaluation.dense import with_protocol
+from evaluation.segment import PROTOCOLS, Config, confusion, scores
+from images.pairs import IGNORE
+from machinery.flags import parse
+
+
+def test_figures_against_a_count():
+    rng = np.random.default_rng(0)
+    truth = rng.integers(-1, 5, (30, 40))  # -1 is IGNORE
+    predicted = rng.integers(0, 6, (30, 40))
+    figures = scores(confusion(torch.from_numpy(truth), torch.from_numpy(predicted), 7))
+    judged = truth != IGNORE
+    expected = []
+    for c in range(6):
+        both = ((truth == c) & (predicted == c)).sum()
+        either = (((truth == c) | (predicted == c)) & judged).sum()
+        expected.append(both / either)
+    assert figures["iou"][:6] == pytest.approx(expected, rel=1e-12)
+    assert figures["iou"][6] is None
+    assert figures["miou"] == pytest.approx(np.mean(expected), rel=1e-12)
+    right = (truth == predicted)[judged].mean()
+    assert figures["accuracy"] == pytest.approx(right, rel=1e-12)
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    """Six pairs of 32 x 48 pixels: the left is red, the right green, some of it ignored."""
+    folder = tmp_path_factory.mktemp("colours")
+    for name in ("images", "masks"):
+        (folder / name).mkdir()
+    for i in range(6):
+        pixels = np.full((32, 48, 3), 30, np.uint8)
+        mask = np.zeros((32, 48), np.uint8)
+        edge = 16 + 4 * i  # somewhere between the patches
+        pixels[:, :edge, 0] = 220
+        pixels[:, edge:, 1] = 220
+        mask[:, edge:] = 1
+        mask[:3] = 9
+        Image.fromarray(pixels).save(folder / f"images/{i}.png")
+        Image.fromarray(mask).save(folder / f"masks/{i}.png")
+    return folder
+
+
+def test_the_task(small_backbone, colours, tmp_path, capsys):
+    line = (f"segment --weights {small_backbone} --data pairs:{colours} --val_data "
+            f"pairs:{colours} --ignore_label 9 --image_size 32 --batch_size 4 --head_lr 0.1")
+    results = run_evaluate(f"{line} --steps 25 --last_blocks 2", output_dir=tmp_path)
+    figures = results["segment"]
+    assert figures["classes"] == ["class 0", "class 1"]
+    assert figures["miou"] > 0.85 and figures["accuracy"] > 0.9
+    assert f"mIoU {figures['miou']:.2%}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "results.json").read_text())["segment"] == figures
+    assert Image.open(tmp_path / "segment.png").size[0] > 500
+
+    again = run_evaluate(line, head=tmp_path / "head.pt", output_dir=tmp_path / "again")
+    assert again["segment"] == figures
+    more = f"{line} --scales 1.0 1.5 --flip"
+    several = run_evaluate(more, head=tmp_path / "head.pt", output_dir=tmp_path / "again")
+    assert several["segment"]["miou"] > 0.85 and several["segment"] != figures
+
+
+def test_protocols():
+    config = with_protocol(parse(Config, "--protocol ade20k_ms --steps 7".split()), PROTOCOLS)
+    assert config.steps == 7 and config.last_blocks == 4 and config.image_size == 640
+    config = with_protocol(parse(Config, []), PROTOCOLS)
+    assert config.steps == 300 and config.batch_size == 16
+
+
+def test_misfits(small_backbone, colours, tmp_path, capsys):
+    line = (
+        f"segment --weights {small_backbone} --data pairs:{colours} --val_data "
+        f"pairs:{colours} --image_size 32 --steps 1 --batch_size 2 --output_dir {tmp_path} ")
+
+    def refused(more):
+        with pytest.raises(SystemExit) as stop:
+            run_evaluate(line + more)
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    torch.save(SegmentationHead(64, 3).state_dict(), tmp_path / "three.pt")
+    assert "knows 3 classes, --data has 10" in refused(f"--head {tmp_path}/three.pt")
+    torch.save(SegmentationHead(65, 10).state_dict(), tmp_path / "wide.pt")
+    assert "reads 65 channels" in refused(f"--head {tmp_path}/wide.pt")
+    assert "no segmentation head" in refused(f"--head {colours}/masks/0.png")
+    assert "--scales" in refused("--scales 0")
+    assert "this task needs a map" in refused("--data CIFAR10")
