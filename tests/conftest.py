@@ -17,13 +17,16 @@ import os
 import socket
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
 import evaluate
 import train
 from augment import photometry
+from images.shapes import video as draw_video
 from machinery.checkpoints import Reader, find_checkpoint, load_checkpoint
 from machinery.flags import parse
 from machinery.process import Process
@@ -225,3 +228,17 @@ def run_evaluate(line, **flags):
     for name, value in flags.items():
         argv += [f"--{name}", str(value)]
     return evaluate.main([*argv, "--num_workers", "0", "--device", "cpu"])
+
+
+def write_video(frames_folder, masks_folder, seed=0, count=6, size=(60, 45), masks=range(6),
+                number=255):
+    """A drawn thing, as JPEG files and masks of 0 and `number`."""
+    frames_folder.mkdir(parents=True)
+    masks_folder.mkdir(parents=True)
+    images, truths, _ = draw_video(seed, count, 64)
+    for t in range(count):
+        image = Image.fromarray(images[t].transpose(1, 2, 0)).resize(size)
+        image.save(frames_folder / f"{t:05d}.jpg")
+        if t in masks:
+            mask = Image.fromarray(truths[t].astype(np.uint8) * number).resize(size, 0)
+            mask.save(masks_folder / f"{t:05d}.png")

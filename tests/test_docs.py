@@ -542,7 +542,7 @@ TRACED = [
     "vit.py", "heads.py", "losses.py", "augment.py", "backbones/classifier.py",
     "evaluation/extract.py", "evaluation/knn.py", "evaluation/linear.py",
     "evaluation/logreg.py", "evaluation/protocol.py", "evaluation/retrieval.py",
-    "evaluation/copies.py", "evaluation/video.py"]
+    "evaluation/copies.py", "evaluation/video.py", "evaluation/contours.py"]
 
 
 def commented_assignments(name):

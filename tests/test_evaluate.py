@@ -25,8 +25,9 @@ import torch
 from conftest import finish, run_evaluate, start
 
 import evaluate
-from evaluation import knn, logreg, protocol, video
+from evaluation import knn, logreg, protocol
 from evaluation.protocol import Extractor
+from images import videos
 from machinery.flags import parse
 from machinery.process import Process
 
@@ -42,7 +43,7 @@ FEW = logreg.PENALTIES[8:28:4]  # some strengths of the penalty, where all 45 wo
 def evaluate_all(rank, backbone, folder):
     """The report card of this process, written into the folder."""
     os.chdir(folder)
-    with patch.multiple(video, N_DRAWN=3, N_FRAMES=4), patch.object(logreg, "PENALTIES", FEW):
+    with patch.multiple(videos, N_DRAWN=3, N_FRAMES=4), patch.object(logreg, "PENALTIES", FEW):
         results = run_evaluate(f"all --weights {backbone} {SMALL}")
     torch.save(results, f"{rank}.pt")
 

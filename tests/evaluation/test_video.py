@@ -1,14 +1,12 @@
 """Claims
 1. Propagated labels equal a double loop over all pairs of patches: of a single step, and of a
    whole video with an object that appears later.
-2. J and F equal naive versions, and are what they should be for squares that are moved, for
-   empty masks, and for void pixels; recall and decay equal the toolkit's definition.
-3. A mask is found by the label that is strongest, and an object that is not there does not win.
-4. Masks are written as palette PNGs under the names that DAVIS wants, with the numbers that the
-   objects had, beside an animation; a perfect answer has the figures of one.
-5. Videos are read in the layouts of DAVIS and of plain folders, with masks of 0 and 255 or of
-   numbers; frames may have any size. Two processes give the figures of one.
-6. Misuse is one line that names the flag or the file.
+2. A mask is found by the label that is strongest, and an object that is not there does not win.
+3. Masks are written as palette PNGs under the names that DAVIS wants, with the numbers that the
+   objects had, beside an animation; a perfect answer has the figures of one, whatever it says
+   of void pixels.
+4. Frames may have any size. Two processes give the figures of one.
+5. Misuse is one line that names the flag or the file.
 """
 
 import json
@@ -21,15 +19,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import write_video
 from PIL import Image
 
 import evaluate
 from backbones.convnet import ConvNet
 from evaluation import video
 from evaluation.protocol import Extractor
-from evaluation.video import (boundary, boundary_measure, first_masks, follow, network_size,
-                              number_objects, over_time, propagate, region_similarity, to_mask)
-from images.shapes import video as draw_video
+from evaluation.video import follow, network_size, propagate, to_mask
 from machinery.flags import UsageError
 from machinery.process import Process
 
@@ -107,81 +104,6 @@ def test_a_video_against_a_double_loop():
 # -- 2
 
 
-def naive_boundary(mask):
-    """Pixels that differ from a neighbour at the right, below, or diagonally below."""
-    H, W = mask.shape
-    out = np.zeros((H, W), bool)
-    for y in range(H):
-        for x in range(W):
-            for v, u in ((y, x + 1), (y + 1, x), (y + 1, x + 1)):
-                if v < H and u < W:
-                    out[y, x] |= mask[y, x] != mask[v, u]
-    return out
-
-
-def naive_j_and_f(mask, truth):
-    H, W = mask.shape
-    union = (mask | truth).sum()
-    j = (mask & truth).sum() / union if union else 1.0
-    radius = math.ceil(0.008 * math.sqrt(H * H + W * W))
-    edges = [list(zip(*np.nonzero(naive_boundary(m)))) for m in (mask, truth)]
-
-    def share(own, other):
-        hits = [any((y - v)**2 + (x - u)**2 <= radius**2 for v, u in other) for y, x in own]
-        return sum(hits) / len(hits) if own else 1.0
-
-    precision, recall = share(*edges), share(*edges[::-1])
-    both = precision + recall
-    return j, 2 * precision * recall / both if both else 0.0
-
-
-def test_j_and_f_against_naive_versions():
-    rng = np.random.default_rng(0)
-    masks = rng.random((6, 12, 130)) < 0.02  # a tolerance of 2 pixels
-    truths = rng.random((6, 12, 130)) < 0.02
-    truths[0], masks[1] = masks[0], 0
-    truths[2], masks[3], truths[3] = 0, 0, 0
-    masks[4, :5, :40], truths[4, 2:7, 20:60] = 1, 1
-    j = region_similarity(torch.from_numpy(masks), torch.from_numpy(truths))
-    f = boundary_measure(torch.from_numpy(masks), torch.from_numpy(truths))
-    assert j.dtype == f.dtype == torch.float64
-    naive = [naive_j_and_f(*pair) for pair in zip(masks, truths)]
-    np.testing.assert_allclose(torch.stack([j, f], 1).numpy(), naive, rtol=1e-12)
-    assert j[0] == f[0] == j[3] == f[3] == 1 and j[1] == f[1] == j[2] == f[2] == 0
-    for mask in masks:
-        assert np.array_equal(boundary(torch.from_numpy(mask)[None])[0], naive_boundary(mask))
-
-
-@pytest.mark.parametrize("shift", [0, 1, 3, 4, 5, 40])
-def test_a_square_that_is_moved(shift):
-    truth = torch.zeros(1, 240, 320, dtype=torch.bool)  # a diagonal of 400: 3.2, so 4 pixels
-    truth[:, 100:140, 100:140] = True
-    mask = truth.roll(shift, 2)
-    shared = 40 * (40 - shift)
-    assert region_similarity(mask, truth).item() == shared / (2 * 1600 - shared)
-    f = boundary_measure(mask, truth).item()
-    # Within the tolerance the boundary is right. Beyond it, the two sides are wrong.
-    assert f == 1 if shift <= 4 else 0 < f < 1
-
-
-def test_recall_and_decay():
-    values = [.9, .8, .7, .6, .5, .4, .3, .2, .1]
-    figures = over_time(values)
-    assert figures["mean"] == pytest.approx(
-        .5) and figures["recall"] == 4 / 9  # .5 is not above
-    assert figures["decay"] == pytest.approx(.8 - .2)  # frames 0, 1, 2 and 6, 7, 8
-    assert over_time([.7]) == {"mean": .7, "recall": 1, "decay": 0}
-    for n in range(1, 30):  # the toolkit: five ends, of which neighbouring quarters share one
-        x = np.random.default_rng(n).random(n)
-        ends = (np.round(np.linspace(1, n, 5) + 1e-10) - 1).astype(int)
-        quarters = [x[ends[i]:ends[i + 1] + 1].mean() for i in range(4)]
-        decay = over_time(x.tolist())["decay"]
-        assert decay == pytest.approx(quarters[0] - quarters[3], abs=1e-12)
-
-
-# -- 3
-
-
 def test_the_strongest_label_wins():
     labels = torch.zeros(2, 4, 3)
     labels[..., 0] = 1
@@ -193,20 +115,7 @@ def test_the_strongest_label_wins():
     assert (to_mask(labels, (8, 16)) == 1).all()
 
 
-def test_numbers_of_objects():
-    of_2016 = torch.tensor([[0, 255], [255, 0]], dtype=torch.uint8)
-    numbers, masks = number_objects({0: of_2016})
-    assert numbers.tolist() == [0, 1] and masks[0].tolist() == [[0, 1], [1, 0]]
-    of_2017 = torch.tensor([[0, 255], [8, 3]], dtype=torch.uint8)
-    numbers, masks = number_objects({0: of_2017 * 0, 4: of_2017, 5: of_2017 // 8 * 8})
-    assert numbers.tolist() == [0, 3, 8, 248]
-    assert masks[4].tolist() == [[0, 255], [2, 1]]  # 255 is void
-    given = first_masks(masks)  # 3 and 8 are new in frame 4, 248 in frame 5
-    assert {t: mask.tolist()
-            for t, mask in given.items()} == {4: [[0, 0], [2, 1]], 5: [[0, 3], [0, 0]]}
-
-
-# -- 4 and 5
+# -- 3 and 4
 
 
 def run_video(weights, data, output_dir, *flags):
@@ -226,20 +135,6 @@ def run_video(weights, data, output_dir, *flags):
                                                           ((96, 96), 96, 8, (96, 96)),])
 def test_sizes_of_frames(frame, side, patch, expected):
     assert network_size(*frame, side, patch) == expected
-
-
-def write_video(frames_folder, masks_folder, seed=0, count=6, size=(60, 45), masks=range(6),
-                number=255):
-    """A drawn thing, as JPEG files and masks of 0 and `number`."""
-    frames_folder.mkdir(parents=True)
-    masks_folder.mkdir(parents=True)
-    images, truths, _ = draw_video(seed, count, 64)
-    for t in range(count):
-        image = Image.fromarray(images[t].transpose(1, 2, 0)).resize(size)
-        image.save(frames_folder / f"{t:05d}.jpg")
-        if t in masks:
-            mask = Image.fromarray(truths[t].astype(np.uint8) * number).resize(size, 0)
-            mask.save(masks_folder / f"{t:05d}.png")
 
 
 @pytest.fixture
@@ -293,11 +188,6 @@ def test_davis_on_one_process_and_on_two(small_backbone, davis, tmp_path, monkey
         with Image.open(tmp_path / f"one/{name}.gif") as animation:
             assert animation.n_frames == 6
 
-    # val.txt chooses the videos, and their order.
-    (davis / "ImageSets/2017").mkdir(parents=True)
-    (davis / "ImageSets/2017/val.txt").write_text("car\nbus\n")
-    assert [v.name for v in video.open_davis(str(davis), 96, 3)] == ["car", "bus"]
-
 
 def test_a_perfect_answer(small_backbone, tmp_path, monkeypatch):
     """Two objects of odd numbers, the second from frame 2 on, and a stripe of void pixels."""
@@ -341,52 +231,15 @@ def test_only_the_first_mask(small_backbone, tmp_path, capsys):
     assert len(list((tmp_path / "out/one").glob("*.png"))) == 6
 
 
-# -- 6
+# -- 5
 
 
-def break_data(how, folder):
-    first = folder / "masks/00000.png"
-    if how == "one frame":
-        for path in (folder / "images").glob("0000[1-9].jpg"):
-            path.unlink()
-    elif how == "other size":
-        Image.new("L", (20, 20), 255).save(folder / "masks/00003.png")
-    elif how == "other frame":
-        Image.new("RGB", (20, 20)).save(folder / "images/00003.jpg")
-    elif how == "no object":
-        for path in (folder / "masks").iterdir():
-            Image.new("L", (60, 45)).save(path)
-    elif how == "colours":
-        Image.new("RGB", (60, 45)).save(first)
-    elif how == "broken":
-        first.write_bytes(b"nothing")
-
-
-@pytest.mark.parametrize("how, words", [
-    ("one frame", "images has 1 image, expected at least 2"),
-    ("other size", "00003.png has 20 x 20 pixels, but 00000.jpg has 60 x 45"),
-    ("other frame", "00003.jpg has 20 x 20 pixels, but 00000.jpg has 60 x 45"),
-    ("no object", "no object is marked in 6 masks in"),
-    ("colours", "00000.png: a mask is a palette or a grey image"),
-    ("broken", "00000.png is no image")])
-def test_broken_data(how, words, small_backbone, tmp_path, capsys):
-    folder = tmp_path / "data/one"
-    write_video(folder / "images", folder / "masks")
-    break_data(how, folder)
-    with pytest.raises(SystemExit) as stop:
-        run_video(small_backbone, f"frames:{tmp_path}/data", tmp_path / "out")
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and words in error and error.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("flags, words", [
-    ("--data frames:EMPTY", "found no videos; expected frames:PATH: PATH/NAME/images/*.jpg"),
-    ("--data davis:/none", "found no videos; expected davis:PATH: PATH/JPEGImages/480p/NAME"),
-    ("--data folder:x", "--data folder:x: choose from shapes, davis, frames"),
-    ("--data shapes:x", "expected a number of videos"), ("--topk 0", "--topk 0"),
-    ("--size_mask_neighborhood 0", "--size_mask_neighborhood 0"),
-    ("--temperature 0", "--temperature 0"), ("--image_size 7", "smaller than one patch of 8")])
+@pytest.mark.parametrize("flags, words",
+                         [("--data davis:/none", "found no videos; expected davis:PATH"),
+                          ("--topk 0", "--topk 0"),
+                          ("--size_mask_neighborhood 0", "--size_mask_neighborhood 0"),
+                          ("--temperature 0", "--temperature 0"),
+                          ("--image_size 7", "smaller than one patch of 8")])
 def test_misuse(flags, words, small_backbone, tmp_path, capsys):
     flags = flags.replace("EMPTY", str(tmp_path)).split()
     with pytest.raises(SystemExit) as stop:
