@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from augment import RGB, Pixels, center_crop, normalise
+from augment import RGB, Pixels, center_crop
 from backbones.weights import load_backbone
 from evaluation.masks import class_attention, top_mass
 from images.data import read_file

@@ -1,8 +1,10 @@
 """Claims
-1. The Jaccard index equals a plain count, without ignored pixels.
-2. A network that looks at the things, and at nothing else, has an index near 1; the table has
+1. The mask of the top mass is the smallest set of patches that holds it. Registers and the class
+   token are left out of a map.
+2. The Jaccard index equals a plain count, without ignored pixels.
+3. A network that looks at the things, and at nothing else, has an index near 1; the table has
    the network, an untrained one of its shape, and others that were asked for.
-3. Images without a thing are left out; where none has one it is said.
+4. Images without a thing are left out; where none has one it is said.
 """
 
 import numpy as np
@@ -11,9 +13,29 @@ import torch
 from conftest import run_evaluate
 from PIL import Image
 
+from augment import normalise
 from evaluation import masks
-from evaluation.masks import jaccard, untrained_like
+from evaluation.masks import class_attention, jaccard, top_mass, untrained_like
 from vit import VisionTransformer
+
+
+def test_top_mass_is_the_smallest_set():
+    torch.manual_seed(0)
+    for maps in (torch.rand(3, 4, 5), torch.rand(1, 7, 7)**8):
+        mask = top_mass(maps, 0.6)
+        for a, m in zip(maps, mask):
+            held = a[m].sum() / a.sum()
+            assert held >= 0.6 - 1e-5 and (a[m].sum() - a[m].min()) / a.sum() < 0.6
+            assert a[m].min() >= a[~m].max()
+
+
+def test_maps_skip_registers():
+    model = VisionTransformer(16, 8, embed_dim=128, depth=2, num_heads=2, num_register_tokens=3)
+    images = torch.randint(0, 256, (2, 3, 24, 16), dtype=torch.uint8)
+    maps = class_attention(model, images)
+    assert maps.shape == (2, 2, 3, 2)
+    full = model.get_attention(normalise(images))[:, :, 0]
+    torch.testing.assert_close(maps.flatten(2), full[..., 4:])
 
 
 def test_jaccard():
