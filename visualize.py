@@ -31,25 +31,13 @@ from torchvision.transforms.v2 import functional as TF
 
 from augment import RGB, Pixels, center_crop
 from backbones.weights import load_backbone
+from evaluation.dense import picture, pyplot
 from evaluation.masks import class_attention, top_mass
 from images.data import read_file
 from machinery.flags import (UsageError, command, did_you_mean, near_path, parse, require,
                              user_errors)
 from training.config import read_config
 from vit import VisionTransformer
-
-
-def pyplot():
-    """matplotlib.pyplot, set up to write files: "Agg" draws without a screen."""
-    # Imported here, because it takes about a second, and most programs that import this file
-    # draw nothing.
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
 
 # ----------------------------------------------------------------------------------------------
 # Attention maps
@@ -75,15 +63,6 @@ def enlarge(grid: Tensor, patch: int) -> Tensor:
     Smoothing would show more detail than the network computed: one number for each patch.
     """
     return grid.repeat_interleave(patch, -2).repeat_interleave(patch, -1)
-
-
-def picture(image: Tensor) -> Tensor:
-    """(C, H, W) -> (H, W, 3), from 0 to 1; of other channels than colours, their mean."""
-    if image.dtype == torch.uint8:
-        image = image / 255
-    if len(image) != 3:
-        image = image.mean(0, keepdim=True).expand(3, -1, -1)
-    return image.permute(1, 2, 0).clamp(0, 1)
 
 
 def masked(image: Tensor, mask: Tensor) -> Tensor:

@@ -30,10 +30,10 @@ from typing import Literal
 import torch
 
 import train
-import visualize
 import vit
 from bench.count import count_work, meta_student
 from bench.step import Config, Memory, Step, made_up_batch
+from evaluation.dense import pyplot
 from images.data import open_images
 from machinery.clock import FIRST_STEPS
 from machinery.flags import UsageError
@@ -196,7 +196,7 @@ def draw_growth(points: dict[str, list[dict]], path: Path) -> Path:
 
     points: what grows -> its rows, as growth returns them.
     """
-    plt = visualize.pyplot()
+    plt = pyplot()
     # As many lines of four panels as hold everything that grows, and the legend.
     columns = 4
     lines = math.ceil((len(points) + 1) / columns)

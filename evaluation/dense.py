@@ -1,4 +1,4 @@
-"""Dense: what segmentation and depth share, which is crops of pairs, and large images in parts.
+"""Dense: what segmentation and depth share: crops of pairs, large images in parts, the page.
 
     pair --> the same random resize, crop and mirror for image and map --> batches to learn from
     large image --> overlapping windows --> their answers, averaged where they overlap
@@ -202,3 +202,39 @@ def in_windows(predict: Callable[[Tensor], Tensor], image: Tensor, window: int,
 def over_flips(predict: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
     """The mean of the answers for an image and, turned back, for its mirror image."""
     return (predict(image) + predict(image.flip(-1)).flip(-1)) / 2
+
+
+# ----------------------------------------------------------------------------------------------
+# To be looked at
+
+
+def pyplot():
+    """matplotlib.pyplot, set up to write files: "Agg" draws without a screen."""
+    # Imported here, because it takes about a second, and most programs that import this file
+    # draw nothing.
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def page_of_rows(names: tuple[str, ...], columns: int) -> tuple:
+    """(figure, panels [row, column]): a row of empty panels for each name, without ticks."""
+    fig, axes = pyplot().subplots(len(names), columns, squeeze=False, layout="constrained",
+                                  figsize=(2.6 * columns, 2.2 * len(names)))
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    for axis, name in zip(axes[:, 0], names):
+        axis.set_ylabel(name)
+    return fig, axes
+
+
+def picture(image: Tensor) -> Tensor:
+    """(C, H, W) -> (H, W, 3), from 0 to 1; of other channels than colours, their mean."""
+    if image.dtype == torch.uint8:
+        image = image / 255
+    if len(image) != 3:
+        image = image.mean(0, keepdim=True).expand(3, -1, -1)
+    return image.permute(1, 2, 0).clamp(0, 1)

@@ -31,8 +31,8 @@ from augment import normalise
 from backbones.dense_heads import at_pixels, read_dense_head
 from backbones.depth_heads import DEPTH_HEADS, Depther
 from evaluation import protocol
-from evaluation.dense import (crop_batches, open_for_patches, over_flips, side_of_crops,
-                              with_protocol)
+from evaluation.dense import (crop_batches, open_for_patches, over_flips, page_of_rows, picture,
+                              pyplot, side_of_crops, with_protocol)
 from evaluation.extract import gather
 from evaluation.protocol import Extractor, results_folder
 from images.pairs import DEPTHS, Pairs, read_depth
@@ -308,28 +308,22 @@ def metres_of(depther: Depther, image: Tensor, pixels, size: int, config,
 
 def draw_page(shown: list, path: Path):
     """Images, truth, prediction, and by how much they differ: a column for each image."""
-    import matplotlib
+    fig, axes = page_of_rows(("image", "truth", "prediction", "difference"), len(shown))
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    # One scale of colours for truth and prediction of all images. NaN stays white: there
-    # nothing was measured.
+    # One scale of colours for truth and prediction of all images, so that a colour is the same
+    # distance everywhere. Errors have a scale of their own: a quarter of the farthest depth is
+    # as bright as it gets.
     farthest = max(truth.max().item() for _, truth, _ in shown)
-    fig, axes = plt.subplots(4, len(shown), figsize=(2.6 * len(shown), 8.4), squeeze=False,
-                             layout="constrained")
+    scale = dict(cmap="viridis_r", vmin=0, vmax=farthest)
     for column, (image, truth, predicted) in zip(axes.T, shown):
+        # NaN stays white: there nothing was measured.
         known = truth.where(truth > 0, math.nan)
-        column[0].imshow(image[:3].permute(1, 2, 0))
-        for axis, metres in zip(column[1:], (known, predicted)):
-            depth = axis.imshow(metres, cmap="viridis_r", vmin=0, vmax=farthest)
-        error = column[3].imshow((predicted - known).abs(), cmap="magma", vmin=0,
+        column[0].imshow(picture(image).numpy())
+        column[1].imshow(known.numpy(), **scale)
+        depth = column[2].imshow(predicted.numpy(), **scale)
+        error = column[3].imshow((predicted - known).abs().numpy(), cmap="magma", vmin=0,
                                  vmax=farthest / 4)
     fig.colorbar(depth, ax=axes[1:3, -1], label="metres")
     fig.colorbar(error, ax=axes[3, -1], label="metres")
-    for row, name in zip(axes, ("image", "truth", "prediction", "difference")):
-        row[0].set_ylabel(name)
-        for axis in row:
-            axis.set(xticks=[], yticks=[])
     fig.savefig(path, dpi=110)
-    plt.close(fig)
+    pyplot().close(fig)

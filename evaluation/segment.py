@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,7 +33,7 @@ from backbones.dense_heads import SegmentationHead, Segmenter, at_pixels, read_d
 from backbones.weights import load_strictly
 from evaluation import protocol
 from evaluation.dense import (crop_batches, in_windows, open_for_patches, over_flips,
-                              side_of_crops, with_protocol)
+                              page_of_rows, picture, pyplot, side_of_crops, with_protocol)
 from evaluation.extract import gather
 from evaluation.protocol import Extractor, results_folder
 from images.pairs import IGNORE, MASKS, Pairs, read_mask
@@ -292,23 +293,17 @@ def read_segmenter(what: str, backbone, classes: int) -> Segmenter:
 
 def draw_page(shown: list, classes: int, path: Path):
     """Images, their truth and the prediction, a row each, with one colour for each class."""
-    import matplotlib
+    plt = pyplot()
+    fig, axes = page_of_rows(("image", "truth", "prediction"), len(shown))
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    # Pixels without an answer are black; the classes share out a map of twenty colours.
+    # Pixels without an answer are black, in the prediction as well, where nobody can say whether
+    # it is right. More than twenty classes share the colours of a map of twenty.
     palette = [plt.get_cmap("tab20")(c % 20)[:3] for c in range(classes)] + [(0, 0, 0)]
-    palette = torch.tensor(palette)
-    fig, axes = plt.subplots(3, len(shown), figsize=(2.6 * len(shown), 7), squeeze=False,
-                             layout="constrained")
+    palette = np.array(palette)  # (K + 1, 3)
     for column, (image, truth, predicted) in zip(axes.T, shown):
-        column[0].imshow(image[:3].permute(1, 2, 0))
-        column[1].imshow(palette[truth])  # IGNORE is -1: the last colour
-        column[2].imshow(palette[predicted.where(truth != IGNORE, IGNORE)])
-    for row, name in zip(axes, ("image", "truth", "prediction")):
-        row[0].set_ylabel(name)
-        for axis in row:
-            axis.set(xticks=[], yticks=[])
+        column[0].imshow(picture(image).numpy())
+        # IGNORE is -1, which is the last row of the palette.
+        column[1].imshow(palette[truth.numpy()])
+        column[2].imshow(palette[predicted.where(truth != IGNORE, IGNORE).numpy()])
     fig.savefig(path, dpi=110)
     plt.close(fig)

@@ -13,6 +13,7 @@ import torch
 from conftest import tiny_config
 
 import visualize
+from evaluation.dense import pyplot
 from images.data import open_images, read_file
 from visualize import draw_attention_page, page_side, sharpest_head
 from vit import VisionTransformer
@@ -81,7 +82,7 @@ def test_without_arguments_it_says_what_it_can_draw(capsys):
 
 def axes_of_curves(run, monkeypatch):
     """The panels of curves.png, before matplotlib forgets them."""
-    plt = visualize.pyplot()
+    plt = pyplot()
     with monkeypatch.context() as patched:
         patched.setattr(plt, "close", lambda fig: None)
         visualize.draw_curves(run)
