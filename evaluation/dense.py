@@ -39,6 +39,8 @@ def side_of_crops(image_size: int, model) -> int:
     Its positions can be resampled, so it is asked at four times the size that it was trained
     at, up to 320 pixels; one that was trained at more is asked at its own size.
     """
+    # Examples: a network of 64 pixels is asked at 256, one of 96 at 320, one of 224 at 320, and
+    # one of 518 at 518. For the first that means a grid of 32 x 32 patches in place of 8 x 8.
     side = image_size or max(model.img_size, min(4 * model.img_size, 320))
     if side < model.patch_size:
         raise UsageError(f"--image_size {side} is smaller than one patch of {model.patch_size}")
@@ -47,6 +49,8 @@ def side_of_crops(image_size: int, model) -> int:
 
 def with_protocol(config, protocols: dict[str, dict]):
     """The config with the settings of its --protocol, except for the flags that were given."""
+    # `given` has the names of the flags on the command line: who types --steps 7 wants 7 steps,
+    # whatever the protocol says.
     settings = protocols[config.protocol]
     return replace(config, **{k: v for k, v in settings.items() if k not in config.given})
 
@@ -57,6 +61,9 @@ def open_for_patches(extractor: Extractor, table: dict, flag: str, read_map,
 
     UsageError for a network without patch tokens.
     """
+    # A convnet is told apart by its lack of blocks. Its last map has one place for 32 x 32
+    # pixels of a ResNet-50, which is too coarse for a comparison with patches of 8 or 14
+    # pixels.
     config = extractor.config
     if not hasattr(extractor.model, "blocks"):
         raise UsageError(
@@ -64,6 +71,9 @@ def open_for_patches(extractor: Extractor, table: dict, flag: str, read_map,
             "needs a Vision Transformer")
     pairs = open_pairs(table, getattr(config, flag), read_map, config.data_root,
                        config.download, f"--{flag}", extractor.model.pixels)
+
+    # Files have the size that they have, and are resized later. Drawn pairs are drawn anew at
+    # the size that the network sees, because enlarged drawings would have blurred edges.
     return pairs.drawn_at(size)
 
 
@@ -102,7 +112,9 @@ class PairCrops(torch.utils.data.Dataset):
         image = fill(image, self.size, mean_colour(image, self.pairs.pixels))
         map = fill(map[None], self.size, self.no_answer)[0]
 
-        # The same box of both, and mirrored with a chance of 1/2.
+        # The same box of both, so that a pixel of the map still belongs to the pixel of the
+        # image at its place. Mirrored with a chance of 1/2: left and right mean nothing to a
+        # class.
         top = rng.integers(map.shape[0] - self.size + 1)
         left = rng.integers(map.shape[1] - self.size + 1)
         box = (..., slice(top, top + self.size), slice(left, left + self.size))
@@ -113,17 +125,23 @@ class PairCrops(torch.utils.data.Dataset):
         return image, map
 
 
+def shape_at(height: int, width: int, side: float) -> list[int]:
+    """Height and width in the same proportions, the shorter one `side` pixels. Rounded."""
+    factor = side / min(height, width)
+    return [round(height * factor), round(width * factor)]
+
+
 def resize_short_side(image: Tensor, map: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """Image (C, H, W) and map (H, W) -> both with a short side of `side` pixels."""
-    height, width = map.shape
-    factor = side / min(height, width)
-    shape = [max(side, round(height * factor)), max(side, round(width * factor))]
+    shape = shape_at(*map.shape, side)
     image = TF.resize(image, shape, interpolation=TF.InterpolationMode.BILINEAR, antialias=True)
     return image, TF.resize(map[None], shape, interpolation=TF.InterpolationMode.NEAREST)[0]
 
 
 def mean_colour(image: Tensor, pixels: Pixels) -> Tensor:
     """The mean of each channel in the unit of the image, (C, 1, 1): normalised it becomes 0."""
+    # Images of files are bytes from 0 to 255, those of more or fewer than three channels floats
+    # from 0 to 1, and the mean of `pixels` is in the unit of the latter.
     mean = torch.tensor(pixels.mean)
     if image.dtype == torch.uint8:
         mean = (mean * 255).round().byte()
@@ -137,6 +155,8 @@ def fill(image: Tensor, size: int, value) -> Tensor:
     channels, height, width = image.shape
     if height >= size and width >= size:
         return image
+    # torch's pad takes one number for all channels, and a colour has one for each: so an image
+    # of the value alone is made first, and the given one is laid over it.
     filled = image.new_empty(channels, max(height, size), max(width, size))
     filled[:] = value
     filled[:, :height, :width] = image
@@ -152,7 +172,9 @@ def crop_batches(pairs: Pairs, size: int, scale: tuple[float, float], no_answer:
     number of processes.
     """
 
-    # Every process draws the whole batches, and takes its share of each.
+    # Every process draws the numbers of the whole batches, and reads the images of its share
+    # alone. Example of two processes: of the batch (7, 3, 0, 5) the first one reads 7 and 0,
+    # the second one 3 and 5.
     batches = Sampler(len(pairs), min(batch_size, len(pairs)), steps, seed=seed)
     shares = [spread(keys, process) for keys in batches]
     crops = PairCrops(pairs, size, scale, no_answer, seed)
@@ -171,6 +193,8 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
     The last one is moved back to end with the image. Example: 20 pixels, windows of 8, stride
     5: they begin at 0, 5, 10 and 12 (and not 15, where one would end at 23).
     """
+    # The windows that begin early enough to have another one behind them, and then the last.
+    # For an image that is no longer than a window that is one window, at 0.
     starts = list(range(0, max(length - window, 0), stride))
     return [*starts, max(length - window, 0)]
 
@@ -186,6 +210,10 @@ def in_windows(predict: Callable[[Tensor], Tensor], image: Tensor, window: int,
     height, width = image.shape[-2:]
     if height <= window and width <= window:
         return predict(image)
+
+    # Sums of the answers, and of how many there are for each pixel. How many channels K an
+    # answer has is only known when the first one is there. Example: two windows of 8 pixels
+    # that begin at 0 and 5 share the pixels 5, 6 and 7, whose sums are divided by 2.
     total = None
     count = image.new_zeros(height, width)
     for top in window_starts(height, window, stride):
@@ -201,7 +229,21 @@ def in_windows(predict: Callable[[Tensor], Tensor], image: Tensor, window: int,
 
 def over_flips(predict: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
     """The mean of the answers for an image and, turned back, for its mirror image."""
+    # The network was trained on crops of both kinds, but answers a little differently for them:
+    # for the mean of two answers the errors that they do not share are halved.
     return (predict(image) + predict(image.flip(-1)).flip(-1)) / 2
+
+
+def in_order(own: dict, process: Process) -> list:
+    """number -> value of each process's own images; all values, in the order of the numbers.
+
+    Figures are summed in this order, so that they are the same to the last bit for any number of
+    processes: in floating point (a + b) + c is not always a + (b + c).
+    """
+    by_number = {}
+    for part in process.all_gather(own):
+        by_number |= part
+    return [by_number[i] for i in sorted(by_number)]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -222,6 +264,7 @@ def pyplot():
 
 def page_of_rows(names: tuple[str, ...], columns: int) -> tuple:
     """(figure, panels [row, column]): a row of empty panels for each name, without ticks."""
+    # Sizes are in inches; panels of 2.6 x 2.2 suit pictures of 4 : 3 with a name at their left.
     fig, axes = pyplot().subplots(len(names), columns, squeeze=False, layout="constrained",
                                   figsize=(2.6 * columns, 2.2 * len(names)))
     for axis in axes.flat:

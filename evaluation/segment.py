@@ -10,7 +10,8 @@ Idea     A patch token says what stands in its patch, though nobody ever told th
          that is called. A linear layer learns the names; how sharp its maps are shows how much
          of a place the tokens keep.
 Paper    DINOv2 sec. 7.4: "linear", and "+ms" (--last_blocks 4, several scales)
-Try      python evaluate.py segment --weights RUN
+Try      python -m evaluation.segment     what accuracy hides, and mIoU shows
+         python evaluate.py segment --weights RUN
 Change   another head: backbones/dense_heads.py; another protocol: PROTOCOLS
 Tests    pytest tests/evaluation/test_segment.py
 
@@ -33,7 +34,8 @@ from backbones.dense_heads import SegmentationHead, Segmenter, at_pixels, read_d
 from backbones.weights import load_strictly
 from evaluation import protocol
 from evaluation.dense import (crop_batches, in_windows, open_for_patches, over_flips,
-                              page_of_rows, picture, pyplot, side_of_crops, with_protocol)
+                              page_of_rows, picture, pyplot, shape_at, side_of_crops,
+                              with_protocol)
 from evaluation.extract import gather
 from evaluation.protocol import Extractor, results_folder
 from images.pairs import IGNORE, MASKS, Pairs, read_mask
@@ -51,11 +53,16 @@ def confusion(truth: Tensor, predicted: Tensor, classes: int) -> Tensor:
 
     Pixels whose truth is IGNORE do not count. ValueError for a truth that is no class.
     """
+    # A larger class cannot be counted in the matrix. It would mean that the masks of --val_data
+    # have a class that those of --data do not have.
     judged = truth != IGNORE
     truth = truth[judged]
     if len(truth) and int(truth.max()) >= classes:
         raise ValueError(f"a mask has the class {int(truth.max())}, and there are {classes}")
+
     # A pair (t, p) is one number t*K + p, so that one count of numbers counts all pairs.
+    # Example of three classes: truth 2 taken for 1 is 2*3 + 1 = 7, which is row 2, column 1 of
+    # the matrix.
     pairs = truth * classes + predicted[judged]
     return torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
 
@@ -72,6 +79,8 @@ def scores(counts: Tensor) -> dict:
 
     A class that is neither there nor predicted has no IoU (None), and does not count.
     """
+    # Of class k the row sum is how many pixels it has, the column sum how many were taken for
+    # it. Pixels in both are in both sums, so they are taken off once.
     counts = counts.double()
     both = counts.diag()  # (K,)
     either = counts.sum(0) + counts.sum(1) - both
@@ -85,8 +94,8 @@ def scores(counts: Tensor) -> dict:
 # ----------------------------------------------------------------------------------------------
 # The protocol
 
-# What the papers' protocols set, where no flag says otherwise. Batch, steps and the random resize
-# are those of mmsegmentation, with which DINOv2's heads were trained.
+# What the papers' protocols set, where no flag says otherwise. Batch, steps and the random
+# resize are those of mmsegmentation, with which DINOv2's heads were trained.
 LINEAR = {"image_size": 512, "steps": 40_000, "batch_size": 16, "resize": (0.5, 2.0)}
 MULTISCALE = LINEAR | {
     "image_size": 640, "last_blocks": 4, "scales": (1.0, 1.32, 1.73), "flip": True}
@@ -127,6 +136,7 @@ class Config(protocol.NetworkConfig):
 
 def on_report_card(config: Config, model) -> Config | None:
     """For `evaluate.py all`: None where there are no maps of pixels, or no patch tokens."""
+    # The card is for any data and network, and --data folder:PATH has labels of images at most.
     fits = config.data.partition(":")[0] in MASKS and hasattr(model, "blocks")
     return config if fits else None
 
@@ -141,7 +151,8 @@ def run(extractor: Extractor) -> dict:
     val = open_for_patches(extractor, MASKS, "val_data", read, size)
     classes = train.classes or count_classes(train, process)
 
-    # The head is read from a file, or trained here.
+    # The head is read from a file, or trained here. All processes train the same head on the
+    # same batches, so one of them saves it.
     if config.head:
         segmenter = read_segmenter(config.head, extractor.model, len(classes))
     else:
@@ -150,21 +161,9 @@ def run(extractor: Extractor) -> dict:
             file = results_folder(config, "segment") / "head.pt"
             save_tensors(file, segmenter.decode_head.state_dict())
 
-    # Each process judges every W-th image, and their counts are added up: these are integers,
-    # so the figures do not depend on the number of processes.
-    counts = torch.zeros(len(classes), len(classes), dtype=torch.long)
-    report = Progress("segment", len(val), process)
-    shown = []
-    for i in range(process.rank, len(val), process.world_size):
-        image, truth = val[i]
-        predicted = segment(segmenter, image, val.pixels, size, config, process)  # (H, W)
-        counts += confusion(truth, predicted, len(classes))
-        if len(shown) < 4:
-            shown.append((image, truth, predicted))
-        report(i + 1)
-    figures = scores(sum(process.all_gather(counts)))
-
-    # The table: one line for each class.
+    # The table: one line for each class, and the two figures that papers report.
+    counts, shown = judge(segmenter, val, len(classes), size, config, process)
+    figures = scores(counts)
     trained = f"head {config.head}" if config.head else f"{config.steps} steps"
     how = (f"last {len(segmenter.blocks)} blocks, {trained}, crops of {size} px, scales "
            f"{' '.join(map(str, config.scales))}{', mirrored' if config.flip else ''}")
@@ -177,6 +176,27 @@ def run(extractor: Extractor) -> dict:
     return {
         "segment": figures | {"classes": list(classes)}, "protocol": how,
         "headline": {"segmentation, mIoU": figures["miou"]}}
+
+
+def judge(segmenter: Segmenter, val: Pairs, classes: int, size: int, config,
+          process: Process) -> tuple[Tensor, list]:
+    """(confusion matrix (K, K) of all images, the first of them as (image, truth, prediction)).
+    """
+    # Each process judges every W-th image, and their counts are added up: these are integers,
+    # so the figures do not depend on the number of processes. IoU is computed from the counts
+    # of all images together, because a mean over images would count a class of ten pixels in
+    # one image as much as the same class where it fills another.
+    counts = torch.zeros(classes, classes, dtype=torch.long)
+    shown = []
+    report = Progress("segment", len(val), process)
+    for i in range(process.rank, len(val), process.world_size):
+        image, truth = val[i]
+        predicted = segment(segmenter, image, val.pixels, size, config, process)  # (H, W)
+        counts += confusion(truth, predicted, classes)
+        if len(shown) < 4:
+            shown.append((image, truth, predicted))
+        report(i + 1)
+    return sum(process.all_gather(counts)), shown
 
 
 def count_classes(pairs: Pairs, process: Process) -> list[str]:
@@ -197,12 +217,16 @@ def count_classes(pairs: Pairs, process: Process) -> list[str]:
 def train_segmenter(backbone, train: Pairs, classes: int, size: int, config,
                     process: Process) -> Segmenter:
     """A head for this backbone, trained on random crops of `size` pixels."""
+    # AdamW, as DINOv2's heads were trained by. The optimizer gets the parameters of the head
+    # alone: nothing of the backbone changes.
     torch.manual_seed(config.seed)
     n = config.last_blocks
     head = SegmentationHead(n * backbone.embed_dim, classes)
     segmenter = Segmenter(backbone, head, n).to(process.device)
     optimizer = torch.optim.AdamW(head.parameters(), config.head_lr, weight_decay=1e-4)
 
+    # A set of fewer pairs than a batch has gives smaller batches. mmsegmentation's warm-up has
+    # 1,500 of 40,000 steps; of the 300 steps of the short protocol it has 30.
     batch = min(config.batch_size, len(train))
     warmup = min(1500, config.steps // 10)
     batches = crop_batches(train, size, config.resize, IGNORE, batch, config.steps, process,
@@ -216,7 +240,9 @@ def train_segmenter(backbone, train: Pairs, classes: int, size: int, config,
         features = gather(features.float(), batch, process)  # (B, n*D, h, w)
         masks = gather(masks, batch, process)  # (B, s, s)
 
-        # The learning rate grows over the warm-up, and then falls on a straight line to 0.
+        # The learning rate grows over the warm-up, and then falls on a straight line to 0. With
+        # 300 steps, of which 30 are warm-up, it is 1/30 of its peak at step 0, the peak at step
+        # 30, and half of it at step 165.
         rate = min((step + 1) / max(warmup, 1), (config.steps - step) / (config.steps - warmup))
         for group in optimizer.param_groups:
             group["lr"] = config.head_lr * min(rate, 1)
@@ -241,22 +267,25 @@ def segment(segmenter: Segmenter, image: Tensor, pixels, size: int, config,
     The image is judged at each of config.scales, where 1 means a short side of `size` pixels,
     in windows of that size. The probabilities of all scales are averaged at its own size.
     """
+    # Probabilities are averaged, and not logits, so that no scale counts more than another
+    # because its logits are larger.
     height, width = image.shape[-2:]
     total = 0
     for scale in config.scales:
-        factor = scale * size / min(height, width)
-        shape = [round(height * factor), round(width * factor)]
-        scaled = TF.resize(image, shape, antialias=True)
+        scaled = TF.resize(image, shape_at(height, width, scale * size), antialias=True)
         scaled = normalise(scaled[None].to(process.device), pixels)  # (1, C, H', W')
 
         def predict(part):
             with autocast(config.precision, process.device):
                 return segmenter(part).float()
 
+        # Windows overlap by a third, because a patch at the border of one sees only half of
+        # what is around it: windows of 512 pixels begin 342 pixels apart.
         def in_parts(whole):
             return in_windows(predict, whole, size, stride=-(-size * 2 // 3))
 
         logits = over_flips(in_parts, scaled) if config.flip else in_parts(scaled)
+        # The answer is enlarged or shrunk to the image itself, at which the mask is given.
         logits = F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)
         total = total + logits.softmax(1)
     return total.argmax(1)[0].cpu()
@@ -276,6 +305,9 @@ def read_segmenter(what: str, backbone, classes: int) -> Segmenter:
         weight = state["conv_seg.weight"]  # (K, n*D, 1, 1)
     except Exception as error:  # torch.load raises different exceptions for different damage
         raise UsageError(f"--head {what}: no segmentation head ({error!r:.100})") from None
+
+    # The number of blocks n follows from the width of the layer, n*D. Example: a head of 1,536
+    # channels on a ViT-S of width 384 reads four blocks, and on a ViT-g of width 1,536 one.
     n = weight.shape[1] // backbone.embed_dim
     if n * backbone.embed_dim != weight.shape[1] or not 1 <= n <= backbone.depth:
         raise UsageError(f"--head {what} reads {weight.shape[1]} channels, which are no blocks "
@@ -296,8 +328,8 @@ def draw_page(shown: list, classes: int, path: Path):
     plt = pyplot()
     fig, axes = page_of_rows(("image", "truth", "prediction"), len(shown))
 
-    # Pixels without an answer are black, in the prediction as well, where nobody can say whether
-    # it is right. More than twenty classes share the colours of a map of twenty.
+    # Pixels without an answer are black, in the prediction as well, where nobody can say
+    # whether it is right. More than twenty classes share the colours of a map of twenty.
     palette = [plt.get_cmap("tab20")(c % 20)[:3] for c in range(classes)] + [(0, 0, 0)]
     palette = np.array(palette)  # (K + 1, 3)
     for column, (image, truth, predicted) in zip(axes.T, shown):
@@ -307,3 +339,18 @@ def draw_page(shown: list, classes: int, path: Path):
         column[2].imshow(palette[predicted.where(truth != IGNORE, IGNORE).numpy()])
     fig.savefig(path, dpi=110)
     plt.close(fig)
+
+
+if __name__ == "__main__":
+    # A picture of 40 x 40 pixels: a square of 10 x 10 of class 1 on a ground of class 0. It is
+    # found one pixel too far to the right, two pixels, ... What the accuracy hides, the IoU
+    # shows.
+    truth = torch.zeros(40, 40, dtype=torch.long)
+    truth[15:25, 15:25] = 1
+    for shift in (0, 1, 2, 5, 10):
+        counts = confusion(truth, truth.roll(shift, 1), 2)
+        figures = scores(counts)
+        ground, square = figures["iou"]
+        print(f"{shift:2d} pixels aside: counts {counts.tolist()}, accuracy "
+              f"{figures['accuracy']:.1%}, IoU {ground:.1%} and {square:.1%}, mIoU "
+              f"{figures['miou']:.1%}")
