@@ -1,8 +1,8 @@
 """Depth: how many metres away every pixel is, by a head on frozen patch tokens.
 
-    crops, depths --> backbone, frozen --> tokens of 1 or 4 blocks --> head --> metres (B, 1, H, W)
-                                                                        |
-              scale-invariant error of the logarithms, and of their slopes (measured pixels alone)
+    crops, depths --> backbone, frozen --> tokens of 1 or 4 blocks --> head --> metres (B, 1, s, s)
+                                                                         |
+                   error of the logarithms, and of their slopes <--------+ at measured pixels
 
 Idea     One picture does not say how large things are; a network that knows what it sees does.
          So depth shows whether patch tokens know of surfaces and sizes, which no label of an
@@ -30,9 +30,11 @@ from torchvision.transforms.v2 import functional as TF
 from augment import normalise
 from backbones.dense_heads import at_pixels, read_dense_head
 from backbones.depth_heads import DEPTH_HEADS, Depther
+from backbones.weights import load_strictly
 from evaluation import protocol
-from evaluation.dense import (crop_batches, open_for_patches, over_flips, page_of_rows, picture,
-                              pyplot, side_of_crops, with_protocol)
+from evaluation.dense import (crop_batches, in_order, open_for_patches, over_flips,
+                              page_of_rows, picture, pyplot, shape_at, side_of_crops,
+                              with_protocol)
 from evaluation.extract import gather
 from evaluation.protocol import Extractor, results_folder
 from images.pairs import DEPTHS, Pairs, read_depth
@@ -57,6 +59,8 @@ def sig_loss(predicted: Tensor, truth: Tensor, warm_up: bool = False) -> Tensor:
     Example: predicted 2 and 4 where 1 and 2 are true. g = (log 2, log 2), its variance is 0,
     and the loss is sqrt(.15) * log 2 = .27.
     """
+    # Logarithms turn factors into differences: 2 metres for 1 is as wrong as 8 metres for 4.
+    # The small number keeps log finite where a head has answered 0 metres.
     measured = truth > 0
     g = (predicted[measured] + 1e-3).log() - (truth[measured] + 1e-3).log()  # (n,)
     # Fewer than two measured pixels have no variance. A sum over nothing is 0, and has the
@@ -76,15 +80,21 @@ def gradient_loss(predicted: Tensor, truth: Tensor) -> Tensor:
     DINOv2's code writes this sum, but takes it along the wrong axes, where it is 0 for batches
     of up to two images on each GPU; here it is along height and width.
     """
+    # Coarse maps compare pixels that are up to 12 apart, and so ask whether a whole surface
+    # leans as it should; the finest one asks for the place of an edge.
     total = 0
     for step in (1, 2, 4, 6):
         d = truth[:, ::step, ::step]
         measured = d > 0
         g = (predicted[:, ::step, ::step] + 1e-3).log() - (d + 1e-3).log()
         g = g.where(measured, 0)  # (B, H', W')
+
         # A slope counts where both of its pixels were measured.
         down = (g[:, 2:] - g[:, :-2]).abs() * (measured[:, 2:] & measured[:, :-2])
         across = (g[:, :, 2:] - g[:, :, :-2]).abs() * (measured[:, :, 2:] & measured[:, :, :-2])
+
+        # Divided by the pixels of this map, so that each coarseness counts the same. Example:
+        # the logarithms -.1, 0, .3, .2 of a row have the slopes .3 - -.1 = .4 and .2 - 0 = .2.
         total = total + (down.sum() + across.sum()) / measured.sum().clamp(min=1)
     return total
 
@@ -105,6 +115,9 @@ def errors(predicted: Tensor, truth: Tensor) -> dict[str, float] | None:
         return None
     p = predicted[measured].double()
     t = truth[measured].double()
+
+    # Example: 2.4 metres for 2 metres are a ratio of 1.2, as are 2 metres for 2.4. Both are
+    # within 1.25, so that delta1 counts them as right; RMSE has .4 metres for either.
     ratio = torch.maximum(p / t, t / p)
     figures = {
         "rmse": (p - t).square().mean().sqrt(), "abs_rel": ((p - t).abs() / t).mean(),
@@ -124,6 +137,9 @@ CROPS = {
 
 def only_inside(truth: Tensor, crop: str) -> Tensor:
     """The truth (H, W) with "not measured" outside of a crop of CROPS."""
+    # The shares were published as pixels of frames of 480 x 640 (NYU), or as these fractions
+    # (KITTI, whose frames differ by a few pixels). Example: "nyu" keeps the rows 45 to 470 and
+    # the columns 41 to 600.
     height, width = truth.shape
     top, bottom, left, right = CROPS[crop]
     kept = torch.zeros_like(truth)
@@ -176,6 +192,7 @@ class Config(protocol.NetworkConfig):
 
 def on_report_card(config: Config, model) -> Config | None:
     """For `evaluate.py all`: None where there are no maps of pixels, or no patch tokens."""
+    # The card is for any data and network, and --data folder:PATH has labels of images at most.
     fits = config.data.partition(":")[0] in DEPTHS and hasattr(model, "blocks")
     return config if fits else None
 
@@ -190,6 +207,9 @@ def run(extractor: Extractor) -> dict:
 
     depther = Depther(extractor.model, config.depth_head, config.nearest, config.farthest)
     depther = depther.to(process.device)
+
+    # The head is read from a file, or trained here. All processes train the same head on the
+    # same batches, so one of them saves it.
     if config.head:
         load_head(depther, config.head)
     else:
@@ -199,23 +219,10 @@ def run(extractor: Extractor) -> dict:
             file = results_folder(config, "depth") / "head.pt"
             save_tensors(file, depther.decode_head.state_dict())
 
-    # Each process judges every W-th image. The figures of all of them are put in the order of
-    # the images before their mean is taken, so that it is the same for any number of processes.
-    own = {}
-    shown = []
-    report = Progress("depth", len(val), process)
-    for i in range(process.rank, len(val), process.world_size):
-        image, truth = val[i]
-        truth = truth.where(truth <= config.farthest, 0)
-        predicted = metres_of(depther.eval(), image, val.pixels, size, config, process)
-        own[i] = errors(predicted, only_inside(truth, config.judged_part))
-        if len(shown) < 4:
-            shown.append((image, truth, predicted))
-        report(i + 1)
-    by_image = {}
-    for part in process.all_gather(own):
-        by_image |= part
-    rows = [by_image[i] for i in sorted(by_image) if by_image[i]]
+    # The mean of the figures over the images: each image counts the same, whatever number of
+    # its pixels was measured.
+    by_image, shown = judge(depther, val, size, config, process)
+    rows = [row for row in by_image if row]
     if not rows:
         raise UsageError(f"--val_data {config.val_data}: no pixel of any image was measured "
                          f"below --farthest {config.farthest:g} metres")
@@ -230,8 +237,34 @@ def run(extractor: Extractor) -> dict:
     return {"depth": figures, "protocol": how, "headline": {"depth, delta1": figures["delta1"]}}
 
 
+def judge(depther: Depther, val: Pairs, size: int, config, process: Process) -> tuple:
+    """(figures of each image, or None where nothing was measured; the first images to be drawn).
+
+    An image to be drawn is (image, truth, prediction).
+    """
+    # Each process judges every W-th image.
+    own = {}
+    shown = []
+    report = Progress("depth", len(val), process)
+    depther.eval()
+    for i in range(process.rank, len(val), process.world_size):
+        image, truth = val[i]
+
+        # What was measured beyond --farthest cannot be predicted by this head, and does not
+        # count: NYU's camera sees walls at 10 metres at most, KITTI's laser is judged to 80.
+        truth = truth.where(truth <= config.farthest, 0)
+        predicted = metres_of(depther, image, val.pixels, size, config, process)
+        own[i] = errors(predicted, only_inside(truth, config.judged_part))
+        if len(shown) < 4:
+            shown.append((image, truth, predicted))
+        report(i + 1)
+    return in_order(own, process), shown
+
+
 def train_head(depther: Depther, train: Pairs, size: int, config, process: Process):
     """Train the head on random crops of `size` pixels; the backbone stays as it is."""
+    # The head is built anew behind the seed, so that its first weights do not depend on what
+    # else has drawn random numbers before.
     torch.manual_seed(config.seed)
     fresh = Depther(depther.backbone, config.depth_head, config.nearest, config.farthest)
     depther.decode_head = fresh.decode_head.to(process.device)
@@ -257,8 +290,14 @@ def train_head(depther: Depther, train: Pairs, size: int, config, process: Proce
 
         # The loss is taken at the size of the crop, as it will be judged.
         metres = at_pixels(head(gathered), truth.shape[-2:], depther.backbone.patch_size)[:, 0]
+        # Slopes count half as much as depths, as in DINOv2's configurations. The first 100
+        # steps, or the first tenth of a short training, look for the scale alone.
         warm_up = step < min(100, config.steps // 10)
         loss = sig_loss(metres, truth, warm_up) + 0.5 * gradient_loss(metres, truth)
+
+        # A head that is suddenly metres wrong in a few pixels has a gradient that is much
+        # larger than the usual one: it is clipped to a norm of 35, as in DINOv2's
+        # configurations.
         rate = cosine(step, config.head_lr, 0.0, config.steps, config.steps // 10)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -272,12 +311,13 @@ def train_head(depther: Depther, train: Pairs, size: int, config, process: Proce
 def load_head(depther: Depther, what: str):
     """Put the tensors of a file, or of a released head, in place; UsageError if they do not fit.
     """
-    from backbones.weights import load_strictly
-
     try:
         state = read_dense_head(what)
     except Exception as error:  # torch.load raises different exceptions for different damage
         raise UsageError(f"--head {what}: no readable head ({error!r:.100})") from None
+
+    # Strictly: a head with one tensor that is missing would answer by random weights. The usual
+    # reason is a head of another kind, say of one block for --depth_head linear4.
     try:
         load_strictly(depther.decode_head, state, f"--head {what}")
     except ValueError as error:
@@ -291,16 +331,17 @@ def metres_of(depther: Depther, image: Tensor, pixels, size: int, config,
 
     The image is judged as a whole, with a short side of `size` pixels.
     """
+    # No windows here: how far a wall is away can be told from all that stands before it, and in
+    # a part of an image that may be missing.
     height, width = image.shape[-2:]
-    factor = size / min(height, width)
-    shape = [round(height * factor), round(width * factor)]
-    scaled = TF.resize(image, shape, antialias=True)
+    scaled = TF.resize(image, shape_at(height, width, size), antialias=True)
     scaled = normalise(scaled[None].to(process.device), pixels)  # (1, C, H', W')
 
     def predict(images):
         with autocast(config.precision, process.device):
             return depther(images).float()
 
+    # The answer is enlarged or shrunk to the image itself, at which the depths are given.
     metres = over_flips(predict, scaled) if config.flip else predict(scaled)
     metres = F.interpolate(metres, (height, width), mode="bilinear", align_corners=False)
     return metres[0, 0].cpu()
