@@ -3,9 +3,9 @@
     mask, truth --> pixels in both / pixels in either                        J, the region
     mask, truth --> their outlines --> near enough to one another --> F, the outline
 
-Idea     A region hides a wrong outline: a mask that misses the legs of a horse shares nearly all
-         pixels with the truth, so J is high. F asks for the outline itself, and both together
-         say how good a mask is.
+Idea     A region hides a wrong outline: a mask that misses the legs of a horse shares nearly
+         all pixels with the truth, so J is high. F asks for the outline itself, and both
+         together say how good a mask is.
 Paper    Perazzi 2016 (DAVIS: J, F, recall, decay); Pont-Tuset 2017 (several objects)
 Try      python -m evaluation.contours       how J and F see a disc that is in the wrong place
 Change   how far an outline may be away: tolerance of boundary_measure

@@ -237,8 +237,8 @@ def over_flips(predict: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
 def in_order(own: dict, process: Process) -> list:
     """number -> value of each process's own images; all values, in the order of the numbers.
 
-    Figures are summed in this order, so that they are the same to the last bit for any number of
-    processes: in floating point (a + b) + c is not always a + (b + c).
+    Figures are summed in this order, so that they are the same to the last bit for any number
+    of processes: in floating point (a + b) + c is not always a + (b + c).
     """
     by_number = {}
     for part in process.all_gather(own):

@@ -1,8 +1,8 @@
 """Depth: how many metres away every pixel is, by a head on frozen patch tokens.
 
-    crops, depths --> backbone, frozen --> tokens of 1 or 4 blocks --> head --> metres (B, 1, s, s)
-                                                                         |
-                   error of the logarithms, and of their slopes <--------+ at measured pixels
+    crops, depths --> backbone, frozen --> tokens of some blocks --> head --> metres (B, 1, H, W)
+                                                                       |
+                 error of the logarithms, and of their slopes <--------+ at measured pixels
 
 Idea     One picture does not say how large things are; a network that knows what it sees does.
          So depth shows whether patch tokens know of surfaces and sizes, which no label of an
@@ -238,7 +238,7 @@ def run(extractor: Extractor) -> dict:
 
 
 def judge(depther: Depther, val: Pairs, size: int, config, process: Process) -> tuple:
-    """(figures of each image, or None where nothing was measured; the first images to be drawn).
+    """(figures of each image, None where nothing was measured; the first images to be drawn).
 
     An image to be drawn is (image, truth, prediction).
     """
@@ -309,8 +309,7 @@ def train_head(depther: Depther, train: Pairs, size: int, config, process: Proce
 
 
 def load_head(depther: Depther, what: str):
-    """Put the tensors of a file, or of a released head, in place; UsageError if they do not fit.
-    """
+    """Put the tensors of a file, or of a released head, in place; UsageError if they misfit."""
     try:
         state = read_dense_head(what)
     except Exception as error:  # torch.load raises different exceptions for different damage

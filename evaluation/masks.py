@@ -26,7 +26,8 @@ from torchvision.transforms.v2 import functional as TF
 from augment import RGB, Pixels, normalise
 from backbones.weights import architecture, load_backbone
 from evaluation import protocol
-from evaluation.dense import open_for_patches, side_of_crops
+from evaluation.contours import region_similarity
+from evaluation.dense import in_order, open_for_patches, side_of_crops
 from evaluation.protocol import Extractor
 from images.pairs import IGNORE, MASKS, Pairs, read_mask
 from machinery.clock import Progress
@@ -80,9 +81,7 @@ def jaccard(masks: Tensor, truth: Tensor, ignored: Tensor) -> Tensor:
     The Jaccard index is the number of pixels in both masks, divided by the number in either.
     Example: a mask of 6 pixels and a truth of 8 that share 4 have 4 / (6 + 8 - 4) = .4.
     """
-    both = (masks & truth & ~ignored).sum((1, 2))
-    either = ((masks | truth) & ~ignored).sum((1, 2))
-    return both / either.clamp(min=1)
+    return region_similarity(masks & ~ignored, (truth & ~ignored).expand_as(masks))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -107,6 +106,7 @@ class Config(protocol.NetworkConfig):
 
 def on_report_card(config: Config, model) -> Config | None:
     """For `evaluate.py all`: None where there are no maps of pixels, or no patch tokens."""
+    # The card is for any data and network, and --data folder:PATH has labels of images at most.
     fits = config.val_data.partition(":")[0] in MASKS and hasattr(model, "blocks")
     return config if fits else None
 
@@ -143,8 +143,8 @@ def judge(model: VisionTransformer, pairs: Pairs, size: int, config,
           process: Process) -> dict[str, float]:
     """Four Jaccard indices, means over the images.
 
-    best: the best head of each image. one_head: the head that is best over all images. all_heads:
-    one mask, from the mean of the heads' maps. mean_head: the mean over the heads.
+    best: the best head of each image. one_head: the head that is best over all images.
+    all_heads: one mask, from the mean of the heads' maps. mean_head: the mean over the heads.
     """
     own = {}
     report = Progress("masks", len(pairs), process)
@@ -154,20 +154,22 @@ def judge(model: VisionTransformer, pairs: Pairs, size: int, config,
         # An image without any thing has no mask to be found.
         if truth.any():
             maps = attention_at(model, image, size, config.block, pairs.pixels, process)
+            # The mean of the heads is treated as one head more.
             maps = torch.cat([maps, maps.mean(0, keepdim=True)])  # (nh + 1, h, w)
             masks = top_mass(maps, config.share)
             masks = F.interpolate(masks[None].float(), classes.shape, mode="nearest")[0] > 0
-            own[i] = jaccard(masks, truth, classes == IGNORE).double()  # (nh + 1,)
+            own[i] = jaccard(masks, truth, classes == IGNORE)  # (nh + 1,)
         report(i + 1)
 
-    # In the order of the images, so that sums do not depend on the number of processes.
-    by_image = {}
-    for part in process.all_gather(own):
-        by_image |= part
+    by_image = in_order(own, process)
     if not by_image:
         raise UsageError(f"--val_data {config.val_data}: no image has a pixel that is not "
                          f"--background {config.background}")
-    rows = torch.stack([by_image[i] for i in sorted(by_image)])  # (n, nh + 1)
+
+    # Rows are images, columns are heads. "best" takes the maximum of each row and then the
+    # mean, which is what DINO reports; "one_head" the mean of each column and then the maximum,
+    # which needs no truth to choose a head for every single image, and is lower.
+    rows = torch.stack(by_image)  # (n, nh + 1)
     heads = rows[:, :-1]
     return {
         "best": heads.max(1).values.mean().item(), "one_head": heads.mean(0).max().item(),
@@ -180,6 +182,7 @@ def attention_at(model: nn.Module, image: Tensor, size: int, block: int, pixels:
     """The attention of an image (C, H, W) with a short side of `size` pixels, (nh, h, w)."""
     height, width = image.shape[-2:]
     factor = size / min(height, width)
+
     # Whole patches: an image is stretched by less than a patch rather than cut, so that the map
     # and the mask cover the same picture.
     patch = model.patch_size

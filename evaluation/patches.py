@@ -26,7 +26,7 @@ from torchvision.transforms.v2 import functional as TF
 from augment import normalise
 from backbones.dense_heads import at_pixels, frame, patch_maps
 from evaluation import protocol
-from evaluation.dense import open_for_patches, side_of_crops
+from evaluation.dense import in_order, open_for_patches, shape_at, side_of_crops
 from evaluation.knn import top_neighbours
 from evaluation.protocol import Extractor
 from evaluation.segment import confusion, count_classes, scores
@@ -44,11 +44,15 @@ def classes_of_patches(mask: Tensor, shape: tuple[int, int], patch_size: int,
 
     mask (H, W); shape: height and width at which the network sees the image.
     """
+    # The mask takes the way of the image: resized (by nearest pixels, because the mean of two
+    # classes is none), then padded to whole patches, where what is added has no answer.
     mask = TF.resize(mask[None], list(shape), interpolation=TF.InterpolationMode.NEAREST)[0]
     mask = F.pad(mask, frame(*shape, patch_size), value=IGNORE)
 
     # Counted by one-hot maps, whose mean over a patch is the share of each class; the last map
-    # is that of ignored pixels, and wins where most of the patch has no answer.
+    # is that of ignored pixels, and wins where most of the patch has no answer. Example of 4 x
+    # 4 pixels: 7 of class 0, 5 of class 2 and 4 ignored have the shares .44, 0, .31 and .25, so
+    # the class of the patch is 0.
     one_hot = F.one_hot(mask.where(mask != IGNORE, classes), classes + 1)  # (H, W, K + 1)
     shares = F.avg_pool2d(one_hot.permute(2, 0, 1).float(), patch_size)  # (K + 1, h, w)
     winner = shares.argmax(0)
@@ -63,54 +67,71 @@ def vote_for_classes(queries: Tensor, bank: Tensor, labels: Tensor, classes: int
     evaluation.knn.knn_vote; here all classes keep their share, so that the map can be enlarged
     before the largest is chosen.
     """
+    # The weights of a patch's neighbours sum to 1. Each is added to the share of its class.
+    # Example: the weights .5, .3 and .2 of patches of the classes 2, 0 and 2 give (.3, 0, .7).
     similarities, rows = top_neighbours(queries, bank, min(k, len(bank)))
     weights = (similarities / temperature).softmax(1)  # (n, k)
     votes = weights.new_zeros(len(queries), classes)
     return votes.scatter_add_(1, labels[rows], weights)
 
 
+def patch_tokens(model: nn.Module, pairs: Pairs, i: int, size: int, process: Process,
+                 precision: str) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """Pair i -> (tokens of its patches (D, h, w), mask (H, W), the size that was seen)."""
+    # Height and width keep their proportions, so that a thing looks as it did in training.
+    image, mask = pairs[i]
+    shape = tuple(shape_at(*mask.shape, size))
+    scaled = TF.resize(image, list(shape), antialias=True)[None].to(process.device)
+    with autocast(precision, process.device):
+        maps = patch_maps(model, normalise(scaled, pairs.pixels), [model.depth - 1])
+    return maps[0][0][0].float(), mask, shape
+
+
+def patch_bank(model: nn.Module, train: Pairs, classes: int, size: int, process: Process,
+               most: int, precision: str) -> tuple[Tensor, Tensor]:
+    """The patches that vote: tokens (n_bank, D) and classes (n_bank,), on all processes."""
+    # Neighbouring patches of an image are nearly the same, so a few of every image say more
+    # than all of a few. Example: of 20,000 patches and 500 images each image gives 40 of its
+    # 1,024.
+    each = max(1, most // len(train))
+    own = {}
+    for i in range(process.rank, len(train), process.world_size):
+        tokens, mask, shape = patch_tokens(model, train, i, size, process, precision)
+        labels = classes_of_patches(mask, shape, model.patch_size, classes).flatten()  # (h*w,)
+        labelled = (labels != IGNORE).nonzero()[:, 0]
+
+        # Drawn by the number of the image: any number of processes draws the same patches.
+        drawn = np.random.default_rng([0, i]).permutation(len(labelled))[:each]
+        chosen = labelled[torch.from_numpy(drawn)]
+        own[i] = (tokens.flatten(1).T.cpu()[chosen], labels[chosen])
+
+    # Every process needs the whole bank, because each of its patches may be the nearest one:
+    # 20,000 tokens of width 384 are 31 MB.
+    parts = in_order(own, process)
+    bank = torch.cat([tokens for tokens, _ in parts])  # (n_bank, D)
+    labels = torch.cat([classes for _, classes in parts])  # (n_bank,)
+    return bank.to(process.device), labels.to(process.device)
+
+
 @torch.no_grad()
 def patch_knn(model: nn.Module, train: Pairs, val: Pairs, classes: int, size: int,
               process: Process, k: int = 20, most: int = 20_000,
               precision: str = "fp32") -> dict:
-    """The figures of evaluation.segment.scores for the vote of patches, the same on all processes.
+    """The figures of evaluation.segment.scores for the vote of patches, on all processes.
 
     most: how many patches vote at most; they are drawn evenly from all images.
     """
+    # A training run calls this for its teacher, and gets it back in the mode that it was in.
     was_training = model.training
     model.eval()
+    bank, labels = patch_bank(model, train, classes, size, process, most, precision)
 
-    def tokens_of(pairs, i):
-        """(patch tokens (1, D, h, w), mask (H, W), size that the network has seen)."""
-        image, mask = pairs[i]
-        factor = size / min(mask.shape)
-        shape = (round(mask.shape[0] * factor), round(mask.shape[1] * factor))
-        scaled = TF.resize(image, list(shape), antialias=True)[None].to(process.device)
-        with autocast(precision, process.device):
-            maps = patch_maps(model, normalise(scaled, pairs.pixels), [model.depth - 1])
-        return maps[0][0].float(), mask, shape
-
-    # The bank. Every process makes the tokens of its share of the images, and gets all of them.
-    each = max(1, most // len(train))
-    own = {}
-    for i in range(process.rank, len(train), process.world_size):
-        tokens, mask, shape = tokens_of(train, i)
-        labels = classes_of_patches(mask, shape, model.patch_size, classes).flatten()
-        known = (labels != IGNORE).nonzero()[:, 0]
-        drawn = np.random.default_rng([0, i]).permutation(len(known))[:each]
-        chosen = known[torch.from_numpy(drawn)]
-        own[i] = (tokens[0].flatten(1).T.cpu()[chosen], labels[chosen])
-    by_image = {}
-    for part in process.all_gather(own):
-        by_image |= part
-    bank = torch.cat([by_image[i][0] for i in sorted(by_image)]).to(process.device)
-    labels = torch.cat([by_image[i][1] for i in sorted(by_image)]).to(process.device)
-
-    # The vote, image by image.
+    # The vote, image by image. The shares of the vote are enlarged, and the largest is chosen
+    # at each pixel: outlines then run between the patches, and not along their sides.
     counts = torch.zeros(classes, classes, dtype=torch.long)
     for i in range(process.rank, len(val), process.world_size):
-        tokens, mask, shape = tokens_of(val, i)
-        votes = vote_for_classes(tokens[0].flatten(1).T, bank, labels, classes, k)
+        tokens, mask, shape = patch_tokens(model, val, i, size, process, precision)
+        votes = vote_for_classes(tokens.flatten(1).T, bank, labels, classes, k)  # (h*w, K)
         votes = votes.T.view(1, classes, *tokens.shape[-2:])  # (1, K, h, w)
         votes = at_pixels(votes, shape, model.patch_size)
         votes = F.interpolate(votes, mask.shape, mode="bilinear", align_corners=False)
@@ -138,6 +159,7 @@ class Config(protocol.NetworkConfig):
 
 def on_report_card(config: Config, model) -> Config | None:
     """For `evaluate.py all`: None where there are no maps of pixels, or no patch tokens."""
+    # The card is for any data and network, and --data folder:PATH has labels of images at most.
     fits = config.data.partition(":")[0] in MASKS and hasattr(model, "blocks")
     return config if fits else None
 
@@ -148,6 +170,9 @@ def run(extractor: Extractor) -> dict:
     process = extractor.process
     size = side_of_crops(config.image_size, extractor.model)
     read = partial(read_mask, ignore_label=config.ignore_label)
+
+    # 500 images of each kind are enough for a figure that is stable, and take seconds. Files
+    # are often sorted by what they show, so they are taken evenly spread from the whole set.
     train = open_for_patches(extractor, MASKS, "data", read, size).spread_out(config.most)
     val = open_for_patches(extractor, MASKS, "val_data", read, size).spread_out(config.most)
     classes = train.classes or count_classes(train, process)
