@@ -2,7 +2,8 @@
 
     --weights --> backbone, frozen --> features of --data and --val_data --> table, results.json
                                           |
-         evaluation/ knn  linear  logreg  finetune  retrieval  copies  video  export
+         of images      evaluation/ knn  linear  logreg  finetune  retrieval  copies  export
+         of all pixels  evaluation/ segment  patches  depth  masks  video
 
 Idea     A network is judged by what can be read off its features without changing them. So the
          figures say what was learned without labels, and not what labels taught it afterwards.
@@ -63,6 +64,8 @@ def run_all(extractor: Extractor) -> dict:
         results[name] = task.run(own_extractor)
         card |= results[name].get("headline", {})
 
+    # Every figure on the card is a share, so that all have the same unit; RMSE in metres, say,
+    # is in the table of its task.
     extractor.process.print(f"\nreport card of {extractor.config.weights}")
     for key, value in card.items():
         extractor.process.print(f"  {key:24s} {value:7.2%}")
@@ -75,6 +78,8 @@ def flags_of_all() -> set[str]:
     Example: --epochs and --seed of several protocols are one flag of `all`. But --temperature
     is .07 in knn and .1 in video: `all` does not have it, and each keeps its own.
     """
+    # Two protocols mean the same by a flag if its type and its default are the same: a flag of
+    # `all` has one default, and no protocol is to change because it runs beside others.
     meanings = {}
     for task in judging_tasks().values():
         for field in dataclasses.fields(task.Config):
@@ -106,6 +111,7 @@ def choose_task(argv: list[str]):
 
     UsageError with the names of the tasks if it is none of them.
     """
+    # A word that is spelled wrongly is answered by the nearest name.
     choices = ", ".join([*TASKS, "all"])
     if not argv or argv[0] not in (*TASKS, "all"):
         given = argv[0] if argv else ""

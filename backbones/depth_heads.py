@@ -1,13 +1,14 @@
 """Depth heads: how far away every pixel is, read off the patch tokens of a frozen backbone.
 
     tokens of 1 or 4 blocks --> linear layer --> how likely is each of 256 depths --> their mean
-    tokens of 4 blocks --> four maps, fine to coarse --> fused from coarse to fine --> depth (DPT)
+    tokens of 4 blocks --> four maps, fine to coarse --> fused, coarse to fine --> depth (DPT)
 
 Idea     The linear head asks what one patch and the class token know together. DPT adds
          convolutions, in which neighbouring patches agree on edges and surfaces: the difference
          between the two is what the head has found, and not the backbone.
 Paper    DINOv2 sec. 7.4 ("lin. 1", "lin. 4", "DPT"); Ranftl 2021 (DPT); Bhat 2021 (bins)
-Try      python evaluate.py depth --weights RUN --depth_head dpt
+Try      python -m backbones.depth_heads     the shares of the bins of one pixel
+         python evaluate.py depth --weights RUN --depth_head dpt
 Change   another head is a class with the same `forward`, and one line in DEPTH_HEADS
 Tests    pytest tests/backbones/test_dense_heads.py
 
@@ -35,8 +36,20 @@ def blocks_of(depth: int, n: int) -> list[int]:
         return [depth - 1]
     if depth == 24:
         return [4, 11, 17, 23]
+
     # The ends of four equal parts. A network of fewer than four blocks has some of them twice.
     return [max(0, depth * part // 4 - 1) for part in (1, 2, 3, 4)]
+
+
+def shares_of(scores: Tensor) -> Tensor:
+    """Scores (B, K, h, w) of K depths -> their shares, which are positive and sum to 1.
+
+    Example with three depths: the scores (-1, .3, .9) become (.1, .4, 1.0) / 1.5.
+    """
+    # The .1 keeps every depth possible: where all scores are negative, as they may be at first,
+    # the shares are equal and not 0 / 0.
+    shares = scores.relu() + 0.1
+    return shares / shares.sum(1, keepdim=True)
 
 
 class LinearDepth(nn.Module):
@@ -66,11 +79,7 @@ class LinearDepth(nn.Module):
         # the tokens of four blocks.
         scores = F.interpolate(scores, scale_factor=4, mode="bilinear", align_corners=False)
 
-        # As shares that sum to 1. The .1 keeps every depth possible, so that a bin whose score
-        # is negative everywhere still has a say; example with three bins: the scores
-        # (-1, 0.3, 0.9) become (0.1, 0.4, 1.0) / 1.5.
-        shares = scores.relu() + 0.1
-        shares = shares / shares.sum(1, keepdim=True)
+        shares = shares_of(scores)
         depths = torch.linspace(self.nearest, self.farthest, BINS, device=shares.device,
                                 dtype=shares.dtype)
         return torch.einsum("bkhw,k->bhw", shares, depths)[:, None]
@@ -98,9 +107,14 @@ class Reassemble(nn.Module):
 
     def __init__(self, width: int, channels: list[int]):
         super().__init__()
+
         # The class token is not lost: a layer mixes it into each patch.
         self.readout_projects = nn.ModuleList([
             nn.Sequential(nn.Linear(2 * width, width), nn.GELU()) for _ in channels])
+
+        # The patches are a grid of 1/14 or 1/16 of the image, in every block. A transposed
+        # convolution of 4 x 4 with stride 4 makes 16 places of each of them; the last map gets
+        # half the height and width.
         self.projects = nn.ModuleList([conv(width, c, 1) for c in channels])
         self.resize_layers = nn.ModuleList([
             nn.ConvTranspose2d(channels[0], channels[0], 4, stride=4),
@@ -111,6 +125,8 @@ class Reassemble(nn.Module):
     def forward(self, maps: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
         outputs = []
         for i, (patches, cls) in enumerate(maps):
+            # Each patch with the class token beside it, mixed by a linear layer and put back
+            # into the grid. Example of ViT-S: 384 + 384 numbers for each patch become 384.
             rows = patches.flatten(2).transpose(1, 2)  # (B, h*w, D)
             joined = torch.cat([rows, cls[:, None].expand_as(rows)], 2)  # (B, h*w, 2*D)
             mixed = self.readout_projects[i](joined)  # (B, h*w, D)
@@ -128,6 +144,8 @@ class ResidualConv(nn.Module):
         self.conv2 = conv(channels, channels, 3, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        # Each ReLU stands before its convolution and not behind it, so that what is added to x
+        # may be negative.
         return x + self.conv2(self.conv1(x.relu()).relu())
 
 
@@ -137,6 +155,7 @@ class Fusion(nn.Module):
     def __init__(self, channels: int, first: bool = False):
         super().__init__()
         self.project = conv(channels, channels, 1)
+
         # The coarsest map has nothing to be joined with.
         self.res_conv_unit1 = None if first else ResidualConv(channels)
         self.res_conv_unit2 = ResidualConv(channels)
@@ -146,6 +165,7 @@ class Fusion(nn.Module):
             # With an odd grid the sizes differ by one: 5 patches halve to 3 and double to 6.
             finer = F.interpolate(finer, x.shape[-2:], mode="bilinear", align_corners=False)
             x = x + self.res_conv_unit1(finer)
+
         x = self.res_conv_unit2(x)
         x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
         return self.project(x)
@@ -166,8 +186,10 @@ class DepthOutput(nn.Module):
         self.head = nn.Sequential(nn.Conv2d(channels, channels // 2, 3, padding=1), Enlarge(),
                                   nn.Conv2d(channels // 2, 32, 3, padding=1), nn.ReLU(),
                                   nn.Conv2d(32, 1, 1))
-        # DPT ends in a ReLU, whose gradient is 0 where its input is negative. A head whose first
-        # answers are all negative would never learn, so it begins with 1 metre everywhere.
+
+        # DPT ends in a ReLU, whose gradient is 0 where its input is negative. A head whose
+        # first answers are all negative would never learn, so it begins with 1 metre
+        # everywhere.
         nn.init.zeros_(self.head[4].weight)
         nn.init.ones_(self.head[4].bias)
 
@@ -201,6 +223,8 @@ class DPT(nn.Module):
         maps = [layer(x) for layer, x in zip(self.convs, maps)]
 
         # From coarse to fine: each fusion doubles the size and brings in the next finer map.
+        # With a grid of 32 x 32 patches the maps have sides of 16, 32, 64 and 128, the fused
+        # ones of 32, 64, 128 and 256, and the answer, doubled once more, of 512.
         fused = self.fusion_blocks[0](maps[3])
         for fusion, finer in zip(self.fusion_blocks[1:], maps[2::-1]):
             fused = fusion(fused, finer)
@@ -239,6 +263,22 @@ class Depther(nn.Module):
         return [maps[block] for block in self.blocks]
 
     def forward(self, images: Tensor) -> Tensor:
+        # DPT's answer has no upper end, and both are kept within the range that they are judged
+        # in.
         head = self.decode_head
         metres = head(self.features(images)).clamp(head.nearest, head.farthest)
         return at_pixels(metres, images.shape[-2:], self.backbone.patch_size)
+
+
+if __name__ == "__main__":
+    # What one pixel answers when it chooses from eight depths of 1 to 8 metres: the shares, and
+    # the mean depth. The less sure it is, the nearer the answer comes to the middle, 4.5
+    # metres.
+    depths = torch.linspace(1, 8, 8)
+    for name, scores in (("sure of 2 metres", (0, 9, 0, 0, 0, 0, 0,
+                                               0)), ("2 or 4 metres", (0, 9, 0, 9, 0, 0, 0, 0)),
+                         ("hardly sure of 2", (0, 0.2, 0, 0, 0, 0, 0, 0)),
+                         ("knows nothing", (0, 0, 0, 0, 0, 0, 0, 0))):
+        shares = shares_of(torch.tensor(scores).view(1, 8, 1, 1)).flatten()
+        listed = " ".join(f"{share:.2f}" for share in shares.tolist())
+        print(f"{name:17s} shares {listed}, {(shares * depths).sum():.2f} metres")

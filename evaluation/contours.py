@@ -26,6 +26,8 @@ def region_similarity(masks: Tensor, truths: Tensor) -> Tensor:
 
     It is 1 if both are empty: an object that is gone was rightly not found.
     """
+    # This is the Jaccard index. Example: a mask of 6 pixels and a truth of 8 that share 4 have
+    # 4 / (6 + 8 - 4) = .4.
     shared = (masks & truths).sum((1, 2)).double()  # (n,)
     covered = (masks | truths).sum((1, 2)).double()  # (n,)
     return torch.where(covered > 0, shared / covered.clamp(min=1), 1.0)
@@ -76,6 +78,8 @@ def over_time(values: list[float]) -> dict[str, float]:
     toolkit of DAVIS, neighbouring quarters share a frame: of nine frames the first quarter is
     0, 1, 2 and the last is 6, 7, 8.
     """
+    # The ends of the quarters are rounded as in the toolkit: of nine frames at 2 and 6, of ten
+    # frames, whose quarters have 2.25 steps, at 2 and 7.
     x = torch.tensor(values, dtype=torch.float64)
     first_end = math.floor((len(x) - 1) / 4 + 0.5)
     last_begin = math.floor(3 * (len(x) - 1) / 4 + 0.5)

@@ -109,7 +109,7 @@ def patch_bank(model: nn.Module, train: Pairs, classes: int, size: int, process:
     # 20,000 tokens of width 384 are 31 MB.
     parts = in_order(own, process)
     bank = torch.cat([tokens for tokens, _ in parts])  # (n_bank, D)
-    labels = torch.cat([classes for _, classes in parts])  # (n_bank,)
+    labels = torch.cat([chosen for _, chosen in parts])  # (n_bank,)
     return bank.to(process.device), labels.to(process.device)
 
 

@@ -275,7 +275,7 @@ def segment(video: Video, extractor: Extractor, folder: Path, report) -> dict:
 
 
 def on_report_card(config: Config, model) -> Config | None:
-    """For `evaluate.py all`: None but where --data is drawn, and so videos can be drawn, too."""
+    """For `evaluate.py all`: None but where --data is drawn, so that videos can be drawn."""
     # Of images shapes:5000 are 5,000; as many videos would take days.
     fits = config.data.startswith("shapes") and hasattr(model, "blocks")
     return replace(config, data="shapes") if fits else None
@@ -317,23 +317,28 @@ def run(extractor: Extractor) -> dict:
     process.print(f"video: {len(videos)} videos at {extractor.size} px, labels of the first "
                   f"frame and of the last {config.n_last_frames}; masks and animations are in "
                   f"{folder}")
-    rows = [row for objects in figures.values() for row in objects.values()]
     results = {
         "video": figures,
         "protocol": f"labels of the first frame and the last {config.n_last_frames}, at most "
         f"{config.size_mask_neighborhood} patches away, top {config.topk}, "
         f"T = {config.temperature}; judged without first and last frame"}
+    return results | summary(figures, process)
+
+
+def summary(figures: dict, process) -> dict:
+    """Prints the table of all objects and returns their means; {} where nothing was judged."""
+    rows = [row for objects in figures.values() for row in objects.values()]
     if not rows:
         process.print("  no frame but the first and the last one has a mask to judge with")
-        return results
+        return {}
 
     # All objects count the same, those of a video with many objects, too.
     means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    both = (means["J mean"] + means["F mean"]) / 2
     process.print(table(figures, means))
-    results |= {"means": means, "J&F": (means["J mean"] + means["F mean"]) / 2}
-    process.print(f"  J&F {results['J&F']:.3f}; \"J still\" is J of an object's first mask, "
-                  "which stays where it is")
-    return results | {"headline": {"video J&F": results["J&F"]}}
+    process.print(f"  J&F {both:.3f}; \"J still\" is J of an object's first mask, which stays "
+                  "where it is")
+    return {"means": means, "J&F": both, "headline": {"video J&F": both}}
 
 
 def figures_of(scores: dict) -> dict:

@@ -67,6 +67,8 @@ class Pairs:
 
     def subset(self, indices) -> "Pairs":
         """The pairs of these numbers alone; they are numbered anew, from 0."""
+        # numpy's integers become Python's, which every table takes. Example: subset([4, 2]) has
+        # two pairs, and its pair 1 is pair 2 of these.
         indices = [int(i) for i in indices]
         draw = self.draw and partial(_draw_part, self.draw, indices)
         return replace(self, read=partial(_read_part, self.read, indices), draw=draw,
@@ -75,6 +77,7 @@ class Pairs:
     def spread_out(self, most: int) -> "Pairs":
         """At most `most` of the pairs, evenly spread: files are often sorted by what they show.
         """
+        # Example: at most 3 of 11 are the numbers 0, 5 and 10.
         count = min(len(self), most)
         return self.subset(np.linspace(0, len(self) - 1, count).astype(int))
 
@@ -122,6 +125,8 @@ def read_depth(file: Path, scale: float = 1000.0) -> Tensor:
     millimetres). 0 and the largest number of 16 bits mean "not measured", as NaN and infinity
     do in an array. ValueError for colours, and for an array that is not (H, W).
     """
+    # 65,535 is the largest number of 16 bits, which some cameras write for "too far". NumPy's
+    # files are read without pickles, which could run code.
     if file.suffix == ".npy":
         values = np.load(file, allow_pickle=False)
         metres = values.astype(np.float32)
@@ -131,6 +136,8 @@ def read_depth(file: Path, scale: float = 1000.0) -> Tensor:
         metres = np.where(values == 65535, 0, values).astype(np.float32) / np.float32(scale)
     if metres.ndim != 2:
         raise ValueError(f"{file}: an array {metres.shape}, expected one depth for each pixel")
+
+    # All ways to say "not measured" become 0, which is less than any depth.
     metres = np.where(np.isfinite(metres) & (metres > 0), metres, 0).astype(np.float32)
     return torch.from_numpy(metres)
 
@@ -151,12 +158,16 @@ def open_folder(kind: str, argument: str, split: str, root: str, download: bool,
     name, as PATH/val/images, that one is meant. A file PATH/classes.txt names the classes, one
     on each line.
     """
+    # PATH/val/images is the layout of a set with a training and a validation part; a set that
+    # has only one part is PATH/images.
     path = Path(argument).expanduser()
     top = path / split if (path / split).is_dir() else path
     images = _files(top / "images", EXTENSIONS, f"pairs:{argument}")
     maps = _files(top / kind, (".png", ".npy", ".tif", ".tiff"), f"pairs:{argument}")
 
-    # Matched by their names without the ending: 0001.jpg belongs to 0001.png.
+    # Matched by their names without the ending: 0001.jpg belongs to 0001.png. One image without
+    # a map, or one map without an image, often means that a whole folder is the wrong one, so
+    # that nothing is read by half.
     map_of = {Path(name).with_suffix(""): name for name in maps}
     missing = [name for name in images if Path(name).with_suffix("") not in map_of]
     if missing or len(map_of) != len(images):
@@ -168,7 +179,8 @@ def open_folder(kind: str, argument: str, split: str, root: str, download: bool,
     for name in images:
         files.append((top / "images" / name, top / kind / map_of[Path(name).with_suffix("")]))
 
-    # The names of the classes are the same for all splits, so they may lie beside these.
+    # Line 3 of classes.txt is the name of the class 2, as classes are counted from 0. The names
+    # are the same for all splits, so they may lie beside these.
     classes = None
     for listed in (top / "classes.txt", path / "classes.txt"):
         if listed.exists():
@@ -181,6 +193,7 @@ def open_folder(kind: str, argument: str, split: str, root: str, download: bool,
 def open_ade20k(argument: str, split: str, root: str, download: bool, channels: int,
                 read_map) -> Pairs:
     """ade20k:PATH, the folder ADEChallengeData2016 as it is unpacked: 150 classes."""
+    # images/training/ADE_train_00000001.jpg has its mask in the same place of annotations/.
     path = Path(argument).expanduser()
     part = "training" if split == "train" else "validation"
     images = _files(path / "images" / part, (".jpg",), f"ade20k:{argument}")
@@ -198,6 +211,8 @@ def _read_ade20k(file: Path) -> Tensor:
 
 def _files(folder: Path, endings: tuple[str, ...], flag: str) -> list[str]:
     """The names of the files below a folder that end so, sorted; ValueError without any."""
+    # A name that begins with a dot is a file that a system has left there, such as macOS's
+    # ._0001.jpg, which is no image although it ends like one.
     names = []
     for file in folder.rglob("*") if folder.is_dir() else ():
         if file.suffix.lower() in endings and not file.name.startswith("."):
@@ -222,6 +237,8 @@ def open_shapes(kind: str, argument: str, split: str, root: str, download: bool,
 
     if argument and not argument.isdigit():
         raise ValueError(f"shapes:{argument}: expected a number of images, or nothing")
+    # Pairs are drawn when they are asked for, at 64 pixels (SIZE), or at the side that
+    # `drawn_at` is told.
     world = Shapes(split, int(argument or 0) or None)
     draw = partial(_draw_scene, world, channels, kind)
     names = [f"{split}-{i:06d}" for i in range(len(world))]
@@ -232,6 +249,8 @@ def open_shapes(kind: str, argument: str, split: str, root: str, download: bool,
 def _draw_scene(world, channels: int, kind: str, i: int, side: int):
     from images.shapes import render
 
+    # The mask is 1 where the thing is. Times the number of its kind, plus 1, it is the class of
+    # each pixel: kind 0 is class 1, and the ground stays 0.
     image, mask, depth = render(world.scene(i), side)
     if kind == "depth":
         map = torch.from_numpy(depth)
@@ -267,6 +286,8 @@ TORCHVISION = {"VOCSegmentation": _voc, "OxfordIIITPet": _pets, "Cityscapes": _c
 def open_torchvision(name: str, argument: str, split: str, root: str, download: bool,
                      channels: int, read_map) -> Pairs:
     """A segmentation set of torchvision in --data_root, by its class name."""
+    # Most of these classes fetch their files where download=True asks for it; Cityscapes has no
+    # such argument, because its files need an account.
     cls = getattr(torchvision.datasets, name)
     options, class_of = TORCHVISION[name](split)
     if "download" in inspect.signature(cls).parameters:
@@ -277,7 +298,8 @@ def open_torchvision(name: str, argument: str, split: str, root: str, download: 
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{name} in --data_root {root}: {reason}") from None
 
-    # A table from every number of 8 bits to its class.
+    # A table from every number of 8 bits to its class: one look-up translates a whole mask.
+    # Example of the pets: table[1] is 1, table[2] is 0, and all others are IGNORE.
     table = torch.full((256,), IGNORE)
     for number, c in class_of.items():
         table[number] = c
@@ -286,6 +308,8 @@ def open_torchvision(name: str, argument: str, split: str, root: str, download: 
 
 
 def _read_torchvision(dataset, channels: int, table: Tensor, i: int):
+    # torchvision gives PIL images. np.array of a palette image are its indices, as in
+    # read_mask.
     image, mask = dataset[i]
     pixels = torchvision.transforms.v2.functional.pil_to_tensor(image.convert("RGB"))
     return in_channels(pixels, channels), table[torch.from_numpy(np.array(mask)).long()]
@@ -300,11 +324,13 @@ DEPTHS = {"shapes": partial(open_shapes, "depth"), "pairs": partial(open_folder,
 
 def open_pairs(table: dict, spec: str, read_map, root: str = "data", download: bool = False,
                flag: str = "--data", pixels: Pixels = RGB) -> Pairs:
-    """NAME[:ARGUMENT][:train or :val] -> Pairs with these pixels, by an entry of MASKS or DEPTHS.
+    """NAME[:ARGUMENT][:train or :val] -> Pairs with these pixels, by a line of MASKS or DEPTHS.
 
     read_map reads the file of a map: read_mask or read_depth, with its options. A ValueError
     names the flag, and for an unknown name the choices.
     """
+    # The last word is the split only if it is train or val. Example: of pairs:/data/rooms:val
+    # the argument is /data/rooms; pairs:C:/rooms has no split, and its argument is C:/rooms.
     split = "train"
     before, _, last = spec.rpartition(":")
     if before and last in ("train", "val"):
@@ -315,6 +341,8 @@ def open_pairs(table: dict, spec: str, read_map, root: str = "data", download: b
         raise ValueError(f"{flag} {spec!r}: this task needs a map for each image; choose from "
                          f"{', '.join(table)} (as in pairs:PATH, with the folders PATH/images "
                          f"and PATH/{'masks' if table is MASKS else 'depth'})")
+
+    # Whatever a data set has to complain of, the message begins with the flag that named it.
     try:
         pairs = table[name](argument, split, root, download, pixels.channels, read_map)
     except ValueError as error:

@@ -57,6 +57,8 @@ def video_of_files(name: str, frames: Path, masks: Path, channels: int) -> Video
 
     UsageError for a single frame, for sizes that differ, and if nothing is marked.
     """
+    # Frames are in the order of their names, so these have to be of one length: 00002 is before
+    # 00010, but 10 is before 2.
     paths = sorted(p for p in frames.glob("[!.]*") if p.suffix.lower() in EXTENSIONS)
     if len(paths) < 2:
         count = "1 image" if paths else "no images"
@@ -88,6 +90,8 @@ def open_davis(argument: str, side: int, channels: int) -> list[Video]:
 
     The videos are those of PATH/ImageSets/2017/val.txt, or all if there is no such file.
     """
+    # DAVIS has two sizes of every frame; its figures are those of the smaller one, which is 480
+    # pixels high.
     frames = Path(argument).expanduser() / "JPEGImages" / "480p"
     masks = Path(argument).expanduser() / "Annotations" / "480p"
     listed = Path(argument).expanduser() / "ImageSets" / "2017" / "val.txt"
@@ -210,6 +214,8 @@ def colours_of_numbers() -> np.ndarray:
     of their colour, the next three the second highest. Example: 1 is (128, 0, 0), 2 is (0, 128,
     0), 3 = 1 + 2 is (128, 128, 0), and 8 is (64, 0, 0).
     """
+    # Programs that show a mask use the colours in its file, so ours are those that a reader of
+    # DAVIS knows.
     numbers = np.arange(256)
     colours = np.zeros((256, 3), dtype=np.uint8)
     for bit in range(8):
