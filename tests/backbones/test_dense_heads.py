@@ -113,6 +113,15 @@ def test_dpt():
     assert len(state) == 8 + 8 + 6 + 4 + (8 + 14) + 2 + 6
 
 
+def test_dpt_starts_at_one_metre():
+    torch.manual_seed(0)
+    head = DPT(32, channels=16)
+    metres = head([(torch.randn(2, 32, 2, 3), torch.randn(2, 32)) for _ in range(4)])
+    torch.testing.assert_close(metres, torch.full_like(metres, 1 + head.nearest))
+    metres.sum().backward()
+    assert head.conv_depth.head[4].weight.grad.abs().max() > 0
+
+
 def test_the_blocks_that_are_read(backbone):
     assert blocks_of(12, 1) == [11] and blocks_of(12, 4) == [2, 5, 8, 11]
     assert blocks_of(24, 4) == [4, 11, 17, 23] and blocks_of(40, 4) == [9, 19, 29, 39]
