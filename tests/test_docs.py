@@ -542,7 +542,9 @@ TRACED = [
     "vit.py", "heads.py", "losses.py", "augment.py", "backbones/classifier.py",
     "evaluation/extract.py", "evaluation/knn.py", "evaluation/linear.py",
     "evaluation/logreg.py", "evaluation/protocol.py", "evaluation/retrieval.py",
-    "evaluation/copies.py", "evaluation/video.py", "evaluation/contours.py"]
+    "evaluation/copies.py", "evaluation/video.py", "evaluation/contours.py",
+    "evaluation/masks.py", "evaluation/patches.py", "evaluation/segment.py",
+    "evaluation/depth.py", "backbones/dense_heads.py", "backbones/depth_heads.py"]
 
 
 def commented_assignments(name):
@@ -702,6 +704,28 @@ def run_evaluations(model):
     judge(masks[1], mask, mask, [1])
 
 
+def run_dense_evaluations(model):
+    from evaluation import depth, masks, segment
+    from evaluation.patches import patch_knn
+    from images.pairs import DEPTHS, MASKS, open_pairs, read_depth, read_mask
+
+    process = Process(torch.device("cpu"))
+    pairs = open_pairs(MASKS, "shapes:3", read_mask)
+    config = segment.Config(steps=1, batch_size=2)
+    segmenter = segment.train_segmenter(model, pairs, 11, 32, config, process)
+    predicted = segment.segment(segmenter, pairs[0][0], pairs.pixels, 32, config, process)
+    segment.scores(segment.confusion(pairs[0][1], predicted, 11))
+    patch_knn(model, pairs, pairs, 11, 32, process)
+    masks.judge(model, pairs, 32, masks.Config(), process)
+
+    pairs = open_pairs(DEPTHS, "shapes:3", read_depth)
+    for head in ("linear4", "dpt"):
+        config = depth.Config(steps=1, batch_size=2, depth_head=head)
+        depther = depth.Depther(model, head)
+        depth.train_head(depther, pairs, 32, config, process)
+        depth.metres_of(depther.eval(), pairs[0][0], pairs.pixels, 32, config, process)
+
+
 def test_shape_comments_are_true():
     tracer = Tracer(TRACED)
     sys.settrace(tracer)
@@ -710,6 +734,7 @@ def test_shape_comments_are_true():
         run_head_and_losses()
         run_augmentation()
         run_evaluations(model)
+        run_dense_evaluations(model)
     finally:
         sys.settrace(None)
     assert not tracer.wrong, tracer.wrong
