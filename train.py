@@ -859,22 +859,22 @@ class Run:
 
     def draw(self):
         """The curves, and where the class token looks in eight images that are held out."""
-        import visualize  # here, because only the end of a run draws
+        from figures import attention, curves  # here, because only the end of a run draws
 
         config = self.config
-        visualize.draw_curves(self.folder)
+        curves.draw_curves(self.folder)
         if config.convnet:
             return
 
         # Photographs are enlarged to the side at which the network is asked; the images of
         # shapes.py are drawn at that size. center_crop cuts the middle of 8/7 of it. Compiling
         # for eight images of another size does not pay.
-        side = visualize.page_side(config.global_crops_size, config.patch_size)
+        side = attention.page_side(config.global_crops_size, config.patch_size)
         order = np.random.default_rng(config.seed).permutation(len(self.val))
         photos = [self.val.read_at(int(i), round(side * 8 / 7)) for i in order[:8]]
         if photos:
             with torch.compiler.set_stance("force_eager"):
-                visualize.draw_attention_page(self.whole, photos, side,
+                attention.draw_attention_page(self.whole, photos, side,
                                               self.folder / "attention.png", config.pixels)
 
 

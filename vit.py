@@ -591,6 +591,18 @@ class VisionTransformer(nn.Module):
         layer = self.blocks[index]
         return layer.attn.weights(layer.norm1(x), b, n)
 
+    def get_class_attention(self, images: Tensor, block: int = -1) -> Tensor:
+        """How much the class token of one block attends to each patch: (B, nh, h, w).
+
+        The columns of the class token itself and of the registers are left out. So a map adds
+        up to less than one: the rest of the attention went to those tokens.
+        """
+        # Row 0 of the matrix belongs to the class token. The columns are in the order of the
+        # tokens: class token, registers, then the patches row by row.
+        attention = self.get_attention(images, block)  # (B, nh, N, N)
+        first_patch = 1 + self.num_register_tokens
+        return attention[:, :, 0, first_patch:].unflatten(2, self.grid(images))
+
 
 # Heads are 64 wide everywhere, which suits the attention kernels (DINOv2 sec. 5). Other choices
 # are arguments of VisionTransformer: the released DINOv2 networks have LayerScale and a mask

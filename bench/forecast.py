@@ -33,10 +33,10 @@ import train
 import vit
 from bench.count import count_work, meta_student
 from bench.step import Config, Memory, Step, made_up_batch
-from evaluation.dense import pyplot
 from images.data import open_images
 from machinery.clock import FIRST_STEPS
 from machinery.flags import UsageError
+from machinery.page import pyplot
 from machinery.process import Process, keep_freed_memory
 from training.config import Config as TrainingConfig
 from training.memory import expected_memory

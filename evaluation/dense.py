@@ -29,6 +29,7 @@ from evaluation.protocol import Extractor
 from images.data import Sampler
 from images.pairs import Pairs, open_pairs
 from machinery.flags import UsageError
+from machinery.page import pyplot
 from machinery.process import Process
 
 
@@ -250,18 +251,6 @@ def in_order(own: dict, process: Process) -> list:
 # To be looked at
 
 
-def pyplot():
-    """matplotlib.pyplot, set up to write files: "Agg" draws without a screen."""
-    # Imported here, because it takes about a second, and most programs that import this file
-    # draw nothing.
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def page_of_rows(names: tuple[str, ...], columns: int) -> tuple:
     """(figure, panels [row, column]): a row of empty panels for each name, without ticks."""
     # Sizes are in inches; panels of 2.6 x 2.2 suit pictures of 4 : 3 with a name at their left.
@@ -272,12 +261,3 @@ def page_of_rows(names: tuple[str, ...], columns: int) -> tuple:
     for axis, name in zip(axes[:, 0], names):
         axis.set_ylabel(name)
     return fig, axes
-
-
-def picture(image: Tensor) -> Tensor:
-    """(C, H, W) -> (H, W, 3), from 0 to 1; of other channels than colours, their mean."""
-    if image.dtype == torch.uint8:
-        image = image / 255
-    if len(image) != 3:
-        image = image.mean(0, keepdim=True).expand(3, -1, -1)
-    return image.permute(1, 2, 0).clamp(0, 1)

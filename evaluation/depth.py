@@ -33,14 +33,14 @@ from backbones.depth_heads import DEPTH_HEADS, Depther
 from backbones.weights import load_strictly
 from evaluation import protocol
 from evaluation.dense import (crop_batches, in_order, open_for_patches, over_flips,
-                              page_of_rows, picture, pyplot, shape_at, side_of_crops,
-                              with_protocol)
+                              page_of_rows, shape_at, side_of_crops, with_protocol)
 from evaluation.extract import gather
 from evaluation.protocol import Extractor, results_folder
 from images.pairs import DEPTHS, Pairs, read_depth
 from machinery.checkpoints import save_tensors
 from machinery.clock import Progress
 from machinery.flags import UsageError, require
+from machinery.page import picture, save
 from machinery.process import Process, autocast
 from training.optim import cosine
 
@@ -365,5 +365,4 @@ def draw_page(shown: list, path: Path):
                                  vmax=farthest / 4)
     fig.colorbar(depth, ax=axes[1:3, -1], label="metres")
     fig.colorbar(error, ax=axes[3, -1], label="metres")
-    fig.savefig(path, dpi=110)
-    pyplot().close(fig)
+    save(fig, path)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
-from augment import RGB, Pixels, normalise
+from augment import Pixels, normalise
 from backbones.weights import architecture, load_backbone
 from evaluation import protocol
 from evaluation.contours import region_similarity
@@ -37,22 +37,6 @@ from vit import VisionTransformer
 
 # ----------------------------------------------------------------------------------------------
 # From images to masks
-
-
-@torch.no_grad()
-def class_attention(model: VisionTransformer, images: Tensor, block: int = -1,
-                    pixels: Pixels = RGB) -> Tensor:
-    """Images (B, C, H, W) -> how much the class token attends to each patch, (B, nh, h, w).
-
-    The columns of the class token itself and of the registers are left out. So a map adds up to
-    less than one: the rest of the attention went to those tokens.
-    """
-    # Row 0 of the attention matrix belongs to the class token. The columns are in the order of
-    # the tokens: class token, registers, then the patches row by row.
-    attention = model.get_attention(normalise(images, pixels), block)  # (B, nh, N, N)
-    h, w = model.grid(images)
-    first_patch = 1 + model.num_register_tokens
-    return attention[:, :, 0, first_patch:].unflatten(2, (h, w))
 
 
 def top_mass(attention: Tensor, share: float = 0.6) -> Tensor:
@@ -188,8 +172,8 @@ def attention_at(model: nn.Module, image: Tensor, size: int, block: int, pixels:
     patch = model.patch_size
     shape = [max(1, round(side * factor / patch)) * patch for side in (height, width)]
     scaled = TF.resize(image, shape, antialias=True)
-    maps = class_attention(model, scaled[None].to(process.device), block, pixels)
-    return maps[0].float().cpu()
+    scaled = normalise(scaled[None].to(process.device), pixels)
+    return model.get_class_attention(scaled, block)[0].float().cpu()
 
 
 def untrained_like(model: VisionTransformer) -> VisionTransformer:

@@ -34,14 +34,14 @@ from backbones.dense_heads import SegmentationHead, Segmenter, at_pixels, read_d
 from backbones.weights import load_strictly
 from evaluation import protocol
 from evaluation.dense import (crop_batches, in_windows, open_for_patches, over_flips,
-                              page_of_rows, picture, pyplot, shape_at, side_of_crops,
-                              with_protocol)
+                              page_of_rows, shape_at, side_of_crops, with_protocol)
 from evaluation.extract import gather
 from evaluation.protocol import Extractor, results_folder
 from images.pairs import IGNORE, MASKS, Pairs, read_mask
 from machinery.checkpoints import save_tensors
 from machinery.clock import Progress
 from machinery.flags import UsageError, require
+from machinery.page import picture, pyplot, save
 from machinery.process import Process, autocast
 
 # ----------------------------------------------------------------------------------------------
@@ -337,8 +337,7 @@ def draw_page(shown: list, classes: int, path: Path):
         # IGNORE is -1, which is the last row of the palette.
         column[1].imshow(palette[truth.numpy()])
         column[2].imshow(palette[predicted.where(truth != IGNORE, IGNORE).numpy()])
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    save(fig, path)
 
 
 if __name__ == "__main__":

@@ -73,8 +73,8 @@ def without_figures():
 
     That is the two figures at their end, and the count of the memory that a step will need.
     """
-    slow = ("training.memory.expected_memory", "visualize.draw_curves",
-            "visualize.draw_attention_page")
+    slow = ("training.memory.expected_memory", "figures.curves.draw_curves",
+            "figures.attention.draw_attention_page")
     with contextlib.ExitStack() as stack:
         for name in slow:
             stack.enter_context(patch(name, lambda *args: {}))

@@ -66,6 +66,8 @@ CONFIGS = {
     "train": Config, "distill": distill.Config, "backbones": backbones.__main__.Config,
     **{f"evaluate {name}": task.Config
        for name, task in evaluate.TASKS.items()},
+    **{f"visualize {name}": figure.Config
+       for name, figure in visualize.FIGURES.items()},
     **{f"bench {name}": task[1]
        for name, task in bench.__main__.TASKS.items()}}
 

@@ -26,6 +26,7 @@ import torch
 
 import evaluate
 import visualize
+from figures import attention
 import vit
 from backbones import weights
 from backbones.__main__ import main, released_table
@@ -152,7 +153,7 @@ def test_the_flag_for_heads(tmp_path, capsys, photos, monkeypatch):
     file = tmp_path / "backbone.pth"
     torch.save(network(96, 3).state_dict(), file)
     drawn = []
-    monkeypatch.setattr(visualize, "draw_attention", lambda model, *_: drawn.append(model))
+    monkeypatch.setattr(attention, "draw_attention", lambda model, *_: drawn.append(model))
     line = f"attention {photos / 'cats/01.png'} --weights {file} --image_size 32"
     with pytest.raises(SystemExit):
         visualize.main(line.split())

@@ -32,6 +32,7 @@ import evaluate
 import train
 import visualize
 from bench import forecast, stages, step
+from figures import attention
 from machinery import flags, official
 from machinery.flags import LARGEST, UsageError, command, parse, require, user_errors
 from training.check import check
@@ -213,7 +214,7 @@ def checked(config_class, presets, argv):
 READERS = {  # program -> (dataclass of its flags, argv -> a checked configuration)
     "train": (train.Config, partial(checked, train.Config, PRESETS)),
     "distill": (distill.Config, partial(checked, distill.Config, DISTILLATION)),
-    "visualize": (visualize.AttentionConfig, partial(parse, visualize.AttentionConfig))}
+    "visualize": (attention.Config, partial(parse, attention.Config))}
 for config_class in (step.StepConfig, stages.InputConfig, stages.EvaluationConfig,
                      stages.ProbesConfig, forecast.PlanConfig):
     READERS[config_class.__name__] = config_class, partial(checked, config_class, PRESETS)

@@ -24,7 +24,7 @@ import pytest
 from conftest import TINY, metrics_of, same_tensors, start, teacher_of, tiny_config
 
 import train
-import visualize
+from figures import curves
 from machinery.flags import UsageError, parse
 from machinery.process import start_process
 from training.config import Config
@@ -123,7 +123,7 @@ def test_started_anew(run, quick_runs):
 def test_killed_between_the_last_save_and_the_end(tmp_path, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(visualize, "draw_curves", lambda *_: 1 / 0)
+        patch.setattr(curves, "draw_curves", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train.run(tiny_config(run, "--epochs", "1"))
     (run / "teacher.pt").unlink()

@@ -1,0 +1,1 @@
+"""Figures: one picture in each file, made from images, weights or runs."""

@@ -1,0 +1,81 @@
+"""Page: how the figures of this project look, which is decided once and here.
+
+    pyplot() --> figure of panels --> show(axis, picture) ... --> save(figure, path, caption)
+
+Idea     A figure is looked at on a screen, in a paper and from the last row of a lecture hall.
+         Sizes, fonts and colours that suit all three stand here, so that no figure chooses its
+         own: colour maps whose brightness rises evenly, and which people who are colour-blind
+         can read.
+Paper    none
+Try      python -m machinery.page      the sizes and colours
+Change   another look for every figure: STYLE and MAPS
+Tests    pytest tests/machinery/test_page.py
+
+Letters  C channels, H W pixels.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# What matplotlib is told before a figure is drawn. Sizes are in points, 1/72 of an inch.
+STYLE = {
+    "font.size": 10, "axes.titlesize": 10, "axes.labelsize": 10, "legend.fontsize": 9,
+    "xtick.labelsize": 9, "ytick.labelsize": 9, "figure.dpi": 120, "savefig.dpi": 120,
+    "axes.spines.top": False, "axes.spines.right": False}
+
+# What a colour map is for -> its name. All of them are perceptual: a step of the value is a step
+# of brightness that looks equally large everywhere.
+MAPS = {"attention": "viridis", "distance": "viridis_r", "error": "magma", "video": "inferno"}
+PICTURE = 1.9  # inches: the width of one picture among others
+
+
+def pyplot():
+    """matplotlib.pyplot with the STYLE, set up to write files: "Agg" draws without a screen."""
+    # Imported here, because it takes about a second, and most programs draw nothing.
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(STYLE)
+    return plt
+
+
+def picture(image: Tensor) -> Tensor:
+    """(C, H, W) -> (H, W, 3), from 0 to 1; of other channels than colours, their mean."""
+    if image.dtype == torch.uint8:
+        image = image / 255
+    if len(image) != 3:
+        image = image.mean(0, keepdim=True).expand(3, -1, -1)
+    return image.permute(1, 2, 0).clamp(0, 1)
+
+
+def show(axis, picture: Tensor, title: str = "", **options):
+    """Draw a picture (H, W, 3) or a map (H, W) without axes: pixels need no scale."""
+    axis.imshow(picture.numpy(), **options)
+    axis.set_title(title, fontsize=9)
+    axis.axis("off")
+
+
+def save(figure, path: Path, caption: str = "") -> Path:
+    """Write the figure, with a caption below it, and close it; returns its path.
+
+    The same input gives the same file: neither the date nor the version of matplotlib is in it.
+    """
+    if caption:
+        figure.supxlabel(caption, fontsize=8, color="0.35")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nothing = {".png": {"Software": None}, ".pdf": {"CreationDate": None, "Creator": None}}
+    figure.savefig(path, bbox_inches="tight", metadata=nothing.get(path.suffix.lower()))
+    pyplot().close(figure)
+    return path
+
+
+if __name__ == "__main__":
+    for name, value in STYLE.items():
+        print(f"{name:20s} {value}")
+    for use, name in MAPS.items():
+        print(f"colours of {use}: {name}")
