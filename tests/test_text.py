@@ -15,6 +15,7 @@ import backbones.__main__
 import bench.__main__
 import distill
 import evaluate
+import visualize
 from machinery.flags import describe
 from training.config import Config
 
