@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.dense_heads import at_pixels, patch_maps
+from backbones.weights import RELEASED
 
 BINS = 256  # depths that the linear head chooses from
 
@@ -236,6 +237,24 @@ DEPTH_HEADS = {
     "linear": (1, lambda width, *ends: LinearDepth(width, 1, *ends)),
     "linear4": (4, lambda width, *ends: LinearDepth(width, 4, *ends)),
     "dpt": (4, lambda width, nearest, farthest: DPT(width, nearest=nearest, farthest=farthest))}
+
+# The depths in metres, from and to, that the released heads of each data set were trained for.
+# They leave no trace in the tensors, and with other ends a linear head answers wrongly: with 80
+# in place of 10 metres everything is eight times as far away.
+RANGES = {"nyu": (0.001, 10.0), "kitti": (0.001, 80.0)}
+
+
+def settings_of_released(what: str) -> dict:
+    """What the name of a released depth head says: depth_head, nearest, farthest.
+
+    Example: dinov2_vits14_kitti_dpt is "dpt", from .001 to 80 metres. {} for any other name.
+    """
+    # The name of a backbone has underscores of its own, so the two last words are split off.
+    backbone, data, head = ["", "", *what.rsplit("_", 2)][-3:]
+    if backbone not in RELEASED or data not in RANGES or head not in DEPTH_HEADS:
+        return {}
+    nearest, farthest = RANGES[data]
+    return {"depth_head": head, "nearest": nearest, "farthest": farthest}
 
 
 class Depther(nn.Module):

@@ -17,7 +17,7 @@ Letters  B images, H W pixels, n measured pixels.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -29,7 +29,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from augment import normalise
 from backbones.dense_heads import at_pixels, read_dense_head
-from backbones.depth_heads import DEPTH_HEADS, Depther
+from backbones.depth_heads import DEPTH_HEADS, Depther, settings_of_released
 from backbones.weights import load_strictly
 from evaluation import protocol
 from evaluation.dense import (crop_batches, in_order, open_for_patches, over_flips,
@@ -200,6 +200,10 @@ def on_report_card(config: Config, model) -> Config | None:
 def run(extractor: Extractor) -> dict:
     """A head on frozen tokens tells the depth of each pixel, in metres. DINOv2 sec. 7.4."""
     config = with_protocol(extractor.config, PROTOCOLS)
+    # A released head says by its name which one it is, and for which depths it was trained.
+    released = settings_of_released(config.head)
+    config = replace(config, **{k: v for k, v in released.items() if k not in config.given})
+
     process = extractor.process
     size = side_of_crops(config.image_size, extractor.model)
     read = partial(read_depth, scale=config.depth_scale)

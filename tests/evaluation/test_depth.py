@@ -5,6 +5,7 @@
    to it, and the head it saves gives the same figures without training.
 3. What is judged: a part of the image, up to the farthest depth.
 4. What does not fit is refused with one line.
+5. The name of a released head says which head it is and for which depths; flags say otherwise.
 """
 
 import math
@@ -15,6 +16,7 @@ import torch
 from conftest import run_evaluate
 from PIL import Image
 
+from backbones.depth_heads import LinearDepth, settings_of_released
 from evaluation.depth import CROPS, errors, gradient_loss, only_inside, sig_loss
 
 
@@ -136,3 +138,27 @@ def test_misfits(small_backbone, rooms, tmp_path, capsys):
     assert "no pixel of any image was measured" in refused("--farthest 0.1")
     torch.save({"conv_depth.weight": torch.zeros(256, 8, 1, 1)}, tmp_path / "other.pt")
     assert "--depth_head" in refused(f"--head {tmp_path}/other.pt")
+
+
+def test_the_name_of_a_released_head(small_backbone, rooms, tmp_path, monkeypatch):
+    """A head on four blocks, for streets of up to 80 metres, in the place of the released one."""
+    assert settings_of_released("dinov2_vitb14_nyu_dpt") == {
+        "depth_head": "dpt", "nearest": 0.001, "farthest": 10.0}
+    for other in ("", "head.pt", "dinov2_vits14", "dinov2_vits14_ade20k_linear", "a_nyu_dpt"):
+        assert settings_of_released(other) == {}
+
+    monkeypatch.setattr("evaluation.depth.draw_page", lambda *page: None)  # which takes long
+    head = LinearDepth(64, 4)
+    urls = []
+    torch.save({"state_dict": {f"decode_head.{k}": v
+                               for k, v in head.state_dict().items()}}, tmp_path / "head.pth")
+    monkeypatch.setattr("backbones.dense_heads.fetch",
+                        lambda url: urls.append(url) or tmp_path / "head.pth")
+    line = (f"depth --weights {small_backbone} --val_data pairs:{rooms} --image_size 16 "
+            f"--output_dir {tmp_path} --head dinov2_vits14_kitti_linear4")
+    streets = run_evaluate(line)
+    assert urls[0].endswith("dinov2_vits14/dinov2_vits14_kitti_linear4_head.pth")
+    assert streets["protocol"].startswith("linear4, ")
+    given = run_evaluate(f"{line} --farthest 80 --depth_head linear4 --nearest 0.001")
+    assert given["depth"] == streets["depth"]
+    assert run_evaluate(f"{line} --farthest 10")["depth"]["rmse"] < streets["depth"]["rmse"] / 4
