@@ -1,7 +1,8 @@
-"""Hub: the released backbones and classifiers under their official names, for torch.hub.load.
+"""Hub: the released backbones and their heads under their official names, for torch.hub.load.
 
     torch.hub.load("OWNER/REPOSITORY", "dinov2_vits14_reg")                     -> the backbone
     torch.hub.load("PATH", "dinov2_vits14_reg_lc", source="local", layers=4)    -> with its head
+    torch.hub.load("PATH", "dinov2_vits14_dd", source="local", weights="KITTI") -> depth, metres
 
 Idea     What others ask of Meta's repositories by name, they can ask of this one, and the networks
          have the methods of Meta's (backbones/hub.py). It works in programs, too, whose own
@@ -136,11 +137,72 @@ def _classifier(name: str):
     return load
 
 
+def _linear_depth(name: str):
+    """The function that torch.hub.load calls for NAME_ld."""
+
+    def load(pretrained: bool = True, layers: int = 4, weights: str = "NYU", depth_range=None,
+             img_size: int = 0):
+        if layers not in (1, 4):
+            raise ValueError(f"layers = {layers}: the depth heads of {name} read 1 or 4 blocks")
+        kind = "linear4" if layers == 4 else "linear"  # as the released files are called
+
+        # The range of depths is that of the data set: hub.depther knows it.
+        with _our_modules():
+            return hub.depther(name, kind, pretrained, weights, depth_range, img_size)
+
+    load.__name__ = f"{name}_ld"
+    load.__doc__ = (
+        f"{name} and a linear depth head on 1 or 4 `layers`: metres of every pixel, trained on "
+        "NYU or KITTI, or in a file of `weights`.")
+    return load
+
+
+def _dpt_depth(name: str):
+    """The function that torch.hub.load calls for NAME_dd."""
+
+    # DPT fuses the maps of four blocks, so there are no `layers` to choose.
+    def load(pretrained: bool = True, weights: str = "NYU", depth_range=None,
+             img_size: int = 0):
+        with _our_modules():
+            return hub.depther(name, "dpt", pretrained, weights, depth_range, img_size)
+
+    load.__name__ = f"{name}_dd"
+    load.__doc__ = (
+        f"{name} and DPT, a depth head with convolutions: metres of every pixel, trained on "
+        "NYU or KITTI, or in a file of `weights`.")
+    return load
+
+
+def _segmentation(name: str, kind: str):
+    """The function that torch.hub.load calls for NAME_ls or NAME_ms."""
+
+    # Which blocks a head reads belongs to its name, as in Meta's files: the last one, or four.
+    def load(pretrained: bool = True, weights: str = "ADE20K", img_size: int = 0):
+        with _our_modules():
+            return hub.segmenter(name, kind, pretrained, weights, img_size)
+
+    load.__name__ = f"{name}_ms" if kind == "ms" else f"{name}_ls"
+    load.__doc__ = (
+        f"{name} and the segmentation head {kind}: logits of every pixel, trained on "
+        "ADE20K or VOC2012, or in a file of `weights`.")
+    return load
+
+
 for _name in RELEASED:
     globals().update({_name: _backbone(_name), f"{_name}_lc": _classifier(_name)})
+# Meta trained heads for every pixel on the DINOv2 networks without registers. Its own hub has
+# those for depth; the names _ls (linear segmentation) and _ms (its "+ms") are ours.
+DENSE = [_name for _name in RELEASED if _name.startswith("dinov2") and "_reg" not in _name]
+for _name in DENSE:
+    globals()[f"{_name}_ld"] = _linear_depth(_name)
+    globals()[f"{_name}_dd"] = _dpt_depth(_name)
+    globals()[f"{_name}_ls"] = _segmentation(_name, "linear")
+    globals()[f"{_name}_ms"] = _segmentation(_name, "ms")
 # DINO's small networks were called so at first, and older programs ask for these names.
 dino_deits16 = _backbone("dino_vits16")
 dino_deits8 = _backbone("dino_vits8")
 
 if __name__ == "__main__":
-    print("\n".join(f"{name:20s} {name}_lc" for name in RELEASED))
+    for name in RELEASED:
+        endings = "lc ld dd ls ms" if name in DENSE else "lc"
+        print(f"{name:20s}", *(f"{name}_{ending}" for ending in endings.split()))

@@ -2,6 +2,7 @@
 
     VisionTransformer --> DINO      get_last_selfattention; all tokens of a block in one tensor
                       --> DINOv2    model(images, is_training=True)
+                          + head    DINOv2Depther: metres, or Segmenter: classes of all pixels
     ConvNet           --> torchvision's ResNet-50, with nn.Identity in the place of fc
 
 Idea     A program that calls torch.hub.load expects the methods that Meta's networks have. They
@@ -20,12 +21,17 @@ import torchvision
 from torch import Tensor, nn
 
 from backbones.convnet import ConvNet
+from backbones.dense_heads import SegmentationHead, Segmenter, read_dense_head
+from backbones.depth_heads import RANGES, Depther
 from backbones.weights import architecture, load_backbone, load_strictly, untrained
 from vit import VisionTransformer, resize_pos_embed
 
 # What Meta calls the weights that it released: LVD142M are those of DINOv2's backbones. Here
 # they are what a name stands for, with or without that word.
 RELEASED_WEIGHTS = ("", "LVD142M")
+
+# How many classes the data sets have for which it released segmentation heads.
+SEGMENTATION_CLASSES = {"ade20k": 150, "voc2012": 21}
 
 
 class DINO(VisionTransformer):
@@ -107,3 +113,66 @@ def as_official(model: VisionTransformer | ConvNet, name: str) -> nn.Module:
     model.num_features = model.embed_dim
     model.patch_embed.num_patches = model.pos_embed.shape[1] - 1
     return model
+
+
+# ----------------------------------------------------------------------------------------------
+# Heads for every pixel, together with their backbone
+
+
+class DINOv2Depther(Depther):
+    """A Depther with the method by which programs for Meta's depthers call it."""
+
+    def whole_inference(self, img: Tensor, img_meta=None, rescale: bool = True) -> Tensor:
+        """The same as model(img): metres (B, 1, H, W). Only rescale=True is supported."""
+        if not rescale:
+            raise ValueError("rescale=False: depths are given for every pixel of the image")
+        return self(img)
+
+
+def depther(name: str, kind: str, pretrained: bool = True, weights: str = "NYU",
+            depth_range: tuple[float, float] | None = None, img_size: int = 0) -> DINOv2Depther:
+    """The backbone of a released name with a depth head, of `kind` in depth_heads.DEPTH_HEADS.
+
+    weights: NYU or KITTI for Meta's head of that data set, or the file of a head. depth_range:
+    the nearest and the farthest depth in metres; None: those of KITTI with its head, else those
+    of NYU. ValueError names the first tensors that do not fit.
+    """
+    # Meta's words are those of its file names: NYU with four blocks is NAME_nyu_linear4. The
+    # range is no tensor, so nothing in a file can correct it.
+    data = weights.lower() if pretrained else "nyu"
+    nearest, farthest = depth_range or RANGES.get(data, RANGES["nyu"])
+
+    # The head stands beside the network that torch.hub gives out under the backbone's own name,
+    # and so its tensors are called backbone.* and decode_head.*, as Meta's.
+    model = as_official(backbone(name, pretrained, img_size=img_size), name)
+    network = DINOv2Depther(model, kind, nearest, farthest)
+    if pretrained:
+        what = f"{name}_{data}_{kind}" if data in RANGES else weights
+        load_strictly(network.decode_head, read_dense_head(what), what)
+    return network.eval()
+
+
+def segmenter(name: str, kind: str, pretrained: bool = True, weights: str = "ADE20K",
+              img_size: int = 0) -> Segmenter:
+    """The backbone of a released name with a segmentation head of one block, or of four.
+
+    kind: "linear" or "ms". weights: ADE20K (150 classes) or VOC2012 (21) for Meta's head of
+    that data set, or the file of a head, whose classes are its own. ValueError names the first
+    tensors that do not fit.
+    """
+    data = weights.lower()
+    classes = SEGMENTATION_CLASSES.get(data, 150)
+    model = as_official(backbone(name, pretrained, img_size=img_size), name)
+    if pretrained:
+        what = f"{name}_{data}_{kind}" if data in SEGMENTATION_CLASSES else weights
+        state = read_dense_head(what)
+        # Of a released head the number of classes is known, and another one is refused below.
+        if data not in SEGMENTATION_CLASSES and "conv_seg.bias" in state:
+            classes = len(state["conv_seg.bias"])
+
+    # "+ms" of the paper reads the last four blocks, one after the other.
+    n = 4 if kind == "ms" else 1
+    head = SegmentationHead(n * model.embed_dim, classes)
+    if pretrained:
+        load_strictly(head, state, what)
+    return Segmenter(model, head, n).eval()

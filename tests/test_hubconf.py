@@ -8,6 +8,9 @@
 5. Networks have the methods of Meta's networks of the same names, which give tensors of the
    shapes in a table that was written by hand; DINO's give the class token first.
 6. Weights of another place and another image size are taken, and refused if they do not fit.
+7. Depth and segmentation heads stand beside their backbone under the names of Meta's tensors, as
+   a table that was written by hand has them; each is fetched by the name of its file, has the
+   range of depths or the classes of its data set, and is refused with the difference.
 """
 
 import os
@@ -158,6 +161,8 @@ def test_all_names_are_listed(tmp_path, monkeypatch):
     (tmp_path / "owner_name_main").symlink_to(ROOT)
     names = torch.hub.list("owner/name:main", skip_validation=True, trust_repo=True)
     expected = {*RELEASED, *(f"{name}_lc" for name in RELEASED), "dino_deits16", "dino_deits8"}
+    for size in "sblg":  # without registers: for those with registers Meta has no such heads
+        expected |= {f"dinov2_vit{size}14_{ending}" for ending in ("ld", "dd", "ls", "ms")}
     assert set(names) == expected
     assert all(callable(getattr(hubconf, name)) for name in expected)
     help_text = torch.hub.help("owner/name:main", "dinov2_vits14_lc", skip_validation=True)
@@ -326,3 +331,168 @@ def test_classifiers(name, layers, file, columns, monkeypatch, tmp_path):
         torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
         other = getattr(hubconf, f"{name}_lc")(pretrained=False, layers=layers)
         assert other(images).shape == (2, 1000) and other.blocks == model.blocks
+
+
+# -- heads for every pixel
+#
+# Names and shapes of Meta's depthers, which its code gives for DepthEncoderDecoder: a backbone of
+# width 384 with positions for 37 x 37 patches, and a head beside it.
+
+
+def backbone_table():
+    shapes = {
+        "cls_token": (1, 1, 384), "pos_embed": (1, 1370, 384), "mask_token": (1, 384),
+        "patch_embed.proj.weight": (384, 3, 14, 14), "patch_embed.proj.bias": (384,),
+        "norm.weight": (384,), "norm.bias": (384,)}
+    block = {
+        "norm1.weight": (384,), "norm1.bias": (384,), "attn.qkv.weight": (1152, 384),
+        "attn.qkv.bias": (1152,), "attn.proj.weight": (384, 384), "attn.proj.bias": (384,),
+        "ls1.gamma": (384,), "norm2.weight": (384,), "norm2.bias": (384,),
+        "mlp.fc1.weight": (1536, 384), "mlp.fc1.bias": (1536,), "mlp.fc2.weight": (384, 1536),
+        "mlp.fc2.bias": (384,), "ls2.gamma": (384,)}
+    for i in range(12):
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
+    return shapes
+
+
+def dpt_table():
+    shapes = {
+        "reassemble_blocks.resize_layers.0.weight": (48, 48, 4, 4),
+        "reassemble_blocks.resize_layers.0.bias": (48,),
+        "reassemble_blocks.resize_layers.1.weight": (96, 96, 2, 2),
+        "reassemble_blocks.resize_layers.1.bias": (96,),
+        "reassemble_blocks.resize_layers.3.weight": (384, 384, 3, 3),
+        "reassemble_blocks.resize_layers.3.bias": (384,),
+        "project.conv.weight": (256, 256, 3, 3), "project.conv.bias": (256,),
+        "conv_depth.head.0.weight": (128, 256, 3, 3), "conv_depth.head.0.bias": (128,),
+        "conv_depth.head.2.weight": (32, 128, 3, 3), "conv_depth.head.2.bias": (32,),
+        "conv_depth.head.4.weight": (1, 32, 1, 1), "conv_depth.head.4.bias": (1,)}
+    for i, channels in enumerate((48, 96, 192, 384)):
+        shapes |= {
+            f"reassemble_blocks.projects.{i}.conv.weight": (channels, 384, 1, 1),
+            f"reassemble_blocks.projects.{i}.conv.bias": (channels,),
+            f"reassemble_blocks.readout_projects.{i}.0.weight": (384, 768),
+            f"reassemble_blocks.readout_projects.{i}.0.bias": (384,),
+            f"convs.{i}.conv.weight": (256, channels, 3, 3),
+            f"fusion_blocks.{i}.project.conv.weight": (256, 256, 1, 1),
+            f"fusion_blocks.{i}.project.conv.bias": (256,)}
+        for unit in (1, 2) if i else (2,):  # the coarsest map is joined with nothing
+            for conv in (1, 2):
+                key = f"fusion_blocks.{i}.res_conv_unit{unit}.conv{conv}.conv.weight"
+                shapes[key] = (256, 256, 3, 3)
+    return shapes
+
+
+def linear_table(n):
+    return {"conv_depth.weight": (256, n * 768, 1, 1), "conv_depth.bias": (256,)}
+
+
+def segmentation_table(n, classes):
+    bn = {f"bn.{name}": (n * 384,) for name in "weight bias running_mean running_var".split()}
+    conv = {"conv_seg.weight": (classes, n * 384, 1, 1), "conv_seg.bias": (classes,)}
+    return bn | {"bn.num_batches_tracked": ()} | conv
+
+
+# name, arguments -> file of the head, its tensors, and farthest depth or number of classes.
+DENSE = [("ld", {}, "nyu_linear4", linear_table(4), 10),
+         ("ld", {"layers": 1, "weights": "KITTI"}, "kitti_linear", linear_table(1), 80),
+         ("dd", {"weights": "KITTI"}, "kitti_dpt", dpt_table(), 80),
+         ("ls", {}, "ade20k_linear", segmentation_table(1, 150), 150),
+         ("ms", {"weights": "VOC2012"}, "voc2012_ms", segmentation_table(4, 21), 21)]
+
+
+@pytest.fixture(scope="module")
+def small_vit():
+    """The backbone of all networks below, which takes longer to build than what is tested."""
+    torch.manual_seed(0)
+    return untrained("dinov2_vits14").eval()
+
+
+@pytest.mark.parametrize("ending, arguments, file, table, number", DENSE,
+                         ids=[row[2] for row in DENSE])
+def test_heads_for_every_pixel(ending, arguments, file, table, number, small_vit, monkeypatch,
+                               tmp_path):
+    """A file of random tensors under Meta's names, in the place of the released one."""
+    torch.manual_seed(0)
+    state = {}
+    for key, shape in table.items():
+        # The one number without axes is an integer: how many batches BatchNorm has seen.
+        state[f"decode_head.{key}"] = torch.rand(shape) / 50 if shape else torch.tensor(5)
+    torch.save({"meta": {}, "state_dict": state}, tmp_path / "head.pth")
+    urls = []
+
+    def fetch(url):
+        urls.append(url)
+        return tmp_path / "head.pth"
+
+    # As above, in the copies of our modules that torch.hub has.
+    monkeypatch.setitem(hubconf.hub.read_dense_head.__globals__, "fetch", fetch)
+    for opened_by in ("load_backbone", "untrained"):
+        monkeypatch.setattr(hubconf.hub, opened_by, lambda name: small_vit)
+    load = getattr(hubconf, f"dinov2_vits14_{ending}")
+    model = load(**arguments)
+    assert urls == [
+        f"https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_{file}_head.pth"]
+
+    # Strictly the names and shapes of Meta's networks, and the tensors of the file.
+    expected = {f"backbone.{key}": shape for key, shape in backbone_table().items()}
+    expected |= {f"decode_head.{key}": shape for key, shape in table.items()}
+    tensors = model.state_dict()
+    assert {key: tuple(value.shape) for key, value in tensors.items()} == expected
+    assert all(torch.equal(tensors[key], value) for key, value in state.items())
+    assert not model.training
+
+    images = torch.randn(2, 3, 16, 28)  # no whole number of patches
+    with torch.no_grad():
+        answer = model(images)
+        if ending in ("ld", "dd"):
+            assert answer.shape == (2, 1, 16, 28)
+            assert (model.decode_head.nearest, model.decode_head.farthest) == (0.001, number)
+            assert torch.equal(model.whole_inference(images, None, rescale=True), answer)
+            assert load(**arguments, depth_range=(1.0, 2.0))(images).min() >= 1
+        else:
+            assert answer.shape == (2, number, 16, 28)
+        untrained_one = load(pretrained=False, **arguments)
+        assert untrained_one(images[:1, :, :14, :14]).shape[-2:] == (14, 14)
+
+    # One tensor more, one less, and one of another shape.
+    key = next(iter(state))
+    state["decode_head.other"] = state.pop(key)
+    torch.save({"state_dict": state}, tmp_path / "head.pth")
+    name = key.removeprefix("decode_head.")
+    with pytest.raises(ValueError, match=f"missing {name}.*unexpected other"):
+        load(**arguments)
+
+
+def test_the_range_decides_what_a_linear_head_says(small_vit, monkeypatch, tmp_path):
+    """Meta's hub has 80 metres in every linear head: 8 times what a head of NYU has learned."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(hubconf.hub, "untrained", lambda name: small_vit)
+    model = hubconf.dinov2_vits14_ld(pretrained=False)
+    torch.save(model.decode_head.state_dict(), tmp_path / "head.pt")
+    monkeypatch.setattr(hubconf.hub, "load_backbone", lambda name: model.backbone)
+    images = torch.randn(1, 3, 28, 28)
+    ours = hubconf.dinov2_vits14_ld(weights=str(tmp_path / "head.pt"))  # a file: as NYU's
+    metas = hubconf.dinov2_vits14_ld(weights=str(tmp_path / "head.pt"), depth_range=(0.001, 80))
+    with torch.no_grad():
+        assert torch.equal(ours(images), model(images))
+        ratio = metas(images) / ours(images)
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 8), rtol=1e-3, atol=0)
+
+
+def test_misfits_of_heads(small_vit, monkeypatch, tmp_path):
+    for opened_by in ("load_backbone", "untrained"):
+        monkeypatch.setattr(hubconf.hub, opened_by, lambda name: small_vit)
+    with pytest.raises(ValueError, match="layers = 2: .* read 1 or 4 blocks"):
+        hubconf.dinov2_vits14_ld(layers=2)
+    with pytest.raises(ValueError, match="rescale=False"):
+        hubconf.dinov2_vits14_dd(pretrained=False).whole_inference(None, rescale=False)
+
+    # A head of one's own has the number of classes that it has.
+    head = hubconf.hub.SegmentationHead(384, 7)
+    torch.save(head.state_dict(), tmp_path / "head.pt")
+    own = hubconf.dinov2_vits14_ls(weights=str(tmp_path / "head.pt"))
+    with torch.no_grad():
+        assert own(torch.randn(1, 3, 28, 28)).shape == (1, 7, 28, 28)
+    with pytest.raises(ValueError, match="bn.weight is .384,., expected .1536,."):
+        hubconf.dinov2_vits14_ms(weights=str(tmp_path / "head.pt"))
