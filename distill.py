@@ -266,13 +266,13 @@ def train_heads(config: Config, backbone: nn.Module) -> Path:
             "expected a Vision Transformer, or a run with its heads")
 
     # 1. The settings: those of the distillation, but for the length and for what belongs to the
-    # student alone (--init, a backbone that rests). k-NN judges the backbone, which does not
-    # change here, so it would always give the same figure.
+    # student alone (--init, a backbone that rests). Both kinds of k-NN judge the backbone, which
+    # does not change here, so they would always give the same figures.
     folder = Path(config.output_dir or f"runs/{config.preset}") / "teacher_heads"
     epochs = config.train_teacher_heads_epochs
     warmup_epochs = min(config.warmup_epochs, epochs - 1)
     heads_config = replace(config, output_dir=str(folder), epochs=epochs, knn_every=0, init="",
-                           warmup_epochs=warmup_epochs, freeze_backbone_epochs=0)
+                           dense_every=0, warmup_epochs=warmup_epochs, freeze_backbone_epochs=0)
 
     # 2. The network in config.json is the teacher's, so that its masks have the teacher's grid.
     # The name of the architecture is for the record: the backbone is not built but given.

@@ -570,7 +570,7 @@ class Run:
                  val: Images, epoch_steps: int, build, move_teacher):
         # Imported here and not above: they are needed once in a run, and the imports at the top
         # of this file stay those of a training step.
-        from evaluation.judge import Judge
+        from evaluation.judge import Judge, PatchJudge
         from training.memory import expected_memory, shared_memory_warning
 
         self.config = config
@@ -608,6 +608,9 @@ class Run:
         if scaler:
             self.parts["scaler"] = scaler
         self.judge = Judge(images, val, config, process)
+        self.patch_judge = None
+        if config.dense_every:
+            self.patch_judge = PatchJudge(config, process, folder, epoch_steps)
         self.step = 0
         self.last_row = {}
         self.figures = {
@@ -653,6 +656,8 @@ class Run:
         figures = self.figures
         figures["pixels"] = self.judge(pixels_as_features())
         figures["untrained"] = self.judge(self.whole_teacher())
+        if self.patch_judge:
+            self.patch_judge(self.whole_teacher(), self.step, figures)
         if figures["pixels"] is None:
             return
         self.process.print(f"{self.judge.protocol}: raw pixels {figures['pixels']:.1%}, "
@@ -737,10 +742,13 @@ class Run:
                     # Before a save, because it stops the run if a loss was not finite.
                     self.log(schedule)
                 with self.clock.pause():
-                    judge_every = config.knn_every * self.epoch_steps
-                    due = judge_every and self.step % judge_every == 0 and not stopped_by
-                    if done or due:
+                    # The judges are asked every so many epochs and at the end, but not where a
+                    # signal waits for the run to stop.
+                    judging = done or not stopped_by
+                    if judging and self.due(config.knn_every):
                         self.evaluate()
+                    if judging and self.patch_judge and self.due(config.dense_every):
+                        self.patch_judge(self.whole_teacher(), self.step, self.figures)
                     if saving:
                         self.save()
 
@@ -753,6 +761,13 @@ class Run:
                                   "command continues")
                     del batches
                     raise SystemExit(128 + stopped_by)
+
+    def due(self, epochs: int) -> bool:
+        """Whether a judge who is asked every so many epochs is asked after this step; 0: only at
+        the end.
+        """
+        every = epochs * self.epoch_steps
+        return self.step == self.total or every > 0 and self.step % every == 0
 
     def log(self, schedule: dict):
         """Read the figures of the last steps: between saves, only here does the CPU wait."""
@@ -841,10 +856,15 @@ class Run:
             collapsed=bool(illness and illness[0] in ("uniform collapse", "one prototype")),
             device=str(self.process.device), precision=config.precision,
             broken_images=figures["broken"])
+        if self.patch_judge:
+            summary |= {key: figures.get(key) for key in ("patch_miou", "patch_miou_untrained")}
         if self.process.main:
-            from training.card import write_card  # here, because only the end of a run writes it
+            # Imported here, because only the end of a run draws and writes the card.
+            from figures import attention, curves
+            from training.card import write_card
 
-            self.draw()
+            curves.draw_curves(self.folder)
+            attention.draw_held_out(self.whole, self.val, config, self.folder)
             write_json(self.folder / "summary.json", summary)
             write_card(self.folder)
             written = "curves.png, attention.png" if len(self.val) else "curves.png"
@@ -856,26 +876,6 @@ class Run:
                 f"\nfinished in {summary['minutes']:.1f} minutes; wrote {self.folder}/{written} "
                 f"and teacher.pt\nnext:  python {following}")
         return summary
-
-    def draw(self):
-        """The curves, and where the class token looks in eight images that are held out."""
-        from figures import attention, curves  # here, because only the end of a run draws
-
-        config = self.config
-        curves.draw_curves(self.folder)
-        if config.convnet:
-            return
-
-        # Photographs are enlarged to the side at which the network is asked; the images of
-        # shapes.py are drawn at that size. center_crop cuts the middle of 8/7 of it. Compiling
-        # for eight images of another size does not pay.
-        side = attention.page_side(config.global_crops_size, config.patch_size)
-        order = np.random.default_rng(config.seed).permutation(len(self.val))
-        photos = [self.val.read_at(int(i), round(side * 8 / 7)) for i in order[:8]]
-        if photos:
-            with torch.compiler.set_stance("force_eager"):
-                attention.draw_attention_page(self.whole, photos, side,
-                                              self.folder / "attention.png", config.pixels)
 
 
 def read_flags(argv: list[str], kind=Config, presets=PRESETS, program="train.py") -> Config:

@@ -2,17 +2,20 @@
 
     held-out images --> teacher's class token --> with labels: k-NN(20)
                                               --> without: is the nearest the other view?
+    images and masks --> teacher's patch tokens --> patch k-NN segmentation (--dense_every)
 
 Idea     The loss of self-distillation says little: one that collapses to one prototype has a
          low loss, and losses with other temperatures or prototypes cannot be compared. Whether
          neighbours in feature space belong together can be compared between all runs.
 Paper    DINO F (k-NN); the question about the other view is ours
-Try      python train.py --knn_every 1
+Try      python train.py --knn_every 1 --dense_every 1
 Change   which question is asked: Judge.__call__
 Tests    pytest tests/evaluation/test_judge.py
 
 Letters  n images, B of them in a batch, C channels, s pixels, D width.
 """
+
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +27,7 @@ from evaluation.knn import knn_accuracy, top_neighbours
 from images.data import Images, Views, training_loader
 from machinery.process import Process, autocast
 from training.config import Config
+from training.rundir import record
 
 
 class Judge:
@@ -134,3 +138,73 @@ def pixels_as_features() -> nn.Module:
     C*1024).
     """
     return nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten())
+
+
+class PatchJudge:
+    """Patch k-NN segmentation of the teacher: 100 images with masks vote on 50, in seconds.
+
+    It watches the patch tokens, which may get worse while the class token, of which `Judge`
+    knows, gets better. Nothing here is random, so training goes on as without it. ValueError
+    for pairs that cannot be opened, or whose classes are not the same.
+    """
+
+    def __init__(self, config: Config, process: Process, folder: Path, epoch_steps: int):
+        # Imported here, because few runs ask for it. 150 images suffice to see a trend.
+        from images.pairs import MASKS, open_pairs, read_mask
+
+        def open_few(flag: str, most: int):
+            pairs = open_pairs(MASKS, getattr(config, flag), read_mask, config.data_root,
+                               config.download, f"--{flag}", config.pixels)
+            return pairs.spread_out(most)
+
+        self.config = config
+        self.process = process
+        self.folder = folder
+        self.epoch_steps = epoch_steps
+        self.bank = open_few("dense_data", 100)
+        self.queries = open_few("dense_val_data", 50)
+
+        # Where nothing names the classes, the largest number in any of the masks tells how many
+        # there are.
+        names = self.bank.classes, self.queries.classes
+        if all(names) and names[0] != names[1]:
+            raise ValueError(f"--dense_val_data {config.dense_val_data} has other classes than "
+                             f"--dense_data {config.dense_data}")
+        self.classes = len(names[0] or ())
+        if not all(names):
+            for pairs in (self.bank, self.queries):
+                for i in range(len(pairs)):
+                    self.classes = max(self.classes, 1 + int(pairs[i][1].max()))
+        if not self.classes:
+            raise ValueError(f"--dense_data {config.dense_data}: every pixel is ignored")
+
+    def __call__(self, backbone: nn.Module, step: int, figures: dict):
+        """Judge the backbone after this step; log the figure, and keep it in `figures`.
+
+        There patch_miou is the newest mIoU, from 0 to 1, patch_miou_untrained that of step 0.
+        """
+        from evaluation.dense import side_of_crops
+        from evaluation.patches import patch_knn
+
+        # Images are enlarged as for `evaluate.py patches`. Compiling does not pay, see Judge.
+        size = side_of_crops(0, backbone)
+        bank = self.bank.drawn_at(size)
+        queries = self.queries.drawn_at(size)
+        with torch.compiler.set_stance("force_eager"):
+            miou = patch_knn(backbone, bank, queries, self.classes, size, self.process,
+                             precision=self.config.precision)["miou"]
+        figures["patch_miou"] = miou
+        record(self.folder, dict(step=step, patch_miou=miou), self.process)
+
+        # With the figure that it has to beat. A run that was not judged at its start, because
+        # --dense_every came later, has none.
+        start = "--init" if self.config.init else "untrained"
+        if step == 0:
+            figures["patch_miou_untrained"] = miou
+            self.process.print(f"patch k-NN mIoU: {start} network {miou:.1%}")
+            return
+        beside = ""
+        if "patch_miou_untrained" in figures:
+            beside = f" ({start} {figures['patch_miou_untrained']:.1%})"
+        self.process.print(
+            f"epoch {step // self.epoch_steps}: patch k-NN mIoU {miou:.1%}{beside}")

@@ -20,14 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
+import training.config
 from augment import RGB, Pixels, center_crop, normalise
 from backbones.weights import load_backbone
 from evaluation.masks import top_mass
-from images.data import read_file
+from images.data import Images, read_file
 from machinery.flags import UsageError, require
 from machinery.page import picture, pyplot, save, show
 from vit import VisionTransformer
@@ -163,6 +165,23 @@ def draw_attention_page(model: VisionTransformer, images: list[Tensor], side: in
     for axis, title in zip(axes[:, 0], titles):
         axis.set_title(title, fontsize=8, loc="left")
     save(fig, path)
+
+
+def draw_held_out(model: VisionTransformer, images: Images, config: training.config.Config,
+                  folder: Path):
+    """attention.png of a training run: where the class token looks in eight of `images`.
+
+    A convnet has no class token that looks anywhere: of it nothing is drawn.
+    """
+    # Photographs are enlarged to the side at which the network is asked; the images of
+    # shapes.py are drawn at that size. center_crop cuts the middle of 8/7 of it. Compiling for
+    # eight images of another size does not pay.
+    side = page_side(config.global_crops_size, config.patch_size)
+    order = np.random.default_rng(config.seed).permutation(len(images))
+    photos = [images.read_at(int(i), round(side * 8 / 7)) for i in order[:8]]
+    if photos and not config.convnet:
+        with torch.compiler.set_stance("force_eager"):
+            draw_attention_page(model, photos, side, folder / "attention.png", config.pixels)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ Change   another panel is one more draw_* function, called by draw_curves
 Tests    pytest tests/figures/test_curves.py
 
 metrics.jsonl has a line of JSON for each log line ("loss", "dino", "dino_entropy", ..., means
-over the steps since the line before) and one for each evaluation ("knn"). The panels get these
-rows as dictionaries; training/log.py says what the numbers mean.
+over the steps since the line before) and one for each evaluation ("knn", "patch_miou"). The
+panels get these rows as dictionaries; training/log.py says what the numbers mean.
 """
 
 import json
@@ -27,8 +27,8 @@ from training.config import read_config
 LINE_STYLES = {"dino": "-", "ibot": "--"}  # class tokens solid, patches dashed
 
 
-def read_metrics(run: Path) -> tuple[list[dict], list[dict]]:
-    """(rows of steps, rows of evaluations) of a run directory; ValueError if there is none."""
+def read_metrics(run: Path) -> tuple[list[dict], list[dict], list[dict]]:
+    """(rows of steps, of k-NN, of patch k-NN) of a run directory; ValueError if there is none."""
     file = run / "metrics.jsonl"
     if not run.exists():
         raise ValueError(f"{run}: there is no such directory of a run{near_path(run)}")
@@ -38,7 +38,8 @@ def read_metrics(run: Path) -> tuple[list[dict], list[dict]]:
     steps = [row for row in rows if "loss" in row]
     if not steps:
         raise ValueError(f"{run}: its metrics.jsonl has no step yet")
-    return steps, [row for row in rows if "knn" in row]
+    judged = [[row for row in rows if name in row] for name in ("knn", "patch_miou")]
+    return steps, *judged
 
 
 def marker(rows: list[dict]) -> str:
@@ -114,6 +115,14 @@ def draw_knn(axis, evaluations: list[dict]):
     axis.set_ylabel(f"{protocol}, %")
 
 
+def draw_patches(axis, evaluations: list[dict]):
+    """How well labelled patches name the patches of other images: --dense_every."""
+    x = [row["step"] for row in evaluations]
+    axis.plot(x, [100 * row["patch_miou"] for row in evaluations], "o-", label="teacher")
+    axis.set_title("the teacher's patch tokens; step 0: before training", fontsize=10)
+    axis.set_ylabel("patch k-NN, mIoU, %")
+
+
 def draw_schedules(axis, steps: list[dict]):
     """Learning rate, weight decay and the teacher's temperature, each divided by its peak."""
     x = [row["step"] for row in steps]
@@ -130,10 +139,10 @@ def draw_schedules(axis, steps: list[dict]):
 def draw_curves(run: Path, path: Path | None = None) -> Path:
     """metrics.jsonl of a run -> a page of four panels; returns its path, RUN/curves.png.
 
-    A run that judged nothing has three: without the one of k-NN. ValueError where there is no
-    run, or no step in it yet.
+    A run that judged nothing has three: without the one of k-NN. One with --dense_every has a
+    panel more. ValueError where there is no run, or no step in it yet.
     """
-    steps, evaluations = read_metrics(run)
+    steps, evaluations, patch_evaluations = read_metrics(run)
 
     # How many prototypes each objective of this run has. Patches have a number of their own
     # where they have a head of their own.
@@ -143,7 +152,7 @@ def draw_curves(run: Path, path: Path | None = None) -> Path:
     prototypes = {term: config[field] for term, field in field_of.items() if term in steps[0]}
 
     plt = pyplot()
-    panels = 4 if evaluations else 3
+    panels = 3 + bool(evaluations) + bool(patch_evaluations)
     fig, axes = plt.subplots(1, panels, figsize=(4.25 * panels, 4), layout="constrained")
     fig.get_layout_engine().set(w_pad=0.12)  # inches between the panels
     fig.suptitle(run.resolve().name, fontsize=11)
@@ -151,6 +160,8 @@ def draw_curves(run: Path, path: Path | None = None) -> Path:
     draw_balance(axes[1], steps, prototypes)
     if evaluations:
         draw_knn(axes[2], evaluations)
+    if patch_evaluations:
+        draw_patches(axes[-2], patch_evaluations)
     draw_schedules(axes[-1], steps)
 
     # The legends stand below the panels, where they cannot hide a curve.

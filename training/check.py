@@ -1,6 +1,6 @@
 """Check: settings that cannot be trained, and the flag to change.
 
-    Config  -->  sizes  pixels  ranges  losses  masks  processes  schedules  -->  one sentence
+    Config  -->  sizes  pixels  ranges  losses  masks  processes  schedules  judges  -->  one sentence
 
 Idea     A wrong setting is refused before the first image is read, by one sentence with the
          flag, and not by an error of torch in the middle of a step. Each rule has its reason
@@ -30,6 +30,7 @@ def check(config: Config):
     check_losses(config)
     check_parallel(config)
     check_schedule(config)
+    check_evaluation(config)
 
 
 def check_sizes(config: Config):
@@ -209,3 +210,10 @@ def check_schedule(config: Config):
         raise UsageError(
             f"--warmup_epochs {config.warmup_epochs} leaves nothing of --epochs {config.epochs}"
         )
+
+
+def check_evaluation(config: Config):
+    """Refuses a judge of patches where there are none."""
+    if config.dense_every and config.convnet:
+        raise UsageError(f"--dense_every {config.dense_every}: --arch {config.arch} has no "
+                         "patch tokens to judge; give a ViT, or leave it out")

@@ -142,6 +142,10 @@ class Config:
     log_every: int = 20  # steps from one log line to the next
     profile: int = 0  # steps to record into trace.json, for https://ui.perfetto.dev; 0: none
     knn_every: int = 10  # epochs from one k-NN evaluation to the next; 0: only first and last
+    # Patch tokens may get worse while the class token gets better, which k-NN does not show.
+    dense_every: int = 0  # epochs from one segmentation by patch k-NN to the next; 0: none
+    dense_data: str = "shapes"  # images with masks, of which 100 vote there
+    dense_val_data: str = "shapes:val"  # images with masks, of which 50 are judged there
 
     @property
     def pixels(self) -> Pixels:
@@ -209,7 +213,7 @@ CROPS = ("in_chans", "mean", "std", "global_crops_size", "local_crops_size",
 NEUTRAL = {
     "output_dir", "given", "resume", "save_every", "log_every", "knn_every", "num_workers",
     "device", "data_root", "download", "compile", "parallel", "keep",
-    "activation_checkpointing", "profile"}
+    "activation_checkpointing", "profile", "dense_every", "dense_data", "dense_val_data"}
 
 # ----------------------------------------------------------------------------------------------
 # config.json: a Config and its global batch, as a run keeps them
