@@ -5,6 +5,9 @@
 2. The same network gets the same figure again, and is left in the mode that it was in.
 3. Large sets are thinned out evenly; two images are needed; classes have to match.
 4. A run on photographs without labels is judged.
+5. With --dense_every the patch tokens are judged, too: as `patch_knn` does, alike on every process;
+   it is logged and kept, the run ends in the same weights, and a run without
+   it says nothing of it. Convnets and classes that do not match are refused.
 """
 
 from dataclasses import replace
@@ -13,14 +16,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import finish, start, tiny_config
+from conftest import finish, metrics_of, same_tensors, start, teacher_of, tiny_config
 from torch import nn
 
 import train
 from augment import MultiCrop, center_crop, normalise, photometry
-from evaluation.judge import Judge, evenly_spaced, pixels_as_features
+from evaluation.judge import Judge, PatchJudge, evenly_spaced, pixels_as_features
 from evaluation.knn import knn_accuracy
+from evaluation.patches import patch_knn
 from images.data import Images, open_images
+from images.pairs import MASKS, open_pairs, read_mask
+from machinery.flags import UsageError
 from machinery.process import Process, start_process
 
 ALONE = Process(torch.device("cpu"))
@@ -142,3 +148,74 @@ def test_unlabelled_photos(tmp_path, photos, quick_runs):
     flags = ["--data", f"folder:{photos / 'cats'}", "--val_data", f"folder:{photos / 'dogs'}"]
     summary = train.run(tiny_config(tmp_path / "run", *flags, "--epochs", "1"))
     assert summary["knn_protocol"] == "other-view retrieval" and 0 <= summary["knn"] <= 1
+
+
+# -- patches
+
+FEW_PAIRS = "--dense_every 1 --dense_data shapes:6 --dense_val_data shapes:4:val".split()
+
+
+def patch_figures(rank, folder):
+    process = start_process("cpu")
+    config = tiny_config(folder, *FEW_PAIRS)
+    figures = {}
+    torch.manual_seed(0)
+    backbone = train.build(config, ALONE)[0].backbone
+    PatchJudge(config, process, folder, 8)(backbone, 8 if rank else 0, figures)
+    (folder / f"patches-{rank}").write_text(repr(figures["patch_miou"]))
+
+
+def test_patches_are_judged_as_by_the_task(tmp_path, capsys):
+    pair = start(patch_figures, tmp_path)
+    config = tiny_config(tmp_path, *FEW_PAIRS)
+    torch.manual_seed(0)
+    backbone = train.build(config, ALONE)[0].backbone.train()
+    pairs = [open_pairs(MASKS, spec, read_mask) for spec in ("shapes:6", "shapes:4:val")]
+    expected = patch_knn(backbone, *(p.drawn_at(96) for p in pairs), 11, 96, ALONE)["miou"]
+    assert 0 < expected < 1
+
+    # A run that got the flag later has no figure of its start.
+    figures = {}
+    judge = PatchJudge(config, ALONE, tmp_path, 8)
+    judge(backbone, 16, figures)
+    assert figures == {"patch_miou": expected} and backbone.training
+    judge(backbone, 0, figures)
+    assert figures == {"patch_miou": expected, "patch_miou_untrained": expected}
+    judge(backbone, 24, figures)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        f"epoch 2: patch k-NN mIoU {expected:.1%}",
+        f"patch k-NN mIoU: untrained network {expected:.1%}",
+        f"epoch 3: patch k-NN mIoU {expected:.1%} (untrained {expected:.1%})"]
+    finish(pair)
+    for rank in (0, 1):
+        assert float((tmp_path / f"patches-{rank}").read_text()) == pytest.approx(expected)
+
+
+def test_a_run_that_watches_its_patches(tmp_path, capsys, quick_runs):
+    watched = train.run(tiny_config(tmp_path / "a", *FEW_PAIRS, "--epochs", "1"))
+    printed = capsys.readouterr().out
+    plain = train.run(tiny_config(tmp_path / "b", "--epochs", "1"))
+    assert same_tensors(teacher_of(tmp_path / "a"), teacher_of(tmp_path / "b"))
+
+    rows = [row for row in metrics_of(tmp_path / "a") if "patch_miou" in row]
+    assert [row["step"] for row in rows] == [0, 8]
+    assert watched["patch_miou"] == rows[-1]["patch_miou"]
+    assert watched["patch_miou_untrained"] == rows[0]["patch_miou"]
+    assert f"epoch 1: patch k-NN mIoU {rows[-1]['patch_miou']:.1%} (untrained" in printed
+    assert not any("patch" in key for row in metrics_of(tmp_path / "b") for key in row)
+    assert not any("patch" in key for key in plain)
+    assert "patch k-NN" not in capsys.readouterr().out
+
+    # The flag may be left out when the run goes on: it does not change the result.
+    train.run(tiny_config(tmp_path / "a", "--epochs", "1"))
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_patches_that_cannot_be_judged(tmp_path):
+    with pytest.raises(UsageError, match="--dense_every 2: --arch resnet18 has no patch"):
+        train.run(tiny_config(tmp_path, "--arch", "resnet18", "--dense_every", "2"))
+    config = tiny_config(tmp_path, *FEW_PAIRS)
+    config.dense_val_data = f"pairs:{tmp_path}"
+    with pytest.raises(ValueError, match="--dense_val_data pairs:"):
+        PatchJudge(config, ALONE, tmp_path, 8)

@@ -1,6 +1,6 @@
 """Claims
 1. Curves name their run and what was measured; a short run has dots, and a run that judged
-   nothing no panel for it.
+   nothing no panel for it; --dense_every has a panel of its own.
 """
 
 import dataclasses
@@ -39,12 +39,16 @@ def test_curves(rows, judged, tmp_path, monkeypatch):
     if judged:
         lines.insert(0, dict(step=0, knn=0.2, pixels=0.3, protocol=judged))
         lines.append(dict(step=rows, knn=0.4))
+    if judged == "k-NN(20)":  # and by --dense_every
+        lines += [dict(step=0, patch_miou=0.2), dict(step=rows, patch_miou=0.25)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     fig, axes = axes_of_curves(run, monkeypatch)
     assert fig.get_suptitle() == "my run"
     labels = [axis.get_ylabel() for axis in axes]
-    assert len(axes) == (5 if judged else 4)  # with the second y axis of the ranks
+    watched = judged == "k-NN(20)"
+    assert len(axes) == 4 + bool(judged) + watched  # with the second y axis of the ranks
+    assert ("patch k-NN, mIoU, %" in labels) == watched
     assert (f"{judged}, %" in labels) == bool(judged) and all(labels)
     curves = [line for line in axes[0].get_lines() if len(line.get_xdata()) == rows]
     assert len(curves) == 6
