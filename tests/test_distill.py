@@ -345,11 +345,13 @@ def backbone_file(teacher, tmp_path):
 def test_heads_first(backbone_file, tmp_path, capsys):
     """With figures and expected memory, of the run that trains heads and of the one that follows.
 
-    The student's first weights (--init) are no matter of these heads.
+    The student's first weights (--init) are no matter of these heads, and neither are its patches,
+    which are watched (--dense_every).
     """
     config = config_of(backbone_file, "--train_teacher_heads_epochs", "1", "--epochs", "1",
                        "--output_dir", str(tmp_path / "run"), "--n_prototypes", "40", "--init",
-                       str(backbone_file))
+                       str(backbone_file), "--dense_every", "1", "--dense_data", "shapes:4",
+                       "--dense_val_data", "shapes:3:val")
     distill.run(config)
     heads_run = tmp_path / "run/teacher_heads"
     assert same_tensors(torch.load(backbone_file, weights_only=True), teacher_of(heads_run))
@@ -359,6 +361,10 @@ def test_heads_first(backbone_file, tmp_path, capsys):
     assert any(not torch.equal(head[k], state[f"student.dino_head.{k}"]) for k in head)
     assert not any(k.startswith("optimizer.backbone") for k in state)
     assert not json.loads((heads_run / "config.json").read_text())["init"]
+    watched = [
+        sum("patch_miou" in row for row in metrics_of(run))
+        for run in (tmp_path / "run", heads_run)]
+    assert watched == [2, 0]  # before the first step and after the epoch
     capsys.readouterr()
     distill.run(config)  # both are there
     assert capsys.readouterr().out.count("is finished") == 2
