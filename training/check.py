@@ -1,6 +1,6 @@
 """Check: settings that cannot be trained, and the flag to change.
 
-    Config  -->  sizes  pixels  ranges  losses  masks  processes  schedules  judges  -->  one sentence
+    Config  -->  sizes  pixels  ranges  losses  processes  schedules  judges  -->  one sentence
 
 Idea     A wrong setting is refused before the first image is read, by one sentence with the
          flag, and not by an error of torch in the middle of a step. Each rule has its reason
