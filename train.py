@@ -608,9 +608,8 @@ class Run:
         if scaler:
             self.parts["scaler"] = scaler
         self.judge = Judge(images, val, config, process)
-        self.patch_judge = None
-        if config.dense_every:
-            self.patch_judge = PatchJudge(config, process, folder, epoch_steps)
+        self.patch_judge = (PatchJudge(config, process, folder, epoch_steps)
+                            if config.dense_every else None)
         self.step = 0
         self.last_row = {}
         self.figures = {
@@ -763,11 +762,8 @@ class Run:
                     raise SystemExit(128 + stopped_by)
 
     def due(self, epochs: int) -> bool:
-        """Whether a judge who is asked every so many epochs is asked after this step; 0: only at
-        the end.
-        """
-        every = epochs * self.epoch_steps
-        return self.step == self.total or every > 0 and self.step % every == 0
+        """Whether a judge that is asked every so many epochs (0: only at the end) is asked now."""
+        return self.step == self.total or epochs and not self.step % (epochs * self.epoch_steps)
 
     def log(self, schedule: dict):
         """Read the figures of the last steps: between saves, only here does the CPU wait."""
@@ -856,8 +852,7 @@ class Run:
             collapsed=bool(illness and illness[0] in ("uniform collapse", "one prototype")),
             device=str(self.process.device), precision=config.precision,
             broken_images=figures["broken"])
-        if self.patch_judge:
-            summary |= {key: figures.get(key) for key in ("patch_miou", "patch_miou_untrained")}
+        summary |= {name: value for name, value in figures.items() if name.startswith("patch")}
         if self.process.main:
             # Imported here, because only the end of a run draws and writes the card.
             from figures import attention, curves
