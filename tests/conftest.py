@@ -155,6 +155,12 @@ PROCESSES.set_forkserver_preload(["distill", "evaluate"])
 
 
 def pytest_sessionstart():
+    # One thread each, for this process and for the programs that it starts: a product of tiny
+    # matrices ends before several threads have met, and threads that wait for each other on a
+    # machine with other work take ten times as long. OMP_NUM_THREADS=2 pytest takes two.
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
     multiprocessing.forkserver.ensure_running()  # and does so while other tests run
 
 
