@@ -15,6 +15,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import socket
+import sys
 from unittest.mock import patch
 
 import numpy as np
@@ -196,6 +197,14 @@ def finish(processes):
     for p in processes:
         p.join()
     assert [p.exitcode for p in processes] == [0] * len(processes)
+
+
+def program(rank, folder, text):
+    """What `python -c TEXT` does in this folder; what it prints goes to printed.txt there."""
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    with open("printed.txt", "w") as file, contextlib.redirect_stdout(file):
+        exec(text, {})
 
 
 # ----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import inspect
 import json
 import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -148,16 +148,21 @@ def test_help_lists_the_flags_of_a_task(name, capsys):
     assert len(listed) == len(set(listed)) and set(listed) == flags_of(config_class)
 
 
-def test_help_of_the_program(capsys):
+def test_help_of_the_program(capsys, monkeypatch):
     evaluate.main(["--help"])
     overview = capsys.readouterr().out
     evaluate.main([])  # nothing given: what can be given
     assert capsys.readouterr().out == overview
     assert all(re.search(rf"(?m)^  {name} ", overview) for name in [*evaluate.TASKS, "all"])
-    argv = [sys.executable, "evaluate.py", "knn", "--help"]
-    done = subprocess.run(argv, cwd=ROOT, check=True, capture_output=True, text=True)
-    assert done.stdout.startswith("usage: python evaluate.py knn")
-    assert set(re.findall(r"(?m)^  --(\w+)", done.stdout)) == flags_of(knn.Config)
+
+    # The file as a program, with the arguments of `python evaluate.py knn --help`.
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "knn", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
+    usage = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert usage.startswith("usage: python evaluate.py knn")
+    assert set(re.findall(r"(?m)^  --(\w+)", usage)) == flags_of(knn.Config)
 
 
 def test_all_has_the_flags_that_mean_one_thing():

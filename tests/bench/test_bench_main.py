@@ -5,15 +5,12 @@
 3. Bad input is one line that names the flag, exit code 2, and nothing is written.
 """
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import TINY, finish, program, start
 
 import bench.__main__
 from bench.__main__ import TASKS, main
@@ -36,6 +33,8 @@ NEW_ENTRIES = {
     ("forecast.py", "GPUS"): '"b300": (2500e12, 288)',
     ("plain.py", "IDEAS"): '"slow_ema": {"train.ema_update": ema_one_by_one}'}
 USE_THEM = f"""
+import sys
+assert "bench" not in sys.modules  # so that it is the copy that is imported
 from bench.__main__ import main
 assert main(["hello", "shapes", "--device", "cpu", "--steps", "5"])["hello"] == 5
 assert main(["plan", "shapes", "--kind", "b300", "--gpus", "2"])["days"] > 0
@@ -46,7 +45,7 @@ assert set(step["without"]) == {{"slow_ema"}}
 
 @pytest.mark.slow
 def test_one_line_is_a_new_entry(tmp_path):
-    """In a copy of bench/ with these lines, run by a Python of its own.
+    """In a copy of bench/ with these lines, in a process of its own.
 
     The choices of a flag are read from the table when a module is imported; so the line has to be
     there before, as it is when somebody adds it.
@@ -54,13 +53,10 @@ def test_one_line_is_a_new_entry(tmp_path):
     shutil.copytree(ROOT / "bench", tmp_path / "bench")
     for (file, table), entry in NEW_ENTRIES.items():
         add_line(tmp_path / "bench" / file, table, entry)
-    # Modules are looked for in the working directory first, then where PYTHONPATH says.
-    result = subprocess.run([sys.executable, "-c", USE_THEM], cwd=tmp_path,
-                            env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
-                            text=True)
-    assert result.returncode == 0, result.stderr
-    assert "without slow_ema" in result.stdout
-    assert "2 b300" in result.stdout
+    finish(start(program, tmp_path, USE_THEM, world=1))
+    printed = (tmp_path / "printed.txt").read_text()
+    assert "without slow_ema" in printed
+    assert "2 b300" in printed
 
 
 # -- 2

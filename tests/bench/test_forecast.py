@@ -9,11 +9,14 @@ Time is that of a clock which the work under test moves (bench_helpers.FakeClock
 
 import json
 import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch.distributed.run
 from bench_helpers import CPU, FakeClock, config_of
-from conftest import TINY
+from conftest import PROCESSES, TINY
 
 import bench.forecast
 import bench.step
@@ -91,12 +94,16 @@ def test_a_point_is_of_what_it_names(name, value, clock, monkeypatch):
 
 
 @pytest.mark.slow
-def test_growth(tmp_path, monkeypatch):
+def test_growth(tmp_path, monkeypatch, quick_runs):
     """From the flags to the figure, with two things that grow, and train.py in one process."""
     monkeypatch.chdir(tmp_path)
     table = {"depth": (0.25,), "local_crops_number": (0, 0.4)}
     monkeypatch.setattr(bench.forecast, "GROWTH", table)
     monkeypatch.setattr(bench.forecast, "os", only_one_core())
+    # Importing torch anew is most of what it costs. So its processes come from a server that has
+    # done so, and this process does what torchrun would start.
+    monkeypatch.setattr(bench.forecast.multiprocessing, "get_context", lambda kind: PROCESSES)
+    monkeypatch.setattr(bench.forecast.subprocess, "run", torchrun_here)
     flags = "--batch_size_per_gpu 2 --steps 1 --device cpu --precision fp32".split()
     result = main(["growth", "shapes", *flags])["growth"]
     values = {name: [row["value"] for row in rows] for name, rows in result.items()}
@@ -111,6 +118,17 @@ def test_growth(tmp_path, monkeypatch):
 def only_one_core():
     """The module os as bench.forecast uses it, on a machine of one core."""
     return SimpleNamespace(environ=bench.forecast.os.environ, cpu_count=lambda: 1)
+
+
+def torchrun_here(command, env, **_):
+    """Do in this process what torchrun would start by this command: one process of train.py."""
+    assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert env["OMP_NUM_THREADS"] == "1"
+    options = torch.distributed.run.parse_args(command[3:])  # as torchrun understands them
+    assert options.nproc_per_node == "1"
+    assert Path(options.training_script).samefile(train.__file__)
+    train.main(options.training_script_args)
+    return subprocess.CompletedProcess(command, 0)
 
 
 def test_growth_is_of_a_vit():
