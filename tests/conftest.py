@@ -45,9 +45,8 @@ TINY_RUN = (
     "--batch_size_per_gpu 8 --local_crops_number 2 --log_every 2 --save_every 8 "
     "--num_workers 0 --device cpu --precision fp32 --drop_path_rate 0.2 "
     "--global_crops_size 24 --local_crops_size 16").split()
-TINY_NETWORK = (
-    "--patch_size 8 --n_prototypes 32 --head_hidden_dim 32 --head_bottleneck_dim 16 "
-    "--no_use_bn_in_head").split()
+TINY_NETWORK = ("--arch vit_pico --patch_size 8 --n_prototypes 32 --head_hidden_dim 32 "
+                "--head_bottleneck_dim 16 --no_use_bn_in_head").split()
 TINY = TINY_RUN + TINY_NETWORK
 
 # After TINY: every ingredient of DINO, iBOT and DINOv2 at once, in one epoch of 8 steps.

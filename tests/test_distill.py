@@ -19,8 +19,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import (TINY, finish, heads_of, killed_in_step, metrics_of, same_tensors, saved,
-                      start, teacher_of, views_of, without_figures)
+from conftest import (TINY, TINY_NETWORK, TINY_RUN, finish, heads_of, killed_in_step,
+                      metrics_of, same_tensors, saved, start, teacher_of, views_of,
+                      without_figures)
 
 import distill
 import train
@@ -38,7 +39,10 @@ from vit import ARCHS, VisionTransformer
 
 CPU = Process(torch.device("cpu"))
 HEADS = "--ibot_weight 1 --separate_head --ibot_n_prototypes 24 --drop_path_rate 0".split()
-STUDENT = ["shapes_distill", *TINY[1:], *HEADS[:2], "--drop_path_rate", "0", "--clip_grad", "0"]
+# Of the network everything but --arch, which --init fixes; the preset has the same one.
+STUDENT = [
+    "shapes_distill", *TINY_RUN[1:], *TINY_NETWORK[2:], *HEADS[:2], "--drop_path_rate", "0",
+    "--clip_grad", "0"]
 CLS, PATCHES = "x_norm_clstoken", "x_norm_patchtokens"
 SCHEDULE = {
     "lr": 0.01, "last_layer_lr": 0.01, "weight_decay": 0.1, "momentum": 0.9,
@@ -49,7 +53,10 @@ SCHEDULE = {
 def teacher(tmp_path_factory):
     """A run to learn from, with BatchNorm in its heads."""
     folder = tmp_path_factory.mktemp("teacher")
-    flags = [*TINY, *HEADS, "--epochs", "1", "--use_bn_in_head", "--output_dir", str(folder)]
+    flags = [
+        *TINY, *HEADS, "--arch", "vit_nano", "--epochs", "1", "--use_bn_in_head",
+        "--output_dir",
+        str(folder)]
     with without_figures():
         train.run(parse(train.Config, flags, PRESETS))
     return folder

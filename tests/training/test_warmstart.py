@@ -183,7 +183,7 @@ def test_the_last_stage_takes_any_patch(patch_size, sizes, tmp_path):
 @pytest.mark.parametrize("flags, words", [
     ("--init nowhere", "--init nowhere"),
     ("--init RUN --patch_size 4", "--patch_size 4 .they have 8."),
-    ("--init RUN --arch vit_small", "--arch vit_small .they have vit_nano."),
+    ("--init RUN --arch vit_small", "--arch vit_small .they have vit_pico."),
     ("--init RUN --n_prototypes 16", "--n_prototypes 16 .they have 32.*/teacher.pt"),
     ("--init RUN --global_crops_size 20", "--global_crops_size 20"),
     ("--init RUN --freeze_backbone_epochs 2", "leaves nothing"),
