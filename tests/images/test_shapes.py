@@ -35,7 +35,7 @@ def test_image_mask_and_depth_belong_together():
 
 @pytest.mark.slow
 def test_simple_statistics_fail():
-    sets = [Shapes("train", 2000), Shapes("val", 400)]
+    sets = [Shapes("train", 1000), Shapes("val", 200)]
     pixels = [torch.stack([torch.from_numpy(s[i][0]) for i in range(len(s))]) for s in sets]
 
     def histogram(images):
