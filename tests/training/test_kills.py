@@ -23,7 +23,7 @@ from conftest import TINY, finish, same_tensors, saved, start, tiny_config, with
 import train
 
 KILLS = os.environ.get("KILLS")
-SAVE_EVERY, STEPS = 4, 16
+SAVE_EVERY, EPOCH = 4, 8  # steps
 PATIENCE = 300  # seconds after which a test gives up; nothing is said about how fast a run is
 # What is to be renamed where a save sleeps: before its manifest, before it is complete, after.
 INSIDE = ("manifest.json.tmp", "tmp-*", "teacher.pt.tmp")
@@ -73,14 +73,14 @@ def newest(folder):
     return max((int(path.parent.name[5:]) for path in manifests), default=0)
 
 
-def kill_once(folder, world, inside, wait):
+def kill_once(folder, world, inside, wait, epochs):
     """Start or continue the run in a folder, and kill it; the last step that it logged.
 
     It is killed inside a save, or `wait` seconds after its first log line.
     """
     log = folder / "log-0"
     before = len(log.read_text()) if log.exists() else 0
-    processes = begin(folder, world, inside)
+    processes = begin(folder, world, inside, epochs)
     if inside:
         wait_for((folder / "inside").exists, processes)
         assert (folder / "inside").exists()
@@ -99,27 +99,30 @@ def kill_once(folder, world, inside, wait):
 @pytest.mark.parametrize("world", [1, 2])
 def test_killed_at_any_instant(world, tmp_path):
     rng = random.Random(world)
+    # In the short form two processes are killed once, inside their first save.
     wanted = int(KILLS or {1: 2, 2: 1}[world])
+    epochs = 2 if KILLS or world == 1 else 1
+    steps = epochs * EPOCH
     kills, runs = 0, 0
     whole = tmp_path / "whole"
-    unbroken = begin(whole, world)
+    unbroken = begin(whole, world, epochs=epochs)
     while kills < wanted:
         broken = tmp_path / f"broken-{runs}"
         runs += 1
-        while kills < wanted and newest(broken) < STEPS:
-            # Every other time inside a save; two processes begin with that.
+        while kills < wanted and newest(broken) < steps:
+            # Every other time inside a save; two processes begin with it.
             inside = INSIDE[(kills // 2 + world) % 3] if (kills + world) % 2 == 0 else ""
             before = newest(broken)
-            logged = kill_once(broken, world, inside, wait=rng.uniform(0, 1.5))
+            logged = kill_once(broken, world, inside, rng.uniform(0, 1.5), epochs)
             assert newest(broken) >= max(before, logged - SAVE_EVERY)
             kills += 1
-        finish(begin(broken, world))
+        finish(begin(broken, world, epochs=epochs))
 
         log = (broken / "log-0").read_text()
         begun_at = [int(step) for step in re.findall(r"continuing from step (\d+)", log)]
         assert begun_at == sorted(begun_at) and all(step % SAVE_EVERY == 0 for step in begun_at)
         left = {p.name for p in (broken / "run/checkpoint").iterdir()}
-        assert left == {f"step-{STEPS}", f"step-{STEPS - SAVE_EVERY}"}
+        assert left == {f"step-{steps}", f"step-{steps - SAVE_EVERY}"}
         assert not list((broken / "run").rglob("*.tmp"))
         finish(unbroken)
         states = [saved(folder / "run/checkpoint")[1] for folder in (whole, broken)]
