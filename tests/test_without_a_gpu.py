@@ -42,6 +42,8 @@ def small(preset, monkeypatch, **settings):
         monkeypatch.setitem(arch, "embed_dim", 64)
         monkeypatch.setitem(arch, "num_heads", 1)
     config = parse(StepConfig, [preset], PRESETS)
+    if config.convnet:
+        config = replace(config, arch="resnet18")
     patch_size = 16 if config.convnet else config.patch_size
     return replace(config, init="", auto_scale=False, batch_size_per_gpu=4, n_prototypes=32,
                    ibot_n_prototypes=32, head_hidden_dim=32, head_bottleneck_dim=16,
