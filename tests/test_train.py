@@ -329,7 +329,8 @@ def test_a_worker_that_is_killed(tmp_path, monkeypatch, capsys):
         train.main([*TINY, "--num_workers", "1", "--output_dir", str(tmp_path / "run")])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1
-    assert "killed by signal: Killed; " in error and "--num_workers" in error
+    # PyTorch finds out by a signal, or because no batch comes: its words differ.
+    assert error.startswith("error: DataLoader worker") and "--num_workers" in error
 
 
 # ----------------------------------------------------------------------------------------------
