@@ -13,12 +13,14 @@ Change   a new figure is one file in figures/ with ARGUMENTS, a Config and a `dr
 Tests    pytest tests/test_visualize.py
 """
 
+from itertools import takewhile
+
 from figures import attention, curves
 from machinery.flags import UsageError, command, did_you_mean, parse, user_errors
 
 # Each of these modules has ARGUMENTS, what has to be typed after the name of the figure, a
-# dataclass Config, its flags, and a function draw(argument, config), which returns the path of
-# the picture.
+# dataclass Config, its flags, and a function draw(arguments, config), which gets the typed words
+# as a list and returns the path of the picture.
 FIGURES = {"attention": attention, "curves": curves}
 
 USAGE = "python visualize.py " + " | ".join(f"{name} {figure.ARGUMENTS}"
@@ -34,6 +36,16 @@ def overview() -> str:
     return "\n".join(lines)
 
 
+def split(words: list[str]) -> tuple[list[str], list[str]]:
+    """What follows the name of a figure -> the photos or runs, and the flags with their values.
+
+    All words before the first flag are photos or runs. None can come after it, because there
+    it might belong to a flag of several words: a.jpg b.jpg --weights A B.
+    """
+    arguments = list(takewhile(lambda word: not word.startswith("-"), words))
+    return arguments, words[len(arguments):]
+
+
 @command
 def main(argv):
     help_flags = ("-h", "--help")
@@ -45,15 +57,12 @@ def main(argv):
     figure = FIGURES[argv[0]]
     usage = f"python visualize.py {argv[0]} {figure.ARGUMENTS} [--flag ...]"
 
-    # The second word is the photo or the run; only --help may stand in its place.
-    if argv[1:] and argv[1] in help_flags:
-        return parse(figure.Config, argv[1:], usage=usage)
-    if not argv[1:] or argv[1].startswith("--"):
+    arguments, flags = split(argv[1:])
+    if not arguments and not set(flags) & set(help_flags):
         raise UsageError(f"usage: {USAGE}")
-    target = argv[1]
     with user_errors():
-        config = parse(figure.Config, argv[2:], usage=usage)
-        path = figure.draw(target, config)
+        config = parse(figure.Config, flags, usage=usage)
+        path = figure.draw(arguments, config)
     print(f"wrote {path}")
     return path
 

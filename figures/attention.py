@@ -203,8 +203,9 @@ class Config:
     output: str = ""  # the picture to write; empty: attention.png in this folder
 
 
-def draw(photo: str, config: Config) -> Path:
+def draw(arguments: list[str], config: Config) -> Path:
     """Where the class token looks in one photo: every head, their mean, masks."""
+    photo = arguments[0]
     if not config.weights:
         raise UsageError("--weights: give a run, a file, or a released name such as dino_vits8")
     require(config, lambda x: 0 < x < 1, "between 0 and 1", "share")

@@ -20,7 +20,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from machinery.flags import near_path
+from machinery.flags import UsageError, near_path
 from machinery.page import pyplot, save
 from training.config import read_config
 
@@ -185,6 +185,8 @@ class Config:
     output: str = ""  # the picture to write; empty: curves.png in the run's directory
 
 
-def draw(run: str, config: Config) -> Path:
+def draw(arguments: list[str], config: Config) -> Path:
     """Losses, balance, k-NN and schedules of one training run over its steps."""
-    return draw_curves(Path(run), Path(config.output) if config.output else None)
+    if len(arguments) > 1:
+        raise UsageError(f"curves draws one run, not {len(arguments)}: {' '.join(arguments)}")
+    return draw_curves(Path(arguments[0]), Path(config.output) if config.output else None)

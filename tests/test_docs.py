@@ -142,7 +142,8 @@ def understand_evaluate(argv):
 
 
 def understand_visualize(argv):
-    parse(visualize.FIGURES[argv[0]].Config, argv[2:])  # argv[1] is the photo or the run
+    _, flags = visualize.split(argv[1:])
+    parse(visualize.FIGURES[argv[0]].Config, flags)
 
 
 # A program or module -> what reads its command line, without running it.

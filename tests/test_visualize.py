@@ -1,6 +1,7 @@
 """Claims
 1. Misuse is one line that names what is wrong, with the nearest right name, and exit code 2.
 2. Without arguments the program says what it can draw.
+3. A figure gets all words before its first flag.
 """
 
 import pytest
@@ -14,6 +15,7 @@ from vit import VisionTransformer
                          [("atention", "did you mean attention?"), ("attention", "usage"),
                           ("attention x.jpg", "--weights"), ("curves RUNS", "metrics"),
                           ("curves /none", "no such"),
+                          ("curves a b", "curves draws one run, not 2"),
                           ("curves RUNS/shapes_dyno", "RUNS/shapes_dino?"),
                           ("attention /none.jpg --weights W", "not a readable image"),
                           ("attention x --weights W --share 2", "--share")])
@@ -36,3 +38,11 @@ def test_without_arguments_it_says_what_it_can_draw(capsys):
     overview = capsys.readouterr().out
     visualize.main([])
     assert capsys.readouterr().out == overview and "attention" in overview
+
+
+def test_a_figure_gets_all_words_before_its_first_flag(monkeypatch):
+    given = []
+    monkeypatch.setattr(visualize.FIGURES["curves"], "draw", lambda *both: given.append(both))
+    visualize.main(["curves", "a", "b", "--output", "c"])
+    [(arguments, config)] = given
+    assert arguments == ["a", "b"] and config.output == "c"
