@@ -15,13 +15,15 @@ Tests    pytest tests/test_visualize.py
 
 from itertools import takewhile
 
-from figures import attention, curves
+from figures import attention, curves, match, pca, similarity
 from machinery.flags import UsageError, command, did_you_mean, parse, user_errors
 
 # Each of these modules has ARGUMENTS, what has to be typed after the name of the figure, a
 # dataclass Config, its flags, and a function draw(arguments, config), which gets the typed words
 # as a list and returns the path of the picture.
-FIGURES = {"attention": attention, "curves": curves}
+FIGURES = {
+    "attention": attention, "curves": curves, "pca": pca, "match": match,
+    "similarity": similarity}
 
 USAGE = "python visualize.py " + " | ".join(f"{name} {figure.ARGUMENTS}"
                                             for name, figure in FIGURES.items())

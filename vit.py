@@ -155,11 +155,12 @@ class Attention(nn.Module):
         joined = torch.cat(outs) if len(outs) > 1 else outs[0]
         return self.proj(joined)  # (T, D)
 
-    def weights(self, x: Tensor, b: int, n: int) -> Tensor:
+    def weights(self, x: Tensor, b: int, n: int, rows=slice(None)) -> Tensor:
         """softmax(q k' / sqrt(hd)), (b, nh, n, n): the weights of a block, to be plotted. DINO
-        fig. 1.
+        fig. 1. `rows`, a slice or a list of numbers, picks the tokens that ask: (b, nh, r, n).
         """
         q, k, _ = self.split_heads(self.qkv(x), b, n).unbind(0)
+        q = q[:, :, rows]
         # The product is taken in float32, so that small weights are not rounded away in a plot.
         scores = (q.float() * q.shape[-1]**-0.5) @ k.float().transpose(-2, -1)  # (b, nh, n, n)
         return scores.softmax(-1)
@@ -570,10 +571,11 @@ class VisionTransformer(nn.Module):
             outputs[i] = (patches, y[:, 0]) if return_class_token else patches
         return tuple(outputs[i] for i in wanted)
 
-    def get_attention(self, images: Tensor, block: int = -1) -> Tensor:
+    def get_attention(self, images: Tensor, block: int = -1, rows=slice(None)) -> Tensor:
         """Exact attention of one block: (B, nh, N, N); every row sums to one.
 
-        Row 0 is the class token's. Tokens are ordered class, registers, patches: skip the first
+        Row 0 is the class token's. With `rows`, a slice or a list of numbers, only those are
+        computed: 60 x 60 patches have 13 million pairs in each head, which take 52 MB. Tokens are ordered class, registers, patches: skip the first
         1 + num_register_tokens columns before reshaping to the (h, w) grid. ValueError for a
         block that does not exist.
         """
@@ -589,7 +591,7 @@ class VisionTransformer(nn.Module):
         for layer in self.blocks[:index]:
             x = layer(x, ((b, n),))
         layer = self.blocks[index]
-        return layer.attn.weights(layer.norm1(x), b, n)
+        return layer.attn.weights(layer.norm1(x), b, n, rows)
 
     def get_class_attention(self, images: Tensor, block: int = -1) -> Tensor:
         """How much the class token of one block attends to each patch: (B, nh, h, w).
@@ -599,7 +601,7 @@ class VisionTransformer(nn.Module):
         """
         # Row 0 of the matrix belongs to the class token. The columns are in the order of the
         # tokens: class token, registers, then the patches row by row.
-        attention = self.get_attention(images, block)  # (B, nh, N, N)
+        attention = self.get_attention(images, block, rows=[0])  # (B, nh, 1, N)
         first_patch = 1 + self.num_register_tokens
         return attention[:, :, 0, first_patch:].unflatten(2, self.grid(images))
 

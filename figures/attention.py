@@ -18,102 +18,225 @@ Letters  B images, nh heads, h w patches down and across, N tokens, H W pixels.
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
 import training.config
 from augment import RGB, Pixels, center_crop, normalise
-from backbones.weights import load_backbone
 from evaluation.masks import top_mass
-from images.data import Images, read_file
+from figures import inputs
+from figures.inputs import about, enlarge, fit, mark, networks, patch_at, photographs, read, short
+from images.data import Images
 from machinery.flags import UsageError, require
-from machinery.page import picture, pyplot, save, show
+from machinery.page import MAPS, name_row, picture, pyplot, rows_of_pictures, save, show
 from vit import VisionTransformer
 
+OUTLINE = (1.0, 0.85, 0.2)  # red, green, blue of the line around a mask
 
-def fit(image: Tensor, side: int, patch: int) -> Tensor:
-    """Shorter side to `side` pixels, then cut to whole patches: (C, H, W) uint8.
+# ----------------------------------------------------------------------------------------------
+# From tokens to maps
 
-    ValueError if not even one patch fits.
+
+@torch.no_grad()
+def attention_maps(model: VisionTransformer, image: Tensor, block: int = -1,
+                   queries: tuple[str, ...] = ()) -> list[Tensor]:
+    """Where tokens of one image (C, H, W) look: a map (nh, h, w) for each query "X,Y".
+
+    Without queries the one map of the class token.
     """
-    if side < patch:
-        raise ValueError(f"--image_size {side} is smaller than one patch of {patch} pixels")
-    image = TF.resize(image, [side], interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
+    images = normalise(image[None], model.pixels)
+    if not queries:
+        return [model.get_class_attention(images, block)[0]]
 
-    # At most one patch less a pixel is cut off at the right and at the bottom.
-    height, width = image.shape[-2:]
-    return image[:, :height // patch * patch, :width // patch * patch]
+    # The row of a patch in the matrix of all pairs of tokens comes after those of the class
+    # token and of the registers; so do the columns of the patches, which are the map.
+    first_patch = 1 + model.num_register_tokens
+    grid = model.grid(images)
+    rows = []
+    for query in queries:
+        row, column = patch_at(query, grid)
+        rows.append(first_patch + row * grid[1] + column)
+    attention = model.get_attention(images, block, rows)[0, :, :, first_patch:]  # (nh, r, P)
+    return list(attention.unflatten(2, grid).transpose(0, 1))  # r times (nh, h, w)
 
 
-def enlarge(grid: Tensor, patch: int) -> Tensor:
-    """(..., h, w) -> (..., H, W), each patch a flat square.
-
-    Smoothing would show more detail than the network computed: one number for each patch.
-    """
-    return grid.repeat_interleave(patch, -2).repeat_interleave(patch, -1)
-
-
-def masked(image: Tensor, mask: Tensor) -> Tensor:
-    """The image, at a quarter of its brightness where the mask (H, W) is False: (H, W, 3)."""
-    return torch.where(mask[..., None], picture(image), 0.25 * picture(image))
+# ----------------------------------------------------------------------------------------------
+# From a map to a picture
 
 
 def show_map(axis, grid: Tensor, patch: int, title: str = ""):
     """Draw a map (h, w) of attention, bright where there is much of it.
 
-    A few patches may get most of the attention. The brightest 2 % share one colour, so that the
-    rest can be told apart.
+    Behind the title stands what the darkest and the brightest colour mean, as multiples of the
+    mean. So a map of 0.2 to 6 and one of 0.9 to 1.1 have the same colours, but not the same
+    title: the second network hardly prefers any patch.
     """
-    brightest = float(grid.flatten().quantile(0.98))
-    show(axis, enlarge(grid, patch), title, cmap="viridis", vmin=0, vmax=brightest)
+    low, high = colour_range(grid)
+    mean = float(grid.mean()) or 1.0
+    show(axis, enlarge(grid, patch), f"{title}  {low / mean:.1f}–{high / mean:.1f}×",
+         cmap=MAPS["attention"], vmin=low, vmax=high)
 
 
-@torch.no_grad()
-def draw_attention(model: VisionTransformer, image: Tensor, path: Path, block: int = -1,
-                   share: float = 0.6, pixels: Pixels = RGB):
-    """One image (C, H, W): every head, their mean, and the mask of the top mass of each."""
+def colour_range(grid: Tensor) -> tuple[float, float]:
+    """The values of a map (h, w) that get the darkest and the brightest colour.
+
+    A few patches may get most of the attention. The brightest 2 % share one colour, and the
+    darkest 2 % another, so that the rest can be told apart.
+    """
+    low, high = grid.flatten().quantile(torch.tensor([0.02, 0.98])).tolist()
+    return low, max(high, low + 1e-12)
+
+
+def overlaid(image: Tensor, grid: Tensor, patch: int) -> Tensor:
+    """The attention in colours over the image in grey: (H, W, 3).
+
+    The more attention, the less of the image is left: a fifth of it where there is most.
+    """
+    colours = pyplot().colormaps[MAPS["overlay"]]
+    low, high = colour_range(grid)
+    values = enlarge(((grid - low) / (high - low)).clamp(0, 1), patch)  # (H, W)
+    heat = torch.from_numpy(colours(values.numpy())[..., :3]).float()
+    grey = picture(image).mean(-1, keepdim=True)
+    share = 0.8 * values[..., None]
+    return (1 - share) * 0.7 * grey + share * heat
+
+
+def outlined(image: Tensor, mask: Tensor, patch: int) -> Tensor:
+    """The image at the patches of a mask (h, w), dark and grey at the others: (H, W, 3).
+
+    A line surrounds the patches of which most neighbours are in the mask. It would be a tangle if
+    it went around each single one.
+    """
+    bright = picture(image)
+    grey = 0.35 * bright.mean(-1, keepdim=True).expand_as(bright)
+    result = torch.where(enlarge(mask, patch)[..., None], bright, grey)
+
+    # Five of the nine patches of a 3 x 3 square, itself included, are most of them. At the
+    # border of the image only those that exist are counted.
+    neighbours = F.avg_pool2d(mask[None].float(), 3, 1, 1, count_include_pad=False)[0]
+    solid = enlarge(neighbours > 0.5, patch)  # (H, W)
+
+    # The line are the pixels of these patches that lie near a pixel outside.
+    width = max(1, min(solid.shape) // 200)
+    near_outside = F.max_pool2d((~solid)[None].float(), 2 * width + 1, 1, width)[0] > 0
+    return torch.where((solid & near_outside)[..., None], torch.tensor(OUTLINE), result)
+
+
+# ----------------------------------------------------------------------------------------------
+# The pages
+
+
+@dataclass
+class View:
+    """What one token of one network sees in one photograph."""
+
+    image: Tensor  # (C, H, W)
+    heads: Tensor  # (nh, h, w)
+    patch: int  # pixels
+    name: str  # of the network
+    query: str  # "X,Y" or, for the class token, empty
+    title: str  # of the photograph
+
+    @property
+    def shape(self) -> float:
+        """Width by height."""
+        return self.image.shape[2] / self.image.shape[1]
+
+    def show_photograph(self, axis):
+        show(axis, picture(self.image), self.title)
+        if self.query:
+            mark(axis, *patch_at(self.query, self.heads.shape[1:]), self.patch)
+
+    def show_mask(self, axis, grid: Tensor, share: float):
+        show(axis, outlined(self.image, top_mass(grid, share), self.patch), f"top {share:.0%}")
+
+
+def draw_attention(view: View, path: Path, share: float, caption: str) -> Path:
+    """One page for one view: the mean of the heads large, below it every head, with masks."""
+    mean = view.heads.mean(0)
+    nh = len(view.heads)
+
+    # Up to three heads have map and mask beside each other in one row. More of them have a row
+    # of at most six maps above their six masks. Example: 12 heads have two such pairs of rows.
+    bands = math.ceil(nh / 6)
+    columns = math.ceil(nh / bands)
+    paired = nh <= 3
+    rows = [[view.shape] * 4]
+    if nh > 1:
+        rows += [[view.shape] * 2 * nh] if paired else [[view.shape] * columns] * 2 * bands
+    figure, axes = rows_of_pictures(rows)
+
+    view.show_photograph(axes[0][0])
+    show_map(axes[0][1], mean, view.patch, "mean of all heads" if nh > 1 else "the only head")
+    show(axes[0][2], overlaid(view.image, mean, view.patch), "over the photograph")
+    view.show_mask(axes[0][3], mean, share)
+    for i, grid in enumerate(view.heads if nh > 1 else []):
+        if paired:
+            map_axis = axes[1][2 * i]
+            mask_axis = axes[1][2 * i + 1]
+        else:
+            row = 1 + 2 * (i // columns)
+            map_axis = axes[row][i % columns]
+            mask_axis = axes[row + 1][i % columns]
+        show_map(map_axis, grid, view.patch, f"head {i}")
+        view.show_mask(mask_axis, grid, share)
+    return save(figure, path, caption)
+
+
+def draw_attention_sheet(views: list[View], path: Path, share: float, caption: str) -> Path:
+    """A row for each view: photograph, mean of the heads, its mask, the sharpest heads."""
+    # A row holds four heads at most, those that are least spread, in the order of their numbers.
+    most = min(4, max(len(view.heads) for view in views))
+    figure, axes = rows_of_pictures([[view.shape] * (4 + most) for view in views], 1.9)
+    several = len({view.name for view in views}) > 1
+    for row, view in zip(axes, views):
+        mean = view.heads.mean(0)
+        view.show_photograph(row[0])
+        show_map(row[1], mean, view.patch, "mean of all heads")
+        show(row[2], overlaid(view.image, mean, view.patch), "over the photograph")
+        view.show_mask(row[3], mean, share)
+        sharpest = spread_of(view.heads).argsort()[:most].sort().values
+        for axis, i in zip(row[4:], sharpest.tolist()):
+            show_map(axis, view.heads[i], view.patch, f"head {i}")
+        if several:
+            name_row(row[0], view.name)
+    return save(figure, path, caption)
+
+
+def write_separate(view: View, folder: Path, share: float):
+    """One PNG for the photograph, each head and each mask, under DINO's own names."""
     plt = pyplot()
-    heads = model.get_class_attention(normalise(image[None], pixels), block)[0]  # (nh, h, w)
-    maps = torch.cat([heads.mean(0, keepdim=True), heads])  # (1 + nh, h, w)
-    masks = top_mass(maps, share)
-    names = ["mean of heads"] + [f"head {i}" for i in range(len(heads))]
+    folder.mkdir(parents=True, exist_ok=True)
+    plt.imsave(folder / "img.png", picture(view.image).numpy())
+    for j, grid in enumerate(view.heads):
+        values = enlarge(grid, view.patch).numpy()
+        plt.imsave(folder / f"attn-head{j}.png", values, cmap=MAPS["attention"])
+        mask = outlined(view.image, top_mass(grid, share), view.patch)
+        plt.imsave(folder / f"mask_th{share:g}_head{j}.png", mask.numpy())
 
-    # The page has bands of two rows: maps above, their masks below. A band holds 7 maps beside
-    # the column of the image. Example: ViT-B has 12 heads, 13 maps with their mean, two bands.
-    columns = min(len(maps), 7)
-    bands = math.ceil(len(maps) / columns)
 
-    # Sizes are in inches: 1.9 for the width of a picture, and .3 of height for its title.
-    ratio = image.shape[1] / image.shape[2]
-    size = (1.9 * (columns + 1), 2 * bands * (1.9 * ratio + 0.3))
-    fig, axes = plt.subplots(2 * bands, columns + 1, squeeze=False, figsize=size,
-                             layout="constrained")
-    for axis in axes.flat:
-        axis.axis("off")  # places that stay empty
+# ----------------------------------------------------------------------------------------------
+# The page of a run
 
-    show(axes[0, 0], picture(image), "image")
-    for i, (name, grid, mask) in enumerate(zip(names, maps, masks)):
-        row = 2 * (i // columns)
-        column = 1 + i % columns
-        map_axis = axes[row, column]
-        mask_axis = axes[row + 1, column]
-        show_map(map_axis, grid, model.patch_size, name)
-        show(mask_axis, masked(image, enlarge(mask, model.patch_size)), f"top {share:.0%}")
-    save(fig, path)
+
+def spread_of(attention: Tensor) -> Tensor:
+    """How far each map is spread over its patches: (..., h, w) -> (...), in nats.
+
+    The entropy of the map as shares: 0 if one patch has all of it, ln(h*w) if all are equal.
+    """
+    shares = attention.flatten(-2)  # (..., h*w)
+    shares = shares / shares.sum(-1, keepdim=True)
+    return torch.special.entr(shares).sum(-1)
 
 
 def sharpest_head(attention: Tensor) -> int:
     """The head whose attention is least spread over the patches: (B, nh, h, w) -> its
     number.
     """
-    shares = attention.flatten(2)  # (B, nh, h*w)
-    shares = shares / shares.sum(-1, keepdim=True)
-    spread = torch.special.entr(shares).sum(-1)  # (B, nh), in nats: ln(h*w) if all are equal
-    return int(spread.mean(0).argmin())
+    return int(spread_of(attention).mean(0).argmin())
 
 
 def page_side(size: int, patch: int) -> int:
@@ -157,7 +280,7 @@ def draw_attention_page(model: VisionTransformer, images: list[Tensor], side: in
         show(axes[0, i], picture(image))
         show_map(axes[1, i], attention[i].mean(0), model.patch_size)
         show_map(axes[2, i], sharpest[i], model.patch_size)
-        show(axes[3, i], masked(image, enlarge(masks[i], model.patch_size)))
+        show(axes[3, i], outlined(image, masks[i], model.patch_size))
 
     # One title for each row, over its first picture.
     titles = ("image", "attention of the class token, mean of heads",
@@ -187,38 +310,45 @@ def draw_held_out(model: VisionTransformer, images: Images, config: training.con
 # ----------------------------------------------------------------------------------------------
 # The figure of visualize.py
 
-ARGUMENTS = "PHOTO --weights RUN_OR_FILE_OR_NAME"
+ARGUMENTS = "PHOTO_OR_FOLDER ... --weights RUN_OR_FILE_OR_NAME ..."
 
 
 @dataclass
-class Config:
+class Config(inputs.Config):
     # -- attention
-    weights: str = ""  # the network: a run, a released name such as dino_vits8, a URL, a file
-    checkpoint_key: Literal["teacher",
-                            "student"] = "teacher"  # which network of a training's two
-    num_heads: int = 0  # attention heads, for a file that does not tell them; 0: of width 64
-    image_size: int = 480  # shorter side of the photo in pixels, before it is cut to patches
-    block: int = -1  # the block whose attention is drawn; -1: the last
+    query: tuple[str, ...] = ()  # patches that look, each X,Y in shares of the width and height
+    # from 0 to 1: 0.5,0.5 is the middle; none: the class token
     share: float = 0.6  # share of the attention that the patches of a mask hold together
+    separate: bool = False  # also one PNG for each head and each mask, beside the page
     output: str = ""  # the picture to write; empty: attention.png in this folder
 
 
 def draw(arguments: list[str], config: Config) -> Path:
-    """Where the class token looks in one photo: every head, their mean, masks."""
-    photo = arguments[0]
-    if not config.weights:
-        raise UsageError("--weights: give a run, a file, or a released name such as dino_vits8")
+    """Where the class token, or any patch, looks: every head, their mean, masks."""
     require(config, lambda x: 0 < x < 1, "between 0 and 1", "share")
-    model = load_backbone(config.weights, config.checkpoint_key, config.num_heads)
-    if not isinstance(model, VisionTransformer):
-        raise UsageError(f"--weights {config.weights}: a convnet, which has no attention")
+    models = networks(config)
+    files = photographs(arguments, config.most)
 
-    # The photo is read in the channels that the network was trained on: grey, colours, or more.
-    try:
-        image = read_file(Path(photo), model.pixels.channels)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{photo}: not a readable image ({error})") from None
-    image = fit(image, config.image_size, model.patch_size)
+    # A view for each photograph, each network and each token that looks, in this order, so that
+    # what is to be compared stands in rows below each other.
+    views = []
+    for file in files:
+        for name, model in models.items():
+            image = fit(read(file, model), config.image_size, model.patch_size)
+            maps = attention_maps(model, image, config.block, config.query)
+            for query, heads in zip(config.query or ("",), maps):
+                views.append(View(image, heads, model.patch_size, name, query, short(file)))
+
+    # One view has a page on which it is shown in full, several share a sheet.
     path = Path(config.output or "attention.png")
-    draw_attention(model, image, path, config.block, config.share, model.pixels)
-    return path
+    looking = "the ringed patch" if config.query else "the class token"
+    caption = (f"Attention of {looking}, as multiples of its mean over the patches. "
+               + "; ".join(about(name, model, config) for name, model in models.items()))
+    if len(views) > 1:
+        if config.separate:
+            raise UsageError(f"--separate: give one photograph, one network and one --query, "
+                             f"not {len(views)} in all")
+        return draw_attention_sheet(views, path, config.share, caption)
+    if config.separate:
+        write_separate(views[0], path.parent, config.share)
+    return draw_attention(views[0], path, config.share, caption)

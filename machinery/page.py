@@ -14,6 +14,7 @@ Tests    pytest tests/machinery/test_page.py
 Letters  C channels, H W pixels.
 """
 
+import textwrap
 from pathlib import Path
 
 import torch
@@ -27,8 +28,13 @@ STYLE = {
 
 # What a colour map is for -> its name. All of them are perceptual: a step of the value is a step
 # of brightness that looks equally large everywhere.
-MAPS = {"attention": "viridis", "distance": "viridis_r", "error": "magma", "video": "inferno"}
+MAPS = {
+    "attention": "viridis", "overlay": "inferno", "similarity": "viridis", "direction": "hsv",
+    "distance": "viridis_r", "error": "magma", "video": "inferno"}
 PICTURE = 1.9  # inches: the width of one picture among others
+PAGE = 13.0  # inches: the width of a whole page, at most
+GAP = 0.08  # inches between two pictures
+TITLE = 0.24  # inches above a picture, for its title
 
 
 def pyplot():
@@ -59,13 +65,53 @@ def show(axis, picture: Tensor, title: str = "", **options):
     axis.axis("off")
 
 
+def rows_of_pictures(rows: list[list[float]], tallest: float = 3.2, titled: int = 99):
+    """A page on which each row of pictures fills the width: (figure, axes of each row).
+
+    rows: for each picture of a row its width divided by its height; all pictures of a row get
+    one height, of `tallest` inches at most. Only the first `titled` rows have room for titles.
+    Example: [[1, 1], [1, 1, 1, 1]] has two large squares above four small ones.
+    """
+    # The page is as wide as its fullest row needs, and PAGE at most. Sizes are in inches.
+    gaps = [GAP * (len(shapes) - 1) for shapes in rows]
+    width = min(PAGE, max(tallest * sum(shapes) + gap for shapes, gap in zip(rows, gaps)))
+    heights = [min(tallest, (width - gap) / sum(shapes)) for shapes, gap in zip(rows, gaps)]
+    height = sum(heights) + GAP * len(rows) + TITLE * min(titled, len(rows))
+    figure = pyplot().figure(figsize=(width, height))
+
+    # From the top down. matplotlib wants left, bottom, width and height as shares of the page.
+    axes = []
+    top = height
+    for i, (shapes, tall) in enumerate(zip(rows, heights)):
+        bottom = top - tall - (TITLE if i < titled else 0)
+        left = 0.0
+        axes.append([])
+        for shape in shapes:
+            wide = shape * tall
+            box = (left / width, bottom / height, wide / width, tall / height)
+            axes[-1].append(figure.add_axes(box, xticks=[], yticks=[], frame_on=False))
+            left += wide + GAP
+        top = bottom - GAP
+    return figure, axes
+
+
+def name_row(axis, name: str):
+    """Write a name at the left of the first picture of a row, along its side."""
+    axis.annotate(name, (0, 0.5), xytext=(-4, 0), xycoords="axes fraction",
+                  textcoords="offset points", rotation=90, ha="right", va="center", fontsize=9)
+
+
 def save(figure, path: Path, caption: str = "") -> Path:
     """Write the figure, with a caption below it, and close it; returns its path.
 
     The same input gives the same file: neither the date nor the version of matplotlib is in it.
     """
+    # It hangs below the page, and is broken into lines of the page's width: in this size an inch
+    # holds about 15 letters.
     if caption:
-        figure.supxlabel(caption, fontsize=8, color="0.35")
+        lines = textwrap.fill(caption, max(40, int(15 * figure.get_figwidth())))
+        figure.text(0.5, -0.1 / figure.get_figheight(), lines, fontsize=8, color="0.35",
+                    ha="center", va="top")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     nothing = {".png": {"Software": None}, ".pdf": {"CreationDate": None, "Creator": None}}

@@ -1,0 +1,190 @@
+"""Inputs: the photographs and the networks that a figure was asked for.
+
+    a.jpg b.png FOLDER      --> photographs --> read --> fit: whole patches (C, H, W)
+    --weights RUN untrained --> networks    --> features of each patch (h, w, D)
+
+Idea     All figures of photographs take the same words and the same flags, so that a command
+         for one of them works for the others: any photographs, any networks beside each other.
+Paper    none
+Try      python visualize.py attention PHOTO --weights RUN untrained
+Change   a flag that every figure of photographs shall have is a field of Config
+Tests    pytest tests/figures/test_inputs.py
+
+Letters  C channels, H W pixels, h w patches down and across, D width of the features.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from augment import normalise
+from backbones.weights import load_backbone
+from evaluation.masks import untrained_like
+from images.data import EXTENSIONS, read_file
+from images.names import list_files
+from machinery.flags import UsageError, near_path, require
+from vit import VisionTransformer
+
+LONGEST = 4  # the long side of a photograph is at most so many times --image_size
+
+
+@dataclass
+class Config:
+    # -- photographs and networks
+    weights: tuple[str, ...] = ()  # one network or several: runs, files, URLs, released names;
+    # the word untrained behind one of them is the same network with random weights
+    checkpoint_key: Literal["teacher",
+                            "student"] = "teacher"  # which network of a training's two
+    num_heads: int = 0  # attention heads, for a file that does not tell them; 0: of width 64
+    image_size: int = 480  # shorter side of a photograph in pixels, rounded to whole patches
+    block: int = -1  # the block whose output or attention is drawn; -1: the last
+    most: int = 6  # how many photographs of a folder are drawn, at most, spread evenly over it
+
+
+# ----------------------------------------------------------------------------------------------
+# Photographs
+
+
+def photographs(arguments: list[str], most: int) -> list[Path]:
+    """The files that were named; of a folder, at most `most` of the images in it."""
+    files = []
+    for argument in arguments:
+        path = Path(argument).expanduser()
+        if not path.is_dir():
+            files.append(path)
+            continue
+
+        # Names in a folder are sorted, often by class, so that the first ones would be alike.
+        # Example: 3 of 10 images are numbers 0, 3 and 6.
+        names = [name for name in list_files(path) if name.lower().endswith(EXTENSIONS)]
+        if not names:
+            raise UsageError(f"{argument}: found no image in this folder")
+        count = min(most, len(names))
+        files += [path / names[i * len(names) // count] for i in range(count)]
+    return files
+
+
+def read(file: Path, model: VisionTransformer) -> Tensor:
+    """A photograph in the channels that the network was trained on: (C, H, W)."""
+    try:
+        return read_file(file, model.pixels.channels)
+    except (OSError, ValueError) as error:
+        hint = "" if file.exists() else near_path(file)
+        raise UsageError(f"{file}: not a readable image ({error}){hint}") from None
+
+
+def short(file: Path, most: int = 22) -> str:
+    """The name of a photograph without its ending; of a long name the end, which differs."""
+    return file.stem if len(file.stem) <= most else "…" + file.stem[-most:]
+
+
+def fit(image: Tensor, side: int, patch: int) -> Tensor:
+    """Shorter side to about `side` pixels, both sides to whole patches: (C, H, W).
+
+    The image is stretched by less than a patch rather than cut, so that the map and the
+    photograph show the same. ValueError if not even one patch fits.
+    """
+    if side < patch:
+        raise ValueError(f"--image_size {side} is smaller than one patch of {patch} pixels")
+
+    # The cost of attention grows with the square of the patches, so a panorama gets a shorter
+    # side below `side`. Example: 1,000 x 10,000 pixels at 480 become 192 x 1,920.
+    height, width = image.shape[-2:]
+    scale = min(side / min(height, width), LONGEST * side / max(height, width))
+    shape = [max(1, round(length * scale / patch)) * patch for length in (height, width)]
+    return TF.resize(image, shape, interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
+
+
+def patch_at(query: str, grid: tuple[int, int]) -> tuple[int, int]:
+    """"X,Y" in shares of the width and of the height -> the patch there, (row, column).
+
+    Shares hold for a photograph of any size. Example: "0.5,0.1" on a grid of 30 x 40 patches is
+    row 3, column 20. UsageError for what is no such pair, or lies outside.
+    """
+    try:
+        x, y = (float(number) for number in query.split(","))
+        inside = 0 <= x <= 1 and 0 <= y <= 1
+    except ValueError:
+        inside = False
+    if not inside:
+        raise UsageError(
+            f"--query {query}: expected X,Y inside the photograph, as shares of its "
+            "width and height: 0,0 is the top left, 0.5,0.5 the middle")
+    h, w = grid
+    return min(int(y * h), h - 1), min(int(x * w), w - 1)
+
+
+# ----------------------------------------------------------------------------------------------
+# Networks
+
+
+def networks(config: Config) -> dict[str, VisionTransformer]:
+    """The networks of --weights by the names that the figure gives them, all of them ViTs."""
+    if not config.weights:
+        raise UsageError("--weights: give a run, a file, or a released name such as dino_vits8")
+    require(config, lambda most: most >= 1, "at least 1", "most")
+    models = {}
+    model = None
+    for what in config.weights:
+        # Random weights show what of a figure comes from the architecture alone.
+        if what == "untrained":
+            if model is None:
+                raise UsageError("--weights untrained: name the network first whose shape the "
+                                 "untrained one shall have, as in --weights RUN untrained")
+            pixels = model.pixels
+            model = untrained_like(model)
+            model.pixels = pixels
+        else:
+            model = load_backbone(what, config.checkpoint_key, config.num_heads)
+        if not isinstance(model, VisionTransformer):
+            raise UsageError(f"--weights {what}: a convnet, which has no attention and no "
+                             "patch tokens")
+        if not -model.depth <= config.block < model.depth:
+            raise UsageError(
+                f"--block {config.block}: {what} has blocks 0 to {model.depth - 1}")
+
+        # The last part of a path is enough, unless two of them end alike.
+        name = Path(what).name or what
+        models[what if name in models else name] = model
+    return models
+
+
+def about(name: str, model: VisionTransformer, config: Config) -> str:
+    """What a caption says of one network and of the photographs that it got."""
+    side = round(config.image_size / model.patch_size) * model.patch_size
+    return (f"{name}: block {config.block % model.depth} of 0 to {model.depth - 1}, patches of "
+            f"{model.patch_size} pixels, photographs with a shorter side of {side} pixels")
+
+
+@torch.no_grad()
+def patch_features(model: VisionTransformer, image: Tensor, block: int = -1) -> Tensor:
+    """The patch tokens of one image (C, H, W) after the final norm: (h, w, D)."""
+    images = normalise(image[None], model.pixels)
+    [features] = model.get_intermediate_layers(images, [block % model.depth], reshape=True)
+    return features[0].permute(1, 2, 0)  # (h, w, D)
+
+
+# ----------------------------------------------------------------------------------------------
+# From patches to pixels
+
+
+def enlarge(grid: Tensor, patch: int) -> Tensor:
+    """(..., h, w) -> (..., H, W), each patch a flat square.
+
+    Smoothing would show more detail than the network computed: one number for each patch.
+    """
+    return grid.repeat_interleave(patch, -2).repeat_interleave(patch, -1)
+
+
+def mark(axis, row: int, column: int, patch: int, colour: str = "#ff3d7f"):
+    """A ring of this colour around a patch: what the map beside it was asked for."""
+    x = (column + 0.5) * patch - 0.5
+    y = (row + 0.5) * patch - 0.5
+    axis.plot(x, y, "o", markersize=9, markerfacecolor="none", markeredgecolor="white",
+              markeredgewidth=3.5)
+    axis.plot(x, y, "o", markersize=9, markerfacecolor="none", markeredgecolor=colour,
+              markeredgewidth=2)

@@ -1,0 +1,80 @@
+"""Similarity: which patches, of any photograph, are most like one patch.
+
+    patch X,Y of the first photograph --> its feature (D)
+                                               |  cosine
+    patches of every photograph ------> features (h, w, D) --> a map for each photograph
+
+Idea     What belongs together has similar features: the other eye, the rest of the wing, the
+         same part of another animal. One patch is enough to ask for it.
+Paper    DINOv2 sec. 7.5 (the similarity that fig. 10 matches by)
+Try      python visualize.py similarity PHOTO PHOTO --query 0.5,0.5 --weights RUN_OR_FILE_OR_NAME
+Change   another measure of similarity: cosine
+Tests    pytest tests/figures/test_similarity.py
+
+Letters  h w patches down and across, D width of the features.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from figures import inputs
+from figures.inputs import (about, enlarge, fit, mark, networks, patch_at, patch_features,
+                            photographs, read, short)
+from machinery.page import MAPS, name_row, picture, rows_of_pictures, save, show
+
+
+def cosine(feature: Tensor, grid: Tensor) -> Tensor:
+    """The cosine of the angle between a feature (D) and those of (h, w, D): (h, w), -1 to 1."""
+    return F.cosine_similarity(feature, grid, dim=-1)
+
+
+# ----------------------------------------------------------------------------------------------
+# The figure of visualize.py
+
+ARGUMENTS = "PHOTO_OR_FOLDER ... --weights RUN_OR_FILE_OR_NAME ..."
+
+
+@dataclass
+class Config(inputs.Config):
+    # -- similarity
+    query: tuple[str, ...] = ("0.5,0.5",)  # patches of the first photograph, each X,Y in shares
+    # of the width and height from 0 to 1: 0.5,0.5 is the middle
+    output: str = ""  # the picture to write; empty: similarity.png in this folder
+
+
+def draw(arguments: list[str], config: Config) -> Path:
+    """Which patches are most like one patch, in its own photograph and in others."""
+    models = networks(config)
+    files = photographs(arguments, config.most)
+
+    # A row of maps for each network and each query; a column for each photograph.
+    rows = []
+    for name, model in models.items():
+        images = [fit(read(file, model), config.image_size, model.patch_size) for file in files]
+        grids = [patch_features(model, image, config.block) for image in images]
+        for query in config.query:
+            row, column = patch_at(query, grids[0].shape[:2])
+            maps = [cosine(grids[0][row, column], grid) for grid in grids]
+            rows.append((name, model.patch_size, (row, column), maps))
+
+    shapes = [image.shape[2] / image.shape[1] for image in images]
+    figure, axes = rows_of_pictures([shapes] * (1 + len(rows)), titled=1)
+    for axis, image, file in zip(axes[0], images, files):
+        show(axis, picture(image), short(file))
+    for row_axes, (name, patch, place, maps) in zip(axes[1:], rows):
+        # All maps of a row have one scale, so that colours can be compared between photographs.
+        # Half a per cent of the patches, at least the one that asks, may be above it.
+        values = torch.cat([grid.flatten() for grid in maps])
+        low, high = values.quantile(torch.tensor([0.02, 0.995])).tolist()
+        for axis, grid in zip(row_axes, maps):
+            show(axis, enlarge(grid, patch), cmap=MAPS["similarity"], vmin=low,
+                 vmax=max(high, low + 1e-12), aspect="auto")
+        mark(row_axes[0], *place, patch)
+        name_row(row_axes[0], f"{name}\ncosine {low:.2f} to {high:.2f}")
+    caption = "Cosine of the features with that of the ringed patch, dark to bright. "
+    caption += "; ".join(about(name, model, config) for name, model in models.items())
+    return save(figure, Path(config.output or "similarity.png"), caption)
