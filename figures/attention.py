@@ -76,7 +76,7 @@ def show_map(axis, grid: Tensor, patch: int, title: str = ""):
     """
     low, high = colour_range(grid)
     mean = float(grid.mean()) or 1.0
-    show(axis, enlarge(grid, patch), f"{title}  {low / mean:.1f}–{high / mean:.1f}×",
+    show(axis, enlarge(grid, patch), f"{title}  {low / mean:.2f}–{high / mean:.2f}×",
          cmap=MAPS["attention"], vmin=low, vmax=high)
 
 
@@ -343,7 +343,7 @@ def draw(arguments: list[str], config: Config) -> Path:
     path = Path(config.output or "attention.png")
     looking = "the ringed patch" if config.query else "the class token"
     caption = (f"Attention of {looking}, as multiples of its mean over the patches. "
-               + "; ".join(about(name, model, config) for name, model in models.items()))
+               + about(models, config))
     if len(views) > 1:
         if config.separate:
             raise UsageError(f"--separate: give one photograph, one network and one --query, "

@@ -153,11 +153,16 @@ def networks(config: Config) -> dict[str, VisionTransformer]:
     return models
 
 
-def about(name: str, model: VisionTransformer, config: Config) -> str:
-    """What a caption says of one network and of the photographs that it got."""
-    side = round(config.image_size / model.patch_size) * model.patch_size
-    return (f"{name}: block {config.block % model.depth} of 0 to {model.depth - 1}, patches of "
-            f"{model.patch_size} pixels, photographs with a shorter side of {side} pixels")
+def about(models: dict[str, VisionTransformer], config: Config) -> str:
+    """What a caption says of the networks and of the photographs that they got."""
+    # Networks of which the same is to be said share a sentence.
+    names = {}
+    for name, model in models.items():
+        side = round(config.image_size / model.patch_size) * model.patch_size
+        text = (f"block {config.block % model.depth} of 0 to {model.depth - 1}, patches of "
+                f"{model.patch_size} pixels, photographs with a shorter side of {side} pixels")
+        names.setdefault(text, []).append(name)
+    return "; ".join(f"{', '.join(group)}: {text}" for text, group in names.items())
 
 
 @torch.no_grad()

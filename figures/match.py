@@ -94,31 +94,33 @@ def draw(arguments: list[str], config: Config) -> Path:
 
     # Between the two photographs is room for the lines to be told apart.
     shapes = [image.shape[2] / image.shape[1] for image in images]
-    figure, axes = rows_of_pictures([[shapes[0], 0.15, shapes[1]]] * len(rows), 4.5)
+    figure, axes = rows_of_pictures([[shapes[0], 0.15, shapes[1]]] * len(rows), 4.5, titled=1)
     for (left, middle, right), (name, patch, images, masks, pairs, total) in zip(axes, rows):
         middle.axis("off")
         draw_pairs(figure, left, right, images, masks, pairs, patch)
-        left.set_title(short(files[0]), fontsize=9)
-        right.set_title(short(files[1]), fontsize=9)
         name_row(left, f"{name}: {len(pairs)} of {total} mutual pairs")
+    axes[0][0].set_title(short(files[0]), fontsize=9)
+    axes[0][2].set_title(short(files[1]), fontsize=9)
     caption = ("Foreground patches that are each other's nearest; a colour for each direction "
                "from the middle of the left thing. ")
-    caption += "; ".join(about(name, model, config) for name, model in models.items())
+    caption += about(models, config)
     return save(figure, Path(config.output or "match.png"), caption)
 
 
 def pairs_of(model, images: list[Tensor], lines: int, block: int = -1):
     """(masks of the foreground, pairs to draw (m, 2, 2) as row and column, number of all)."""
     grids = [patch_features(model, image, block) for image in images]
-    masks = foreground(grids)
+    # Each photograph is parted by itself: two of them often differ more from one another, in
+    # light or in place, than the things in them differ from what is behind them.
+    masks = [foreground([grid])[0] for grid in grids]
     places = [mask.nonzero() for mask in masks]  # (a, 2), (b, 2): rows and columns
     pairs, _ = mutual(grids[0][masks[0]], grids[1][masks[1]])
     first = places[0][pairs[:, 0]]  # (m, 2)
     second = places[1][pairs[:, 1]]
 
     # Lines are spread over the thing if each has about an equal part of it: the distance of the
-    # squares of a board with as many fields as lines, made a bit smaller.
-    apart = 0.7 * math.sqrt(len(places[0]) / lines)
+    # squares of a board with as many fields as lines, made a bit smaller. Few pairs are all drawn.
+    apart = 0.7 * math.sqrt(len(places[0]) / lines) if len(pairs) > lines else 0.0
     kept = spread_out(first, lines, apart)
     return masks, torch.stack([first[kept], second[kept]], 1), len(pairs)
 
@@ -131,7 +133,7 @@ def draw_pairs(figure, left, right, images: list[Tensor], masks: list[Tensor], p
 
     for axis, image, mask in zip((left, right), images, masks):
         bright = picture(image)
-        dark = 0.45 * bright.mean(-1, keepdim=True).expand_as(bright)
+        dark = 0.5 * bright.mean(-1, keepdim=True).expand_as(bright)
         show(axis, torch.where(enlarge(mask, patch)[..., None], bright, dark))
 
     # A colour for each direction from the middle of the left places, so that what lies beside

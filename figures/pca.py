@@ -18,6 +18,7 @@ Letters  n patches of all photographs, D width of the features, h w patches down
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -131,6 +132,9 @@ ARGUMENTS = "PHOTO_OR_FOLDER ... --weights RUN_OR_FILE_OR_NAME ..."
 @dataclass
 class Config(inputs.Config):
     # -- pca
+    foreground: Literal["each",
+                        "joint"] = "each"  # found in each photograph by itself, or, as in
+    # the paper, by one component and one cut for all: it asks more of the network
     output: str = ""  # the picture to write; empty: pca.png in this folder
 
 
@@ -141,17 +145,19 @@ def draw(arguments: list[str], config: Config) -> Path:
 
     # Two rows for each network: the components of all patches, and those of the foreground.
     rows = {}
-    captions = []
     for name, model in models.items():
         images = [fit(read(file, model), config.image_size, model.patch_size) for file in files]
         grids = [patch_features(model, image, config.block) for image in images]
         everywhere = [torch.ones(grid.shape[:2], dtype=torch.bool) for grid in grids]
         whole = pictures(grids, everywhere)
-        things = pictures(grids, foreground(grids))
+        if config.foreground == "joint":
+            masks = foreground(grids)
+        else:
+            masks = [foreground([grid])[0] for grid in grids]
+        things = pictures(grids, masks)
         before = f"{name}: " if len(models) > 1 else ""
         rows[before + "all patches"] = [enlarge_colours(x, model.patch_size) for x in whole]
         rows[before + "foreground"] = [enlarge_colours(x, model.patch_size) for x in things]
-        captions.append(about(name, model, config))
 
     # A photograph is shown as the last network got it: others differ by less than a patch.
     shapes = [image.shape[2] / image.shape[1] for image in images]
@@ -164,7 +170,7 @@ def draw(arguments: list[str], config: Config) -> Path:
             show(axis, colour, aspect="auto")
     caption = ("The first three principal components of the patch features, one basis for all "
                "photographs of a row, as red, green and blue. ")
-    return save(figure, Path(config.output or "pca.png"), caption + "; ".join(captions))
+    return save(figure, Path(config.output or "pca.png"), caption + about(models, config))
 
 
 def enlarge_colours(image: Tensor, patch: int) -> Tensor:

@@ -76,5 +76,5 @@ def draw(arguments: list[str], config: Config) -> Path:
         mark(row_axes[0], *place, patch)
         name_row(row_axes[0], f"{name}\ncosine {low:.2f} to {high:.2f}")
     caption = "Cosine of the features with that of the ringed patch, dark to bright. "
-    caption += "; ".join(about(name, model, config) for name, model in models.items())
+    caption += about(models, config)
     return save(figure, Path(config.output or "similarity.png"), caption)

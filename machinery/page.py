@@ -26,8 +26,9 @@ STYLE = {
     "xtick.labelsize": 9, "ytick.labelsize": 9, "figure.dpi": 120, "savefig.dpi": 120,
     "axes.spines.top": False, "axes.spines.right": False}
 
-# What a colour map is for -> its name. All of them are perceptual: a step of the value is a step
-# of brightness that looks equally large everywhere.
+# What a colour map is for -> its name. All but one are perceptual: a step of the value is a step
+# of brightness that looks equally large everywhere. A direction has no smallest value, so its
+# colours have to go round.
 MAPS = {
     "attention": "viridis", "overlay": "inferno", "similarity": "viridis", "direction": "hsv",
     "distance": "viridis_r", "error": "magma", "video": "inferno"}
