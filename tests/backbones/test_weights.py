@@ -153,13 +153,13 @@ def test_the_flag_for_heads(tmp_path, capsys, photos, monkeypatch):
     file = tmp_path / "backbone.pth"
     torch.save(network(96, 3).state_dict(), file)
     drawn = []
-    monkeypatch.setattr(attention, "draw_attention", lambda model, *_: drawn.append(model))
+    monkeypatch.setattr(attention, "draw_attention", lambda view, *_: drawn.append(view))
     line = f"attention {photos / 'cats/01.png'} --weights {file} --image_size 32"
     with pytest.raises(SystemExit):
         visualize.main(line.split())
     assert "take --num_heads" in capsys.readouterr().err
     visualize.main([*line.split(), "--num_heads", "3"])
-    assert drawn[0].num_heads == 3
+    assert len(drawn[0].heads) == 3
     config = evaluate.choose_task(["knn"])[1](weights=str(file), num_heads=3)
     assert Extractor(config, Process(torch.device("cpu"))).model.num_heads == 3
 
