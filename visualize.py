@@ -1,12 +1,13 @@
 """Visualize: the pictures of the papers, each by one command.
 
     python visualize.py FIGURE ... --> figures/FIGURE.py --> a .png
-                                       attention  curves
+                                       attention  pca  similarity  match  curves
 
 Idea     Many people meet a method through one figure, so each of them takes one command, works
          on any photograph with any weights, and is a function that other programs can call.
 Paper    DINO fig. 1, 3 and 4; DINOv2 fig. 1 and 9; each file of figures/ names its place
 Try      python visualize.py attention PHOTO --weights RUN_OR_FILE_OR_NAME
+         python visualize.py pca PHOTO PHOTO --weights RUN_OR_FILE_OR_NAME
          python visualize.py curves RUN
 Change   a new figure is one file in figures/ with ARGUMENTS, a Config and a `draw`, and one line
          in FIGURES
@@ -19,8 +20,8 @@ from figures import attention, curves, match, pca, similarity
 from machinery.flags import UsageError, command, did_you_mean, parse, user_errors
 
 # Each of these modules has ARGUMENTS, what has to be typed after the name of the figure, a
-# dataclass Config, its flags, and a function draw(arguments, config), which gets the typed words
-# as a list and returns the path of the picture.
+# dataclass Config, its flags, and a function draw(arguments, config), which gets the typed
+# words as a list and returns the path of the picture.
 FIGURES = {
     "attention": attention, "curves": curves, "pca": pca, "match": match,
     "similarity": similarity}

@@ -160,10 +160,9 @@ class Attention(nn.Module):
         fig. 1. `rows`, a slice or a list of numbers, picks the tokens that ask: (b, nh, r, n).
         """
         q, k, _ = self.split_heads(self.qkv(x), b, n).unbind(0)
-        q = q[:, :, rows]
         # The product is taken in float32, so that small weights are not rounded away in a plot.
-        scores = (q.float() * q.shape[-1]**-0.5) @ k.float().transpose(-2, -1)  # (b, nh, n, n)
-        return scores.softmax(-1)
+        q = q[:, :, rows].float() * q.shape[-1]**-0.5
+        return (q @ k.float().transpose(-2, -1)).softmax(-1)  # (b, nh, n, n), or r rows of it
 
 
 class Mlp(nn.Module):
@@ -575,9 +574,9 @@ class VisionTransformer(nn.Module):
         """Exact attention of one block: (B, nh, N, N); every row sums to one.
 
         Row 0 is the class token's. With `rows`, a slice or a list of numbers, only those are
-        computed: 60 x 60 patches have 13 million pairs in each head, which take 52 MB. Tokens are ordered class, registers, patches: skip the first
-        1 + num_register_tokens columns before reshaping to the (h, w) grid. ValueError for a
-        block that does not exist.
+        computed: 60 x 60 patches have 13 million pairs in each head, which take 52 MB. Tokens
+        are ordered class, registers, patches: skip the first 1 + num_register_tokens columns
+        before reshaping to the (h, w) grid. ValueError for a block that does not exist.
         """
         if not -self.depth <= block < self.depth:
             raise ValueError(f"block {block}: this ViT has blocks 0 to {self.depth - 1}")

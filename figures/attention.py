@@ -1,15 +1,16 @@
 """Attention: what a Vision Transformer looks at in a photo.
 
-    photo --> resized, cut to patches --> get_attention --> row of the class token (nh, h, w)
-                                                              |
-                    every head | their mean | the patches that hold 60 % of the mass
+    photo --> resized to whole patches --> get_attention --> row of the class token, or of the
+                                                             patch --query: (nh, h, w)
+                                                               |
+                     every head | their mean | the patches that hold 60 % of the mass
 
 Idea     The class token collects what it needs by attending to patches. No label ever told the
          network where objects are; the maps of a trained network show them nevertheless, and
          that made DINO famous.
 Paper    DINO fig. 1 and 3, sec. 4.2.2 and H (mass threshold)
 Try      python visualize.py attention PHOTO --weights RUN_OR_FILE_OR_NAME
-Change   another row of the page of a run: draw_attention_page
+Change   the page of a photograph: draw_attention; of the end of a run: draw_attention_page
 Tests    pytest tests/figures/test_attention.py
 
 Letters  B images, nh heads, h w patches down and across, N tokens, H W pixels.
@@ -28,13 +29,14 @@ import training.config
 from augment import RGB, Pixels, center_crop, normalise
 from evaluation.masks import top_mass
 from figures import inputs
-from figures.inputs import about, enlarge, fit, mark, networks, patch_at, photographs, read, short
+from figures.inputs import (about, enlarge, fit, mark, networks, patch_at, photographs, read,
+                            short)
 from images.data import Images
 from machinery.flags import UsageError, require
 from machinery.page import MAPS, name_row, picture, pyplot, rows_of_pictures, save, show
 from vit import VisionTransformer
 
-OUTLINE = (1.0, 0.85, 0.2)  # red, green, blue of the line around a mask
+OUTLINE = (1.0, 0.85, 0.2)  # red, green and blue of the line around a mask
 
 # ----------------------------------------------------------------------------------------------
 # From tokens to maps
@@ -84,10 +86,11 @@ def colour_range(grid: Tensor) -> tuple[float, float]:
     """The values of a map (h, w) that get the darkest and the brightest colour.
 
     A few patches may get most of the attention. The brightest 2 % share one colour, and the
-    darkest 2 % another, so that the rest can be told apart.
+    darkest 2 % another, so that the rest can be told apart. What is below the mean is never the
+    brightest.
     """
     low, high = grid.flatten().quantile(torch.tensor([0.02, 0.98])).tolist()
-    return low, max(high, low + 1e-12)
+    return low, max(high, float(grid.mean()), low + 1e-12)
 
 
 def overlaid(image: Tensor, grid: Tensor, patch: int) -> Tensor:
@@ -107,8 +110,8 @@ def overlaid(image: Tensor, grid: Tensor, patch: int) -> Tensor:
 def outlined(image: Tensor, mask: Tensor, patch: int) -> Tensor:
     """The image at the patches of a mask (h, w), dark and grey at the others: (H, W, 3).
 
-    A line surrounds the patches of which most neighbours are in the mask. It would be a tangle if
-    it went around each single one.
+    A line surrounds the patches of which most neighbours are in the mask. It would be a tangle
+    if it went around each single one.
     """
     bright = picture(image)
     grey = 0.35 * bright.mean(-1, keepdim=True).expand_as(bright)
@@ -120,7 +123,7 @@ def outlined(image: Tensor, mask: Tensor, patch: int) -> Tensor:
     solid = enlarge(neighbours > 0.5, patch)  # (H, W)
 
     # The line are the pixels of these patches that lie near a pixel outside.
-    width = max(1, min(solid.shape) // 200)
+    width = max(1, int(math.sqrt(solid.numel())) // 200)
     near_outside = F.max_pool2d((~solid)[None].float(), 2 * width + 1, 1, width)[0] > 0
     return torch.where((solid & near_outside)[..., None], torch.tensor(OUTLINE), result)
 
@@ -170,8 +173,8 @@ def draw_attention(view: View, path: Path, share: float, caption: str) -> Path:
     figure, axes = rows_of_pictures(rows)
 
     view.show_photograph(axes[0][0])
-    show_map(axes[0][1], mean, view.patch, "mean of all heads" if nh > 1 else "the only head")
-    show(axes[0][2], overlaid(view.image, mean, view.patch), "over the photograph")
+    show_map(axes[0][1], mean, view.patch, "mean of heads" if nh > 1 else "one head")
+    show(axes[0][2], overlaid(view.image, mean, view.patch), "overlay")
     view.show_mask(axes[0][3], mean, share)
     for i, grid in enumerate(view.heads if nh > 1 else []):
         if paired:
@@ -188,15 +191,15 @@ def draw_attention(view: View, path: Path, share: float, caption: str) -> Path:
 
 def draw_attention_sheet(views: list[View], path: Path, share: float, caption: str) -> Path:
     """A row for each view: photograph, mean of the heads, its mask, the sharpest heads."""
-    # A row holds four heads at most, those that are least spread, in the order of their numbers.
+    # A row holds at most four heads, the least spread ones, in the order of their numbers.
     most = min(4, max(len(view.heads) for view in views))
     figure, axes = rows_of_pictures([[view.shape] * (4 + most) for view in views], 1.9)
     several = len({view.name for view in views}) > 1
     for row, view in zip(axes, views):
         mean = view.heads.mean(0)
         view.show_photograph(row[0])
-        show_map(row[1], mean, view.patch, "mean of all heads")
-        show(row[2], overlaid(view.image, mean, view.patch), "over the photograph")
+        show_map(row[1], mean, view.patch, "mean")
+        show(row[2], overlaid(view.image, mean, view.patch), "overlay")
         view.show_mask(row[3], mean, share)
         sharpest = spread_of(view.heads).argsort()[:most].sort().values
         for axis, i in zip(row[4:], sharpest.tolist()):

@@ -77,7 +77,7 @@ def read(file: Path, model: VisionTransformer) -> Tensor:
         raise UsageError(f"{file}: not a readable image ({error}){hint}") from None
 
 
-def short(file: Path, most: int = 22) -> str:
+def short(file: Path, most: int = 20) -> str:
     """The name of a photograph without its ending; of a long name the end, which differs."""
     return file.stem if len(file.stem) <= most else "…" + file.stem[-most:]
 

@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from figures import inputs
-from figures.inputs import about, enlarge, fit, networks, patch_features, photographs, read, short
-from figures.pca import foreground
+from figures.inputs import (about, enlarge, fit, networks, patch_features, photographs, read,
+                            short)
+from figures.pca import find_foreground
 from machinery.flags import UsageError, require
 from machinery.page import MAPS, name_row, picture, pyplot, rows_of_pictures, save, show
 
@@ -112,14 +113,15 @@ def pairs_of(model, images: list[Tensor], lines: int, block: int = -1):
     grids = [patch_features(model, image, block) for image in images]
     # Each photograph is parted by itself: two of them often differ more from one another, in
     # light or in place, than the things in them differ from what is behind them.
-    masks = [foreground([grid])[0] for grid in grids]
+    masks = [find_foreground([grid])[0] for grid in grids]
     places = [mask.nonzero() for mask in masks]  # (a, 2), (b, 2): rows and columns
     pairs, _ = mutual(grids[0][masks[0]], grids[1][masks[1]])
     first = places[0][pairs[:, 0]]  # (m, 2)
     second = places[1][pairs[:, 1]]
 
     # Lines are spread over the thing if each has about an equal part of it: the distance of the
-    # squares of a board with as many fields as lines, made a bit smaller. Few pairs are all drawn.
+    # squares of a board with as many fields as lines, made a bit smaller. If there are no more
+    # pairs than lines, all of them are drawn.
     apart = 0.7 * math.sqrt(len(places[0]) / lines) if len(pairs) > lines else 0.0
     kept = spread_out(first, lines, apart)
     return masks, torch.stack([first[kept], second[kept]], 1), len(pairs)

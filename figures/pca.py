@@ -5,12 +5,12 @@
             red, green, blue <-- three components of a second PCA <-- foreground only
 
 Idea     One basis for all photographs: where a wing and another wing have the same colour, the
-         network has the same features for both, though nobody told it what a wing is. The first
-         component mostly parts things from what is behind them, so it takes the background away,
-         and a second PCA spends its three colours on the things.
+         network has the same features for both, though nobody told it what a wing is. The
+         first component mostly parts things from what is behind them, so it takes the
+         background away, and a second PCA spends its three colours on the things.
 Paper    DINOv2 fig. 1 and 9, sec. 7.5
 Try      python visualize.py pca PHOTO PHOTO PHOTO --weights RUN_OR_FILE_OR_NAME
-Change   which patches are foreground: foreground
+Change   which patches are foreground: find_foreground
 Tests    pytest tests/figures/test_pca.py
 
 Letters  n patches of all photographs, D width of the features, h w patches down and across.
@@ -55,7 +55,7 @@ def border(h: int, w: int) -> Tensor:
     return mask
 
 
-def foreground(grids: list[Tensor]) -> list[Tensor]:
+def find_foreground(grids: list[Tensor]) -> list[Tensor]:
     """Features (h, w, D) of some photographs -> which patches are foreground: bool (h, w) each.
 
     The first component of all patches is cut in two at the best place (`threshold`). Which of
@@ -151,23 +151,29 @@ def draw(arguments: list[str], config: Config) -> Path:
         everywhere = [torch.ones(grid.shape[:2], dtype=torch.bool) for grid in grids]
         whole = pictures(grids, everywhere)
         if config.foreground == "joint":
-            masks = foreground(grids)
+            masks = find_foreground(grids)
         else:
-            masks = [foreground([grid])[0] for grid in grids]
+            masks = [find_foreground([grid])[0] for grid in grids]
         things = pictures(grids, masks)
         before = f"{name}: " if len(models) > 1 else ""
         rows[before + "all patches"] = [enlarge_colours(x, model.patch_size) for x in whole]
         rows[before + "foreground"] = [enlarge_colours(x, model.patch_size) for x in things]
 
-    # A photograph is shown as the last network got it: others differ by less than a patch.
+    # Of one photograph everything stands in one row, of several each has a column. They are
+    # shown as the last network got them: others differ by less than a patch.
     shapes = [image.shape[2] / image.shape[1] for image in images]
-    figure, axes = rows_of_pictures([shapes] * (1 + len(rows)), titled=1)
+    alone = len(files) == 1
+    layout = [shapes * (1 + len(rows))] if alone else [shapes] * (1 + len(rows))
+    figure, axes = rows_of_pictures(layout, titled=1)
+    if alone:
+        axes = [[axis] for axis in axes[0]]
     for axis, image, file in zip(axes[0], images, files):
         show(axis, picture(image), short(file))
     for row, (name, row_of_pictures) in zip(axes[1:], rows.items()):
-        name_row(row[0], name)
         for axis, colour in zip(row, row_of_pictures):
-            show(axis, colour, aspect="auto")
+            show(axis, colour, name if alone else "")
+        if not alone:
+            name_row(row[0], name)
     caption = ("The first three principal components of the patch features, one basis for all "
                "photographs of a row, as red, green and blue. ")
     return save(figure, Path(config.output or "pca.png"), caption + about(models, config))

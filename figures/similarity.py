@@ -7,8 +7,8 @@
 Idea     What belongs together has similar features: the other eye, the rest of the wing, the
          same part of another animal. One patch is enough to ask for it.
 Paper    DINOv2 sec. 7.5 (the similarity that fig. 10 matches by)
-Try      python visualize.py similarity PHOTO PHOTO --query 0.5,0.5 --weights RUN_OR_FILE_OR_NAME
-Change   another measure of similarity: cosine
+Try      python visualize.py similarity PHOTO PHOTO --weights RUN_OR_FILE_OR_NAME
+Change   another measure of similarity: cosine_map
 Tests    pytest tests/figures/test_similarity.py
 
 Letters  h w patches down and across, D width of the features.
@@ -27,7 +27,7 @@ from figures.inputs import (about, enlarge, fit, mark, networks, patch_at, patch
 from machinery.page import MAPS, name_row, picture, rows_of_pictures, save, show
 
 
-def cosine(feature: Tensor, grid: Tensor) -> Tensor:
+def cosine_map(feature: Tensor, grid: Tensor) -> Tensor:
     """The cosine of the angle between a feature (D) and those of (h, w, D): (h, w), -1 to 1."""
     return F.cosine_similarity(feature, grid, dim=-1)
 
@@ -58,13 +58,19 @@ def draw(arguments: list[str], config: Config) -> Path:
         grids = [patch_features(model, image, config.block) for image in images]
         for query in config.query:
             row, column = patch_at(query, grids[0].shape[:2])
-            maps = [cosine(grids[0][row, column], grid) for grid in grids]
+            maps = [cosine_map(grids[0][row, column], grid) for grid in grids]
             rows.append((name, model.patch_size, (row, column), maps))
 
+    # Of one photograph everything stands in one row, of several each has a column.
     shapes = [image.shape[2] / image.shape[1] for image in images]
-    figure, axes = rows_of_pictures([shapes] * (1 + len(rows)), titled=1)
+    alone = len(files) == 1
+    layout = [shapes * (1 + len(rows))] if alone else [shapes] * (1 + len(rows))
+    figure, axes = rows_of_pictures(layout, titled=1)
+    if alone:
+        axes = [[axis] for axis in axes[0]]
     for axis, image, file in zip(axes[0], images, files):
         show(axis, picture(image), short(file))
+
     for row_axes, (name, patch, place, maps) in zip(axes[1:], rows):
         # All maps of a row have one scale, so that colours can be compared between photographs.
         # Half a per cent of the patches, at least the one that asks, may be above it.
@@ -72,9 +78,13 @@ def draw(arguments: list[str], config: Config) -> Path:
         low, high = values.quantile(torch.tensor([0.02, 0.995])).tolist()
         for axis, grid in zip(row_axes, maps):
             show(axis, enlarge(grid, patch), cmap=MAPS["similarity"], vmin=low,
-                 vmax=max(high, low + 1e-12), aspect="auto")
+                 vmax=max(high, low + 1e-12))
         mark(row_axes[0], *place, patch)
-        name_row(row_axes[0], f"{name}\ncosine {low:.2f} to {high:.2f}")
+        title = f"{name}\ncosine {low:.2f} to {high:.2f}"
+        if alone:
+            row_axes[0].set_title(title, fontsize=9)
+        else:
+            name_row(row_axes[0], title)
     caption = "Cosine of the features with that of the ringed patch, dark to bright. "
     caption += about(models, config)
     return save(figure, Path(config.output or "similarity.png"), caption)

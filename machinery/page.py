@@ -26,9 +26,9 @@ STYLE = {
     "xtick.labelsize": 9, "ytick.labelsize": 9, "figure.dpi": 120, "savefig.dpi": 120,
     "axes.spines.top": False, "axes.spines.right": False}
 
-# What a colour map is for -> its name. All but one are perceptual: a step of the value is a step
-# of brightness that looks equally large everywhere. A direction has no smallest value, so its
-# colours have to go round.
+# What a colour map is for -> its name. All but one are perceptual: a step of the value is a
+# step of brightness that looks equally large everywhere. A direction has no smallest value, so
+# its colours have to go round.
 MAPS = {
     "attention": "viridis", "overlay": "inferno", "similarity": "viridis", "direction": "hsv",
     "distance": "viridis_r", "error": "magma", "video": "inferno"}
@@ -73,6 +73,10 @@ def rows_of_pictures(rows: list[list[float]], tallest: float = 3.2, titled: int 
     one height, of `tallest` inches at most. Only the first `titled` rows have room for titles.
     Example: [[1, 1], [1, 1, 1, 1]] has two large squares above four small ones.
     """
+    # A very narrow picture gets a wider place, in whose middle it stands, so that titles beside
+    # each other do not overlap; a very wide one a higher place, for the name of the row.
+    rows = [[min(max(shape, 0.7), 3.0) for shape in shapes] for shapes in rows]
+
     # The page is as wide as its fullest row needs, and PAGE at most. Sizes are in inches.
     gaps = [GAP * (len(shapes) - 1) for shapes in rows]
     width = min(PAGE, max(tallest * sum(shapes) + gap for shapes, gap in zip(rows, gaps)))
@@ -107,8 +111,8 @@ def save(figure, path: Path, caption: str = "") -> Path:
 
     The same input gives the same file: neither the date nor the version of matplotlib is in it.
     """
-    # It hangs below the page, and is broken into lines of the page's width: in this size an inch
-    # holds about 15 letters.
+    # The caption hangs below the page, in lines of the page's width: in this size an inch holds
+    # about 15 letters.
     if caption:
         lines = textwrap.fill(caption, max(40, int(15 * figure.get_figwidth())))
         figure.text(0.5, -0.1 / figure.get_figheight(), lines, fontsize=8, color="0.35",

@@ -2,8 +2,8 @@
 1. Registers and the class token are left out of a map.
 2. A figure is drawn for any photo, whole patches of it.
 3. A run ends with a page at several times its size, and leaves its network as it was.
-4. The maps that are drawn are softmax(q k' / sqrt(hd)), of the class token or of the patch that was
-   asked for; what is bright in a mask holds the share that its title names.
+4. The maps that are drawn are softmax(q k' / sqrt(hd)), of the class token or of the patch that
+   was asked for; what is bright in a mask holds the share that its title names.
 5. Several photographs, networks and patches share a sheet; --separate writes DINO's file names.
 """
 
@@ -123,8 +123,8 @@ def test_drawn_maps_are_the_attention(query, block, photos, tmp_path, panels):
         torch.testing.assert_close(array_of(axis)[::8, ::8], grid, rtol=0, atol=1e-5)
     assert bool(axes[0].get_lines()) == bool(query)
 
-    # What keeps its brightness is the smallest set that holds the share. The last row and column
-    # of a patch can belong to the line, and so does its first; its middle never does.
+    # What keeps its brightness is the smallest set that holds the share. The edge of a patch can
+    # belong to the line, its middle never does.
     bright = image.permute(1, 2, 0)[4::8, 4::8] / 255
     for axis, grid in zip([axes[3], axes[5], axes[7]], [expected.mean(0), *expected]):
         kept = (array_of(axis)[4::8, 4::8] - bright).abs().amax(-1) < 1e-6

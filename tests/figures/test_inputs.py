@@ -1,8 +1,8 @@
 """Claims
 1. Photographs are files, or some of a folder, spread evenly over it.
-2. Every odd image comes through every figure: grey, tiny, wide, turned, transparent, of 16 bits.
+2. Every odd image comes through every figure: grey, tiny, wide, turned, transparent, 16 bits.
 3. Every network does: one head and twelve, patches of 8, 14 and 16 pixels, registers.
-4. Bad input is one line: no file, a convnet, a place outside the image, a block that is not there.
+4. Bad input is one line: no file, a convnet, a place outside the image, a block beyond the last.
 """
 
 import numpy as np

@@ -1,5 +1,6 @@
 """Claims
-1. In each pair both patches are the nearest of the other; every such pair is there, the best first.
+1. In each pair both patches are the nearest of the other; every such pair is there, the best
+   first.
 2. A photograph is matched to itself patch by patch.
 3. Lines are spread over the thing; two photographs are needed.
 """

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from figures.pca import border, colours, components, foreground, pictures, threshold
+from figures.pca import border, colours, components, find_foreground, pictures, threshold
 
 
 def test_components_are_those_of_the_svd():
@@ -40,8 +40,8 @@ def test_background_is_what_the_border_has(mirror):
     direction = torch.randn(16, generator=generator)
     noise = 0.1 * torch.randn(9, 11, 16, generator=generator)
     grid = noise + mirror * truth[..., None] * direction
-    assert torch.equal(foreground([grid])[0], truth)
-    for mask in foreground([grid, grid.flip(1)]):  # one component for both
+    assert torch.equal(find_foreground([grid])[0], truth)
+    for mask in find_foreground([grid, grid.flip(1)]):  # one component for both
         assert mask.sum() == truth.sum()
     assert border(3, 4).sum() == 10 and border(1, 1).sum() == 1
 
