@@ -72,14 +72,15 @@ def attention_maps(model: VisionTransformer, image: Tensor, block: int = -1,
 def show_map(axis, grid: Tensor, patch: int, title: str = ""):
     """Draw a map (h, w) of attention, bright where there is much of it.
 
-    Behind the title stands what the darkest and the brightest colour mean, as multiples of the
+    Behind a title stands what the darkest and the brightest colour mean, as multiples of the
     mean. So a map of 0.2 to 6 and one of 0.9 to 1.1 have the same colours, but not the same
     title: the second network hardly prefers any patch.
     """
     low, high = colour_range(grid)
     mean = float(grid.mean()) or 1.0
-    show(axis, enlarge(grid, patch), f"{title}  {low / mean:.2f}–{high / mean:.2f}×",
-         cmap=MAPS["attention"], vmin=low, vmax=high)
+    if title:
+        title += f"  {low / mean:.2f}–{high / mean:.2f}×"
+    show(axis, enlarge(grid, patch), title, cmap=MAPS["attention"], vmin=low, vmax=high)
 
 
 def colour_range(grid: Tensor) -> tuple[float, float]:
@@ -100,6 +101,7 @@ def overlaid(image: Tensor, grid: Tensor, patch: int) -> Tensor:
     """
     colours = pyplot().colormaps[MAPS["overlay"]]
     low, high = colour_range(grid)
+    # A grey photograph has no colours that could be taken for those of the attention.
     values = enlarge(((grid - low) / (high - low)).clamp(0, 1), patch)  # (H, W)
     heat = torch.from_numpy(colours(values.numpy())[..., :3]).float()
     grey = picture(image).mean(-1, keepdim=True)
@@ -113,6 +115,7 @@ def outlined(image: Tensor, mask: Tensor, patch: int) -> Tensor:
     A line surrounds the patches of which most neighbours are in the mask. It would be a tangle
     if it went around each single one.
     """
+    # Without colours and light the other patches can still be recognised.
     bright = picture(image)
     grey = 0.35 * bright.mean(-1, keepdim=True).expand_as(bright)
     result = torch.where(enlarge(mask, patch)[..., None], bright, grey)
@@ -172,6 +175,7 @@ def draw_attention(view: View, path: Path, share: float, caption: str) -> Path:
         rows += [[view.shape] * 2 * nh] if paired else [[view.shape] * columns] * 2 * bands
     figure, axes = rows_of_pictures(rows)
 
+    # The mean comes first, because it needs no choice of a head.
     view.show_photograph(axes[0][0])
     show_map(axes[0][1], mean, view.patch, "mean of heads" if nh > 1 else "one head")
     show(axes[0][2], overlaid(view.image, mean, view.patch), "overlay")
@@ -194,6 +198,8 @@ def draw_attention_sheet(views: list[View], path: Path, share: float, caption: s
     # A row holds at most four heads, the least spread ones, in the order of their numbers.
     most = min(4, max(len(view.heads) for view in views))
     figure, axes = rows_of_pictures([[view.shape] * (4 + most) for view in views], 1.9)
+
+    # Only where there are several networks the rows are named after them.
     several = len({view.name for view in views}) > 1
     for row, view in zip(axes, views):
         mean = view.heads.mean(0)
@@ -211,6 +217,7 @@ def draw_attention_sheet(views: list[View], path: Path, share: float, caption: s
 
 def write_separate(view: View, folder: Path, share: float):
     """One PNG for the photograph, each head and each mask, under DINO's own names."""
+    # imsave writes a pixel for each pixel, without title and margin, for other programs.
     plt = pyplot()
     folder.mkdir(parents=True, exist_ok=True)
     plt.imsave(folder / "img.png", picture(view.image).numpy())
@@ -258,7 +265,6 @@ def draw_attention_page(model: VisionTransformer, images: list[Tensor], side: in
 
     A training run draws it at its end, of images that were held out, at `page_side` pixels.
     """
-    plt = pyplot()
     images = torch.stack([center_crop(image, side) for image in images])
 
     # The network may be anywhere, and in training mode: it is left as it was. One image at a
@@ -278,18 +284,18 @@ def draw_attention_page(model: VisionTransformer, images: list[Tensor], side: in
     head = sharpest_head(attention)
     sharpest = attention[:, head]  # (B, h, w)
     masks = top_mass(sharpest, 0.9)
-    fig, axes = plt.subplots(4, len(images), figsize=(1.6 * len(images), 6.5), squeeze=False)
+    fig, axes = rows_of_pictures([[1.0] * len(images)] * 4, 1.6)
     for i, image in enumerate(images):
-        show(axes[0, i], picture(image))
-        show_map(axes[1, i], attention[i].mean(0), model.patch_size)
-        show_map(axes[2, i], sharpest[i], model.patch_size)
-        show(axes[3, i], outlined(image, masks[i], model.patch_size))
+        show(axes[0][i], picture(image))
+        show_map(axes[1][i], attention[i].mean(0), model.patch_size)
+        show_map(axes[2][i], sharpest[i], model.patch_size)
+        show(axes[3][i], outlined(image, masks[i], model.patch_size))
 
     # One title for each row, over its first picture.
     titles = ("image", "attention of the class token, mean of heads",
               f"head {head}, the sharpest", "the patches that get 90 % of it")
-    for axis, title in zip(axes[:, 0], titles):
-        axis.set_title(title, fontsize=8, loc="left")
+    for row, title in zip(axes, titles):
+        row[0].set_title(title, fontsize=8, loc="left")
     save(fig, path)
 
 

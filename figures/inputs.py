@@ -114,6 +114,7 @@ def patch_at(query: str, grid: tuple[int, int]) -> tuple[int, int]:
         raise UsageError(
             f"--query {query}: expected X,Y inside the photograph, as shares of its "
             "width and height: 0,0 is the top left, 0.5,0.5 the middle")
+    # The right and the lower border of the photograph belong to the last patch.
     h, w = grid
     return min(int(y * h), h - 1), min(int(x * w), w - 1)
 
@@ -127,6 +128,7 @@ def networks(config: Config) -> dict[str, VisionTransformer]:
     if not config.weights:
         raise UsageError("--weights: give a run, a file, or a released name such as dino_vits8")
     require(config, lambda most: most >= 1, "at least 1", "most")
+    # In the order in which they were named, as the rows of the figure will be.
     models = {}
     model = None
     for what in config.weights:
@@ -140,6 +142,7 @@ def networks(config: Config) -> dict[str, VisionTransformer]:
             model.pixels = pixels
         else:
             model = load_backbone(what, config.checkpoint_key, config.num_heads)
+        # What cannot be drawn is said here, before any photograph is read.
         if not isinstance(model, VisionTransformer):
             raise UsageError(f"--weights {what}: a convnet, which has no attention and no "
                              "patch tokens")
@@ -168,6 +171,7 @@ def about(models: dict[str, VisionTransformer], config: Config) -> str:
 @torch.no_grad()
 def patch_features(model: VisionTransformer, image: Tensor, block: int = -1) -> Tensor:
     """The patch tokens of one image (C, H, W) after the final norm: (h, w, D)."""
+    # The final norm makes tokens comparable: before it a few of them may be very long.
     images = normalise(image[None], model.pixels)
     [features] = model.get_intermediate_layers(images, [block % model.depth], reshape=True)
     return features[0].permute(1, 2, 0)  # (h, w, D)
@@ -187,6 +191,8 @@ def enlarge(grid: Tensor, patch: int) -> Tensor:
 
 def mark(axis, row: int, column: int, patch: int, colour: str = "#ff3d7f"):
     """A ring of this colour around a patch: what the map beside it was asked for."""
+    # The middle of a patch; pixel 0 reaches from -0.5 to 0.5 in matplotlib. A white ring below
+    # the coloured one keeps it visible on any ground.
     x = (column + 0.5) * patch - 0.5
     y = (row + 0.5) * patch - 0.5
     axis.plot(x, y, "o", markersize=9, markerfacecolor="none", markeredgecolor="white",

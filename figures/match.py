@@ -87,6 +87,7 @@ def draw(arguments: list[str], config: Config) -> Path:
     if len(files) != 2:
         raise UsageError(f"match compares two photographs, not {len(files)}")
 
+    # One row for each network.
     rows = []
     for name, model in models.items():
         images = [fit(read(file, model), config.image_size, model.patch_size) for file in files]

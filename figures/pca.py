@@ -70,6 +70,8 @@ def find_foreground(grids: list[Tensor]) -> list[Tensor]:
     inside = above[~edge].float().mean() if (~edge).any() else 1.0
     if above[edge].float().mean() > inside:
         above = ~above
+
+    # The answers stand end to end, as the patches did; each photograph gets its own back.
     sizes = [grid.shape[0] * grid.shape[1] for grid in grids]
     return [part.view(grid.shape[:2]) for part, grid in zip(above.split(sizes), grids)]
 
@@ -112,6 +114,7 @@ def pictures(grids: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
 
     Features (h, w, D) and masks (h, w) -> (h, w, 3) each.
     """
+    # Joined, so that all photographs have one basis and one range of colours; then parted.
     kept = [grid[mask] for grid, mask in zip(grids, masks)]  # (n of this photograph, D)
     joined = torch.cat(kept)
     painted = colours(components(joined)) if len(joined) else joined[:, :3]

@@ -79,6 +79,8 @@ def draw(arguments: list[str], config: Config) -> Path:
         for axis, grid in zip(row_axes, maps):
             show(axis, enlarge(grid, patch), cmap=MAPS["similarity"], vmin=low,
                  vmax=max(high, low + 1e-12))
+
+        # A ring in the first photograph shows which patch asked.
         mark(row_axes[0], *place, patch)
         title = f"{name}\ncosine {low:.2f} to {high:.2f}"
         if alone:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import visualize
-from augment import normalise
+from augment import RGB, normalise
 from backbones.weights import load_backbone
 from figures.attention import (attention_maps, draw_attention_page, outlined, page_side,
                                sharpest_head)
@@ -178,7 +178,7 @@ def test_rows_are_those_of_the_whole_matrix():
     images = torch.randn(2, 3, 24, 24)
     whole = model.get_attention(images)
     torch.testing.assert_close(model.get_attention(images, rows=[3, 0]), whole[:, :, [3, 0]])
-    model.pixels = visualize.FIGURES["attention"].RGB
+    model.pixels = RGB
     image = torch.randint(0, 256, (3, 24, 24), dtype=torch.uint8)
     assert [grid.shape for grid in attention_maps(model, image, 0, ("0,0", "1,1"))] == 2 * [
         (1, 3, 3)]

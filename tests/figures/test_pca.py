@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+import visualize
 from figures.pca import border, colours, components, find_foreground, pictures, threshold
+from machinery.page import pyplot
+from vit import VisionTransformer
 
 
 def test_components_are_those_of_the_svd():
@@ -64,3 +67,22 @@ def test_colours_fill_the_range():
     values = torch.linspace(-3, 5, 101)[:, None] * torch.tensor([1.0, 10.0, 0.1])
     shown = colours(values)
     assert shown.min() == 0 and shown.max() == 1 and shown[50].allclose(torch.tensor(0.5))
+
+
+@pytest.mark.parametrize("kind", ["each", "joint"])
+def test_a_row_for_each_network(kind, photos, tmp_path):
+    torch.manual_seed(0)
+    model = VisionTransformer(32, 8, embed_dim=64, depth=1, num_heads=1)
+    torch.save(model.state_dict(), tmp_path / "b.pth")
+    line = f"pca {photos}/cats/01.png {photos}/dogs/00.jpg --weights {tmp_path}/b.pth untrained "
+    line += f"--image_size 32 --foreground {kind} --output {tmp_path}/p.png"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pyplot(), "close", lambda figure: None)
+        visualize.main(line.split())
+    axes = pyplot().gcf().axes
+    pyplot().close("all")
+    names = [text.get_text() for axis in axes for text in axis.texts]
+    assert len(axes) == 2 * 5
+    assert names == [
+        "b.pth: all patches", "b.pth: foreground", "untrained: all patches",
+        "untrained: foreground"]

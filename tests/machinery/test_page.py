@@ -1,12 +1,13 @@
 """Claims
 1. The same figure gives the same file, with its caption in it, as PNG and as PDF.
 2. Pictures of any channels are shown as colours from 0 to 1.
+3. Rows of pictures fill the page, do not overlap, and keep the shapes of the pictures.
 """
 
 import pytest
 import torch
 
-from machinery.page import picture, pyplot, save, show
+from machinery.page import PAGE, picture, pyplot, rows_of_pictures, save, show
 
 
 @pytest.mark.parametrize("ending", [".png", ".pdf"])
@@ -27,3 +28,20 @@ def test_pictures(channels):
     shown = picture(torch.full((channels, 2, 4), 51, dtype=torch.uint8))
     assert shown.shape == (2, 4, 3)
     torch.testing.assert_close(shown, torch.full((2, 4, 3), 0.2))
+
+
+def test_rows_fill_the_page():
+    figure, axes = rows_of_pictures([[1.5] * 4, [1.5] * 6, [0.1, 9.0]])
+    width, height = figure.get_size_inches()
+    pyplot().close(figure)
+    assert width == PAGE
+    bottom_above = height
+    for row, shapes in zip(axes, ([1.5] * 4, [1.5] * 6, [0.7, 3.0])):
+        boxes = [axis.get_position() for axis in row]
+        for box, shape in zip(boxes, shapes):
+            assert box.width * width == pytest.approx(shape * box.height * height)
+        for left, right in zip(boxes, boxes[1:]):
+            assert left.x1 < right.x0
+        assert boxes[0].y1 * height < bottom_above and boxes[-1].x1 < 1 + 1e-9
+        bottom_above = boxes[0].y0 * height
+    assert axes[0][-1].get_position().x1 == pytest.approx(1)
