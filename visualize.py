@@ -26,15 +26,15 @@ FIGURES = {
     "attention": attention, "curves": curves, "pca": pca, "match": match,
     "similarity": similarity}
 
-USAGE = "python visualize.py " + " | ".join(f"{name} {figure.ARGUMENTS}"
-                                            for name, figure in FIGURES.items())
+USAGE = f"python visualize.py {' | '.join(FIGURES)} ..."
 
 
 def overview() -> str:
     """The answer to `python visualize.py`: the figures, and where their flags are."""
     lines = [f"usage: {USAGE}", "", "The figures:"]
     for name, figure in FIGURES.items():
-        lines.append(f"  {name:10s} {figure.draw.__doc__.splitlines()[0]}")
+        lines.append(f"  {name:12s}{figure.draw.__doc__.splitlines()[0]}")
+        lines.append(f"              {name} {figure.ARGUMENTS}")
     lines += ["", "python visualize.py FIGURE --help lists the flags of that figure"]
     return "\n".join(lines)
 
@@ -62,7 +62,7 @@ def main(argv):
 
     arguments, flags = split(argv[1:])
     if not arguments and not set(flags) & set(help_flags):
-        raise UsageError(f"usage: {USAGE}")
+        raise UsageError(f"usage: {usage}")
     with user_errors():
         config = parse(figure.Config, flags, usage=usage)
         path = figure.draw(arguments, config)

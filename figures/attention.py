@@ -325,8 +325,8 @@ ARGUMENTS = "PHOTO_OR_FOLDER ... --weights RUN_OR_FILE_OR_NAME ..."
 @dataclass
 class Config(inputs.Config):
     # -- attention
-    query: tuple[str, ...] = ()  # patches that look, each X,Y in shares of the width and height
-    # from 0 to 1: 0.5,0.5 is the middle; none: the class token
+    # X and Y of a query are shares of the width and of the height: 0.5,0.5 is the middle.
+    query: tuple[str, ...] = ()  # patches that look, X,Y from 0 to 1; none: the class token
     share: float = 0.6  # share of the attention that the patches of a mask hold together
     separate: bool = False  # also one PNG for each head and each mask, beside the page
     output: str = ""  # the picture to write; empty: attention.png in this folder

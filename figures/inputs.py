@@ -35,8 +35,8 @@ LONGEST = 4  # the long side of a photograph is at most so many times --image_si
 @dataclass
 class Config:
     # -- photographs and networks
-    weights: tuple[str, ...] = ()  # one network or several: runs, files, URLs, released names;
-    # the word untrained behind one of them is the same network with random weights
+    # The word untrained, behind a network, is the same network with random weights.
+    weights: tuple[str, ...] = ()  # networks: runs, files, URLs, released names; untrained
     checkpoint_key: Literal["teacher",
                             "student"] = "teacher"  # which network of a training's two
     num_heads: int = 0  # attention heads, for a file that does not tell them; 0: of width 64

@@ -120,11 +120,14 @@ def pairs_of(model, images: list[Tensor], lines: int, block: int = -1):
     first = places[0][pairs[:, 0]]  # (m, 2)
     second = places[1][pairs[:, 1]]
 
-    # Lines are spread over the thing if each has about an equal part of it: the distance of the
-    # squares of a board with as many fields as lines, made a bit smaller. If there are no more
-    # pairs than lines, all of them are drawn.
-    apart = 0.7 * math.sqrt(len(places[0]) / lines) if len(pairs) > lines else 0.0
+    # Lines are spread over the thing if each has about an equal part of it: they begin with the
+    # distance of the squares of a board with as many fields as lines. Where the pairs lie closer
+    # together than that, it is halved until there are as many lines as were asked for.
+    apart = math.sqrt(len(places[0]) / lines)
     kept = spread_out(first, lines, apart)
+    while len(kept) < min(lines, len(pairs)):
+        apart /= 2
+        kept = spread_out(first, lines, apart)
     return masks, torch.stack([first[kept], second[kept]], 1), len(pairs)
 
 

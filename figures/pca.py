@@ -135,9 +135,10 @@ ARGUMENTS = "PHOTO_OR_FOLDER ... --weights RUN_OR_FILE_OR_NAME ..."
 @dataclass
 class Config(inputs.Config):
     # -- pca
+    # "joint" is the paper's way. One component and one cut for all photographs ask more of the
+    # network: things that differ from one another have to differ more from every background.
     foreground: Literal["each",
-                        "joint"] = "each"  # found in each photograph by itself, or, as in
-    # the paper, by one component and one cut for all: it asks more of the network
+                        "joint"] = "each"  # found in each photograph, or in all together
     output: str = ""  # the picture to write; empty: pca.png in this folder
 
 

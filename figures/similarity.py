@@ -41,8 +41,8 @@ ARGUMENTS = "PHOTO_OR_FOLDER ... --weights RUN_OR_FILE_OR_NAME ..."
 @dataclass
 class Config(inputs.Config):
     # -- similarity
-    query: tuple[str, ...] = ("0.5,0.5",)  # patches of the first photograph, each X,Y in shares
-    # of the width and height from 0 to 1: 0.5,0.5 is the middle
+    # X and Y are shares of the width and of the height of the first photograph.
+    query: tuple[str, ...] = ("0.5,0.5",)  # patches that ask, X,Y from 0 to 1
     output: str = ""  # the picture to write; empty: similarity.png in this folder
 
 

@@ -32,6 +32,7 @@ STYLE = {
 MAPS = {
     "attention": "viridis", "overlay": "inferno", "similarity": "viridis", "direction": "hsv",
     "distance": "viridis_r", "error": "magma", "video": "inferno"}
+PICTURE = 1.9  # inches: the width of one picture among others
 PAGE = 13.0  # inches: the width of a whole page, at most
 GAP = 0.08  # inches between two pictures
 TITLE = 0.24  # inches above a picture, for its title

@@ -123,7 +123,7 @@ def test_drawn_maps_are_the_attention(query, block, photos, tmp_path, panels):
         torch.testing.assert_close(array_of(axis)[::8, ::8], grid, rtol=0, atol=1e-5)
     assert bool(axes[0].get_lines()) == bool(query)
 
-    # What keeps its brightness is the smallest set that holds the share. The edge of a patch can
+    # What keeps its brightness is the smallest set that holds the share. A patch's edge can
     # belong to the line, its middle never does.
     bright = image.permute(1, 2, 0)[4::8, 4::8] / 255
     for axis, grid in zip([axes[3], axes[5], axes[7]], [expected.mean(0), *expected]):

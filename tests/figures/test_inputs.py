@@ -2,7 +2,7 @@
 1. Photographs are files, or some of a folder, spread evenly over it.
 2. Every odd image comes through every figure: grey, tiny, wide, turned, transparent, 16 bits.
 3. Every network does: one head and twelve, patches of 8, 14 and 16 pixels, registers.
-4. Bad input is one line: no file, a convnet, a place outside the image, a block beyond the last.
+4. Bad input is one line: no file, a convnet, a place outside the image, a missing block.
 """
 
 import numpy as np

@@ -74,8 +74,8 @@ def test_a_row_for_each_network(kind, photos, tmp_path):
     torch.manual_seed(0)
     model = VisionTransformer(32, 8, embed_dim=64, depth=1, num_heads=1)
     torch.save(model.state_dict(), tmp_path / "b.pth")
-    line = f"pca {photos}/cats/01.png {photos}/dogs/00.jpg --weights {tmp_path}/b.pth untrained "
-    line += f"--image_size 32 --foreground {kind} --output {tmp_path}/p.png"
+    line = f"pca {photos}/cats/01.png {photos}/dogs/00.jpg --weights {tmp_path}/b.pth "
+    line += f"untrained --image_size 32 --foreground {kind} --output {tmp_path}/p.png"
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(pyplot(), "close", lambda figure: None)
         visualize.main(line.split())
