@@ -121,8 +121,8 @@ def pairs_of(model, images: list[Tensor], lines: int, block: int = -1):
     second = places[1][pairs[:, 1]]
 
     # Lines are spread over the thing if each has about an equal part of it: they begin with the
-    # distance of the squares of a board with as many fields as lines. Where the pairs lie closer
-    # together than that, it is halved until there are as many lines as were asked for.
+    # distance of the squares of a board with as many fields as lines. Where the pairs are nearer
+    # than that, it is halved until there are as many lines as were asked for.
     apart = math.sqrt(len(places[0]) / lines)
     kept = spread_out(first, lines, apart)
     while len(kept) < min(lines, len(pairs)):
