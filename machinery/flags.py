@@ -247,8 +247,9 @@ def make_parser(config_class, presets: dict | None, usage: str) -> Parser:
     types = typing.get_type_hints(config_class)
     groups = {}
     for field in dataclasses.fields(config_class):
-        # Some fields are set by `parse` or by the program, and not by a flag.
-        if field.name in ("preset", "given") or field.metadata.get("no_flag"):
+        # Some fields are set by `parse` or by the program, and not by a flag. Where the first word
+        # cannot be a preset, a field of this name is a flag like any other.
+        if field.name in ("given", presets and "preset") or field.metadata.get("no_flag"):
             continue
         group_name, text = about[field.name]
         if group_name not in groups:

@@ -301,3 +301,14 @@ def test_no_path_ends_in_a_traceback(flag, tmp_path, quick_runs, capsys):
     assert stop.value.code == 2
     assert error.startswith("error: ") and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_preset_is_a_flag_where_there_are_no_presets():
+
+    @dataclass
+    class Small:
+        preset: str = "a"  # a recipe
+
+    assert parse(Small, ["--preset", "b"]).preset == "b"
+    with pytest.raises(UsageError, match="there is no flag --preset"):
+        parse(Small, ["--preset", "b"], {"a": {}})
