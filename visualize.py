@@ -16,7 +16,8 @@ Tests    pytest tests/test_visualize.py
 
 from itertools import takewhile
 
-from figures import attention, curves, match, pca, similarity
+from figures import (attention, curves, embedding, match, neighbours, norms, pca, prototypes,
+                     similarity, video, views)
 from machinery.flags import UsageError, command, did_you_mean, parse, user_errors
 
 # Each of these modules has ARGUMENTS, what has to be typed after the name of the figure, a
@@ -24,7 +25,8 @@ from machinery.flags import UsageError, command, did_you_mean, parse, user_error
 # words as a list and returns the path of the picture.
 FIGURES = {
     "attention": attention, "curves": curves, "pca": pca, "match": match,
-    "similarity": similarity}
+    "similarity": similarity, "video": video, "views": views, "neighbours": neighbours,
+    "norms": norms, "prototypes": prototypes, "embedding": embedding}
 
 USAGE = f"python visualize.py {' | '.join(FIGURES)} ..."
 
