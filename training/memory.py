@@ -24,7 +24,7 @@ from torch._subclasses import FakeTensorMode
 
 from images.data import PREFETCH
 from losses import patch_loss, view_pair_loss
-from machinery.process import Process, autocast
+from machinery.process import Process, autocast, memory_gb
 from training.config import Config
 
 
@@ -170,3 +170,19 @@ def shared_memory_warning(config: Config, process: Process) -> str:
         f"warning: {config.num_workers} workers hold {needed / 2**30:.2f} GB of batches in "
         f"/dev/shm, which has {free / 2**30:.2f} GB free: start the container with a larger "
         "--shm-size, or give a smaller --num_workers")
+
+
+def memory_report(student: nn.Module, config: Config, process: Process) -> list[str]:
+    """The lines about memory at the start of a run: what it needs, and whether that fits."""
+    expected = expected_memory(student, config, process)
+    available = memory_gb(process.device)
+    needed = sum(expected.values())
+    parts = ", ".join(f"{name} {size:.2f}" for name, size in expected.items())
+    lines = [f"expects {needed:.2f} of {available:.0f} GB: {parts}"]
+    if needed > available:
+        lines.append("warning: that is too much; give --activation_checkpointing, --precision "
+                     "bf16, --parallel fsdp or a smaller --batch_size_per_gpu")
+
+    # The memory that the loader's workers share is another one than that of the networks.
+    warning = shared_memory_warning(config, process)
+    return lines + [warning] if warning else lines
