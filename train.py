@@ -563,7 +563,7 @@ class Run:
 
     A checkpoint keeps the tensors of `parts` and of the optimizer, and beside them `step`,
     `figures` (what the summary will say) and `last_row` (the newest row of the log). `whole` is
-    the teacher's backbone in one piece, to be judged and drawn; under FSDP it is a copy.
+    the teacher's backbone in one piece, to be judged and kept; under FSDP it is a copy.
     """
 
     def __init__(self, config: Config, process: Process, folder: Path, images: Images,
@@ -571,7 +571,7 @@ class Run:
         # Imported here and not above: they are needed once in a run, and the imports at the top
         # of this file stay those of a training step.
         from evaluation.judge import Judge, PatchJudge
-        from training.memory import expected_memory, shared_memory_warning
+        from training.memory import memory_report
 
         self.config = config
         self.process = process
@@ -585,12 +585,11 @@ class Run:
         # step, so that a run that will not fit says so at once.
         student, teacher = build(config, process)
         centerings = build_centerings(config).to(process.device)
-        self.expected = expected_memory(student, config, process)
-        self.warning = shared_memory_warning(config, process)
+        self.memory_report = memory_report(student, config, process)
         self.whole = teacher.backbone
         if config.parallel != "ddp":
             # Sharding replaces the parameters in place, so a whole copy is made before. It is
-            # filled from the shards when the teacher is judged or drawn.
+            # filled from the shards when the teacher is judged or kept.
             self.whole = copy.deepcopy(self.whole)
             shard(student, config, process)
             shard(teacher, config, process)
@@ -641,6 +640,7 @@ class Run:
         self.begun = time.time() - self.figures["seconds"]
 
         if self.step == 0:
+            self.keep_snapshot()
             self.judge_the_start()
         elif self.step == self.total:  # stopped after its last checkpoint: the end is missing
             self.write_teacher()
@@ -678,17 +678,7 @@ class Run:
             f"{config.preset or 'run'} -> {self.folder}: {len(self.images):,d} images, "
             f"{self.total:,d} steps of {config.batch_size_per_gpu} x {process.world_size}, "
             f"{process.device}, {config.precision}, {parameters:,d} parameters")
-
-        available = machine.memory_gb(process.device)
-        needed = sum(self.expected.values())
-        parts = ", ".join(f"{name} {size:.2f}" for name, size in self.expected.items())
-        process.print(f"expects {needed:.2f} of {available:.0f} GB: {parts}")
-        if needed > available:
-            process.print(
-                "warning: that is too much; give --activation_checkpointing, --precision "
-                "bf16, --parallel fsdp or a smaller --batch_size_per_gpu")
-        if self.warning:
-            process.print(self.warning)
+        process.print("\n".join(self.memory_report))
 
     def whole_teacher(self) -> nn.Module:
         """The teacher's backbone in one piece, with the weights that it has now."""
@@ -741,6 +731,8 @@ class Run:
                     # Before a save, because it stops the run if a loss was not finite.
                     self.log(schedule)
                 with self.clock.pause():
+                    if done or self.step == self.total // 2:
+                        self.keep_snapshot()
                     # The judges are asked every so many epochs and at the end, but not where a
                     # signal waits for the run to stop.
                     judging = done or not stopped_by
@@ -790,6 +782,15 @@ class Run:
             self.warned.add(illness[0])
             process.print(f"warning: {illness[1]}")
 
+    def keep_snapshot(self):
+        """Keep the teacher's backbone as it is now, for the page that tells the run."""
+        from training.snapshots import keep_snapshot  # here, because a run needs it three times
+
+        # On all processes, because under FSDP they exchange their shards for it.
+        backbone = self.whole_teacher()
+        if self.process.main:
+            keep_snapshot(self.folder, self.step, backbone, self.val, self.images, self.config)
+
     def evaluate(self):
         """Ask the judge how good the teacher's features are by now."""
         figures = self.figures
@@ -835,7 +836,7 @@ class Run:
     # -- what came of it
 
     def end(self) -> dict:
-        """Draw the figures, write summary.json and card.md, and say which command comes next."""
+        """Draw the story, write summary.json and card.md, and say which command comes next."""
         config = self.config
         figures = self.figures
         illness = diagnose(self.last_row, config)
@@ -854,22 +855,19 @@ class Run:
             broken_images=figures["broken"])
         summary |= {name: value for name, value in figures.items() if name.startswith("patch")}
         if self.process.main:
-            # Imported here, because only the end of a run draws and writes the card.
-            from figures import attention, curves
+            # Imported here, because only the end of a run needs them.
+            from figures.story import draw_story
             from training.card import write_card
 
-            curves.draw_curves(self.folder)
-            attention.draw_held_out(self.whole, self.val, config, self.folder)
+            draw_story(self.folder, self.process.device)
             write_json(self.folder / "summary.json", summary)
             write_card(self.folder)
-            written = "curves.png, attention.png" if len(self.val) else "curves.png"
-            following = f"visualize.py attention PHOTO --weights {self.folder}"
-            if config.convnet:  # which has no attention to draw
-                written = "curves.png"
-                following = f"evaluate.py knn --weights {self.folder}"
+
+            # A convnet has no attention to draw.
+            following = "evaluate.py knn" if config.convnet else "visualize.py attention PHOTO"
             print(
-                f"\nfinished in {summary['minutes']:.1f} minutes; wrote {self.folder}/{written} "
-                f"and teacher.pt\nnext:  python {following}")
+                f"\nfinished in {summary['minutes']:.1f} minutes; wrote {self.folder}/story.png "
+                f"and teacher.pt\nnext:  python {following} --weights {self.folder}")
         return summary
 
 

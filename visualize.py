@@ -1,7 +1,7 @@
 """Visualize: the pictures of the papers, each by one command.
 
     python visualize.py FIGURE ... --> figures/FIGURE.py --> a .png
-                                       attention  pca  similarity  match  curves
+                                       attention  pca  similarity  match  curves  story
 
 Idea     Many people meet a method through one figure, so each of them takes one command, works
          on any photograph with any weights, and is a function that other programs can call.
@@ -17,14 +17,14 @@ Tests    pytest tests/test_visualize.py
 from itertools import takewhile
 
 from figures import (attention, curves, embedding, match, neighbours, norms, pca, prototypes,
-                     similarity, video, views)
+                     similarity, story, video, views)
 from machinery.flags import UsageError, command, did_you_mean, parse, user_errors
 
 # Each of these modules has ARGUMENTS, what has to be typed after the name of the figure, a
 # dataclass Config, its flags, and a function draw(arguments, config), which gets the typed
 # words as a list and returns the path of the picture.
 FIGURES = {
-    "attention": attention, "curves": curves, "pca": pca, "match": match,
+    "attention": attention, "curves": curves, "story": story, "pca": pca, "match": match,
     "similarity": similarity, "video": video, "views": views, "neighbours": neighbours,
     "norms": norms, "prototypes": prototypes, "embedding": embedding}
 

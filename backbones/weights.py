@@ -150,9 +150,17 @@ def weights_file(what: str | Path) -> Path:
 
 
 def run_config_file(file: Path) -> Path | None:
-    """config.json beside a teacher.pt of a run of ours; None beside any other file."""
-    config = file.parent / "config.json"
-    return config if file.name == "teacher.pt" and config.exists() else None
+    """config.json of the run to which a teacher.pt or a snapshot belongs; None for other files.
+
+    A snapshot of a run is RUN/snapshots/step-N.pt (training/snapshots.py).
+    """
+    if file.parent.name == "snapshots":
+        config = file.parent.parent / "config.json"
+    elif file.name == "teacher.pt":
+        config = file.parent / "config.json"
+    else:
+        return None
+    return config if config.exists() else None
 
 
 # What a network needs beside its tensors, out of a run's config.json: name -> default, for runs

@@ -10,7 +10,7 @@ Idea     The class token collects what it needs by attending to patches. No labe
          that made DINO famous.
 Paper    DINO fig. 1 and 3, sec. 4.2.2 and H (mass threshold)
 Try      python visualize.py attention PHOTO --weights RUN_OR_FILE_OR_NAME
-Change   the page of a photograph: draw_attention; of the end of a run: draw_attention_page
+Change   the page of a photograph: draw_attention; of several: draw_attention_sheet
 Tests    pytest tests/figures/test_attention.py
 
 Letters  B images, nh heads, h w patches down and across, N tokens, H W pixels.
@@ -20,18 +20,15 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import training.config
-from augment import RGB, Pixels, center_crop, normalise
+from augment import normalise
 from evaluation.masks import top_mass
 from figures import inputs
 from figures.inputs import (about, enlarge, fit, mark, networks, patch_at, photographs, read,
                             short)
-from images.data import Images
 from machinery.flags import UsageError, require
 from machinery.page import MAPS, name_row, picture, pyplot, rows_of_pictures, save, show
 from vit import VisionTransformer
@@ -63,6 +60,16 @@ def attention_maps(model: VisionTransformer, image: Tensor, block: int = -1,
         rows.append(first_patch + row * grid[1] + column)
     attention = model.get_attention(images, block, rows)[0, :, :, first_patch:]  # (nh, r, P)
     return list(attention.unflatten(2, grid).transpose(0, 1))  # r times (nh, h, w)
+
+
+def spread_of(attention: Tensor) -> Tensor:
+    """How far each map is spread over its patches: (..., h, w) -> (...), in nats.
+
+    The entropy of the map as shares: 0 if one patch has all of it, ln(h*w) if all are equal.
+    """
+    shares = attention.flatten(-2)  # (..., h*w)
+    shares = shares / shares.sum(-1, keepdim=True)
+    return torch.special.entr(shares).sum(-1)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -226,94 +233,6 @@ def write_separate(view: View, folder: Path, share: float):
         plt.imsave(folder / f"attn-head{j}.png", values, cmap=MAPS["attention"])
         mask = outlined(view.image, top_mass(grid, share), view.patch)
         plt.imsave(folder / f"mask_th{share:g}_head{j}.png", mask.numpy())
-
-
-# ----------------------------------------------------------------------------------------------
-# The page of a run
-
-
-def spread_of(attention: Tensor) -> Tensor:
-    """How far each map is spread over its patches: (..., h, w) -> (...), in nats.
-
-    The entropy of the map as shares: 0 if one patch has all of it, ln(h*w) if all are equal.
-    """
-    shares = attention.flatten(-2)  # (..., h*w)
-    shares = shares / shares.sum(-1, keepdim=True)
-    return torch.special.entr(shares).sum(-1)
-
-
-def sharpest_head(attention: Tensor) -> int:
-    """The head whose attention is least spread over the patches: (B, nh, h, w) -> its
-    number.
-    """
-    return int(spread_of(attention).mean(0).argmin())
-
-
-def page_side(size: int, patch: int) -> int:
-    """The side in pixels at which a network that was trained at `size` is asked for its page.
-
-    A network of 40 pixels has 8 x 8 patches of 5: too few to see a shape in them. Its positions
-    can be resampled, so it is asked at six times its size, up to 480 pixels, in whole patches.
-    """
-    return max(size, min(6 * size, 480)) // patch * patch
-
-
-@torch.no_grad()
-def draw_attention_page(model: VisionTransformer, images: list[Tensor], side: int, path: Path,
-                        pixels: Pixels = RGB):
-    """Several images, one column each: the image, the mean of the heads, the sharpest head.
-
-    A training run draws it at its end, of images that were held out, at `page_side` pixels.
-    """
-    images = torch.stack([center_crop(image, side) for image in images])
-
-    # The network may be anywhere, and in training mode: it is left as it was. One image at a
-    # time, because the weights of all pairs of tokens are large.
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    maps = []
-    for image in images:
-        batch = normalise(image[None].to(device), pixels)
-        maps.append(model.get_class_attention(batch))
-    attention = torch.cat(maps).cpu()  # (B, nh, h, w)
-    model.train(was_training)
-
-    # Heads look for different things, some for the ground behind an object: their mean shows
-    # all of it, the least spread one mostly a thing or its edges.
-    head = sharpest_head(attention)
-    sharpest = attention[:, head]  # (B, h, w)
-    masks = top_mass(sharpest, 0.9)
-    fig, axes = rows_of_pictures([[1.0] * len(images)] * 4, 1.6)
-    for i, image in enumerate(images):
-        show(axes[0][i], picture(image))
-        show_map(axes[1][i], attention[i].mean(0), model.patch_size)
-        show_map(axes[2][i], sharpest[i], model.patch_size)
-        show(axes[3][i], outlined(image, masks[i], model.patch_size))
-
-    # One title for each row, over its first picture.
-    titles = ("image", "attention of the class token, mean of heads",
-              f"head {head}, the sharpest", "the patches that get 90 % of it")
-    for row, title in zip(axes, titles):
-        row[0].set_title(title, fontsize=8, loc="left")
-    save(fig, path)
-
-
-def draw_held_out(model: VisionTransformer, images: Images, config: training.config.Config,
-                  folder: Path):
-    """attention.png of a training run: where the class token looks in eight of `images`.
-
-    A convnet has no class token that looks anywhere: of it nothing is drawn.
-    """
-    # Photographs are enlarged to the side at which the network is asked; the images of
-    # shapes.py are drawn at that size. center_crop cuts the middle of 8/7 of it. Compiling for
-    # eight images of another size does not pay.
-    side = page_side(config.global_crops_size, config.patch_size)
-    order = np.random.default_rng(config.seed).permutation(len(images))
-    photos = [images.read_at(int(i), round(side * 8 / 7)) for i in order[:8]]
-    if photos and not config.convnet:
-        with torch.compiler.set_stance("force_eager"):
-            draw_attention_page(model, photos, side, folder / "attention.png", config.pixels)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -41,13 +41,13 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from augment import normalise
 from backbones.weights import load_backbone
 from evaluation.masks import top_mass
-from figures.attention import page_side
 from figures.inputs import enlarge, fit
 from images.data import EXTENSIONS, in_channels, read_file
 from machinery.clock import Progress
 from machinery.flags import UsageError, near_path, require
 from machinery.page import MAPS, picture, pyplot
 from machinery.process import start_process
+from training.snapshots import page_side
 from vit import VisionTransformer
 
 FPS = 30  # frames a second, where the frames do not say it

@@ -71,10 +71,9 @@ def tiny_config(output_dir, *flags):
 def without_figures():
     """Inside, runs leave out what would take most of a tiny run's time.
 
-    That is the two figures at their end, and the count of the memory that a step will need.
+    That is the page at their end, and the count of the memory that a step will need.
     """
-    slow = ("training.memory.expected_memory", "figures.curves.draw_curves",
-            "figures.attention.draw_attention_page")
+    slow = ("training.memory.expected_memory", "figures.story.draw_story")
     with contextlib.ExitStack() as stack:
         for name in slow:
             stack.enter_context(patch(name, lambda *args: {}))

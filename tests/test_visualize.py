@@ -15,7 +15,7 @@ from vit import VisionTransformer
                          [("atention", "did you mean attention?"), ("attention", "usage"),
                           ("attention x.jpg", "--weights"), ("curves RUNS", "metrics"),
                           ("curves /none", "no such"),
-                          ("curves a b", "curves draws one run, not 2"),
+                          ("story a b", "story tells one run, not 2"),
                           ("curves RUNS/shapes_dyno", "RUNS/shapes_dino?"),
                           ("attention /none.jpg --weights W", "not a readable image"),
                           ("attention x --weights W --share 2", "--share")])

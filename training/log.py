@@ -60,31 +60,37 @@ def step_figures(means: dict, targets: dict, weights: Tensor | None, crops: int)
 # Of an interval: what the figures mean
 
 
-def diagnose(row: dict, config: Config) -> tuple[str, str] | None:
-    """(name, sentence with a remedy) if the targets show one of three failures, else None.
+def collapse(row: dict, term: str, ln_k: float) -> str:
+    """The name of the collapse that the targets of an objective show, or nothing.
 
     row: means of `step_figures` and of the losses, as LogWindow.read gives them.
     """
+    # Every target is the uniform distribution, and the student answers it exactly.
+    if row[f"{term}_entropy"] > 0.99 * ln_k and row[f"{term}_kl"] < 0.01 * ln_k:
+        return "uniform collapse"
+
+    # The targets are sharp, and the same for all images: their mean is sharp, too.
+    return "one prototype" if row[f"{term}_mean_entropy"] < 0.05 * ln_k else ""
+
+
+def diagnose(row: dict, config: Config) -> tuple[str, str] | None:
+    """(name, sentence with a remedy) if the targets show one of three failures, else None."""
     # Uniform answers cost ln K, so entropies and losses are compared with it. Example with
     # K = 256, ln K = 5.55: a healthy run has H 4.8, KL .4 and mean H 5.4.
     for term, prototypes in config.objectives.items():
         ln_k = math.log(prototypes)
-        entropy = row[f"{term}_entropy"]
-
-        # Every target is the uniform distribution, and the student answers it exactly.
-        if entropy > 0.99 * ln_k and row[f"{term}_kl"] < 0.01 * ln_k:
-            return "uniform collapse", (
+        illness = collapse(row, term, ln_k)
+        if illness == "uniform collapse":
+            return illness, (
                 f"uniform collapse of {term}: every answer is 1/K (H is ln K); lower "
                 "--teacher_temp or raise --lr")
-
-        # The targets are sharp, and the same for all images: their mean is sharp, too.
-        if row[f"{term}_mean_entropy"] < 0.05 * ln_k:
-            return "one prototype", (
+        if illness:
+            return illness, (
                 f"one prototype of {term} answers for all images (entropy of the mean target "
                 "near 0); use --centering ema or sinkhorn, or raise --teacher_temp")
 
         # The targets tell images apart, but the student still answers as at its first step.
-        if abs(row[term] - ln_k) < 0.01 * ln_k and entropy < 0.5 * ln_k:
+        if abs(row[term] - ln_k) < 0.01 * ln_k and row[f"{term}_entropy"] < 0.5 * ln_k:
             return "ignored teacher", (
                 f"the student ignores a teacher of {term} that has something to say (loss is "
                 "ln K, H is not); raise --lr, or lower --freeze_last_layer_epochs")

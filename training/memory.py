@@ -139,7 +139,7 @@ def expected_memory(student: nn.Module, config: Config, process: Process,
         "teacher's logits": of_teacher, "logits' gradient": gradient, "crops": crops}
 
     # Of a teacher that is split each process also keeps the backbone in one piece, to be judged
-    # and drawn (train.Run.whole).
+    # and kept (train.Run.whole).
     if config.parallel != "ddp":
         parts["backbone in one piece"] = sum(p.nbytes for p in student.backbone.parameters())
     return {name: size / 2**30 for name, size in parts.items()}

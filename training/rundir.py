@@ -1,6 +1,6 @@
 """Run directory: what a run leaves behind, and whether this command continues it.
 
-    runs/PRESET/ config.json metrics.jsonl checkpoint/ teacher.pt heads.pt summary.json code/
+    runs/PRESET/ config.json metrics.jsonl checkpoint/ snapshots/ teacher.pt heads.pt ...
 
 Idea     A run is its directory. The same command continues it; a command that would change its
          result is refused, with the flags that differ; and nothing is overwritten unless
@@ -129,7 +129,7 @@ def create_run_dir(folder: Path, config: Config, process: Process):
     """
     # Only what a run has written is removed, by name: the folder may hold other files.
     if not config.resume:
-        for name in ("checkpoint", "code"):
+        for name in ("checkpoint", "code", "snapshots"):
             shutil.rmtree(folder / name, ignore_errors=True)
         for name in ("metrics.jsonl", "summary.json", "card.md", "config.json", "teacher.pt",
                      "heads.pt"):

@@ -1,7 +1,7 @@
 """Claims
 1. Registers and the class token are left out of a map.
 2. A figure is drawn for any photo, whole patches of it.
-3. A run ends with a page at several times its size, and leaves its network as it was.
+3. The spread of a map is its entropy: the sharpest head has the least.
 4. The maps that are drawn are softmax(q k' / sqrt(hd)), of the class token or of the patch that
    was asked for; what is bright in a mask holds the share that its title names.
 5. Several photographs, networks and patches share a sheet; --separate writes DINO's file names.
@@ -15,10 +15,9 @@ import torch
 import visualize
 from augment import RGB, normalise
 from backbones.weights import load_backbone
-from figures.attention import (attention_maps, draw_attention_page, outlined, page_side,
-                               sharpest_head)
+from figures.attention import attention_maps, outlined, spread_of
 from figures.inputs import fit
-from images.data import open_images, read_file
+from images.data import read_file
 from machinery.page import pyplot
 from vit import VisionTransformer
 
@@ -61,25 +60,12 @@ def test_photo(tmp_path, photos):
     assert read_file(out).float().std() > 10  # not an empty page
 
 
-def test_the_page_is_asked_at_several_times_the_training_size():
-    assert page_side(40, 5) == 240 and page_side(96, 16) == 480
-    assert page_side(128, 14) == 476  # whole patches
-    assert page_side(518, 14) == 518  # never smaller than in training
-
-
 def test_the_sharpest_head_is_the_least_spread_one():
-    attention = torch.full((2, 3, 4, 4), 1 / 16)
-    attention[:, 1] = 0.0
-    attention[:, 1, 2, 3] = 1.0  # all of it on one patch
-    assert sharpest_head(attention) == 1
-
-
-def test_the_page_leaves_the_network_as_it_was(tmp_path):
-    model = VisionTransformer(16, 8, embed_dim=64, depth=1, num_heads=1).train()
-    images = open_images("shapes:2")
-    photos = [images.read_at(i, 110) for i in range(2)]
-    draw_attention_page(model, photos, 96, tmp_path / "page.png")
-    assert model.training and (tmp_path / "page.png").stat().st_size > 5_000
+    attention = torch.full((3, 4, 4), 1 / 16)
+    attention[1] = 0.0
+    attention[1, 2, 3] = 1.0  # all of it on one patch
+    even = math.log(16)
+    torch.testing.assert_close(spread_of(attention), torch.tensor([even, 0.0, even]))
 
 
 def attention_by_hand(model, image, block):

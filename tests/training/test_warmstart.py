@@ -231,7 +231,7 @@ def test_other_channels(first, tmp_path, capsys):
     data = ["--data", f"folder:{folder}", "--val_data", f"folder:{folder}"]
     flags = "--in_chans 1 --mean 0.5 --std 0.3 --lr 0 --min_lr 0".split()
     train.run(config_of(grey, "--init", str(first), *data, *flags))
-    assert (grey / "attention.png").exists()
+    assert (grey / "story.png").exists()
     embedding = "patch_embed.proj.weight"
     before, after = teacher_of(first)[embedding], teacher_of(grey)[embedding]
     torch.testing.assert_close(after, before.sum(1, keepdim=True))
