@@ -139,8 +139,8 @@ def draw_pictures(figure, images: Tensor, seen: dict[int, dict], last: int):
 
         # A few patches may get most of the attention. The brightest 2 % of a map share one
         # colour, so that the rest can be told apart. A patch is a flat square: smoothing would
-        # show more detail than the network computed.
-        # The scale begins at 0, so that a network that looks everywhere alike gives a flat map.
+        # show more detail than the network computed. The scale begins at 0, so that a network
+        # that looks everywhere alike gives a flat map.
         for row, step in zip(axes[1:], seen):
             for axis, grid in zip(row, seen[step][kind]):
                 show(axis, grid, cmap=MAPS["attention"], vmin=0, interpolation="nearest",
@@ -173,7 +173,12 @@ def draw_story(run: Path, device: torch.device | str = "cpu", path: Path | None 
     fig = plt.figure(figsize=SIZE)
     fig.text(0.02, 0.985, history.name, fontsize=16, fontweight="bold", va="top")
     fig.text(0.02, 0.94, in_words(history), fontsize=11, va="top", linespacing=1.4)
+
+    # Five panels at most stand beside each other: the legends of six would overlap. So where two
+    # objectives are drawn, their weighted sum is left out.
     available = panels([history])
+    if len(history.prototypes) > 1:
+        del available["loss"]
     drawn = [available[name] for name in CURVES if name in available]
     grid = fig.add_gridspec(1, len(drawn), left=0.05, right=0.99, top=0.845, bottom=0.695,
                             wspace=0.3)

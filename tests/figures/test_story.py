@@ -2,11 +2,14 @@
 1. A run keeps three snapshots and the images that they are asked about; a continued run has them
    bit for bit, and --no_resume removes them. A run without held-out images keeps its own.
 2. The page has the run's words, its curves, and for each snapshot a row of maps, which differ.
+   Of two objectives, too, no legend lies on another.
 3. The same run gives the same files; a run without snapshots gets one clear line.
 4. The page is drawn at several times the size of training, of a convnet without attention.
 """
 
+import json
 import shutil
+from itertools import combinations
 
 import pytest
 import torch
@@ -77,13 +80,20 @@ def test_the_page_is_asked_at_several_times_the_training_size():
 # The page
 
 
-def test_the_page(run, tmp_path, monkeypatch):
+def kept_open(run, path, monkeypatch):
+    """The figure of a story, which matplotlib would forget after it was saved."""
     plt = pyplot()
     with monkeypatch.context() as patched:
         patched.setattr(plt, "close", lambda figure: None)
-        path = draw_story(run, path=tmp_path / "page.png")
+        draw_story(run, path=path)
     figure = plt.gcf()
     plt.close("all")
+    return figure
+
+
+def test_the_page(run, tmp_path, monkeypatch):
+    path = tmp_path / "page.png"
+    figure = kept_open(run, path, monkeypatch)
     texts = [text.get_text() for text in figure.texts]
     assert "tiny" in texts and in_words(read_history(run)) in texts
 
@@ -100,6 +110,20 @@ def test_the_page(run, tmp_path, monkeypatch):
     before = path.read_bytes(), path.with_suffix(".pdf").read_bytes()
     draw_story(run, path=path)
     assert (path.read_bytes(), path.with_suffix(".pdf").read_bytes()) == before
+
+
+def test_legends_of_two_objectives_stand_apart(run, tmp_path, monkeypatch):
+    both = shutil.copytree(run, tmp_path / "both")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row |= {name.replace("dino", "ibot"): value for name, value in row.items()}
+    (both / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figure = kept_open(both, tmp_path / "page.png", monkeypatch)
+    figure.canvas.draw()
+    legends = [axis.get_legend() for axis in figure.axes if axis.get_legend()]
+    boxes = [legend.get_window_extent() for legend in legends]
+    assert len(boxes) == 4
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
 
 
 def test_in_words(run):
