@@ -197,7 +197,7 @@ class Step:
     """train.train_step on a made-up batch, with some ideas taken out.
 
     networks: (student, teacher, centerings). out: the ideas that are taken out, names of IDEAS,
-    "bf16" or "compile". A call does one step and returns its seconds.
+    "bf16" or "compile". A call does some steps, by default one, and returns the seconds of one.
     """
 
     def __init__(self, networks, batch: dict, config: Config, process: Process,
@@ -246,12 +246,13 @@ class Step:
         return train.train_step(learner, batch or self.batch, schedule, self.config,
                                 self.process)
 
-    def __call__(self) -> float:
+    def __call__(self, count: int = 1) -> float:
         # Replacing the functions is no part of the step, so the clock starts after it.
         with self.taken_out():
             begun = time_when_done(self.process)
-            self.run()
-            return time_when_done(self.process) - begun
+            for _ in range(count):
+                self.run()
+            return (time_when_done(self.process) - begun) / count
 
     def peak_gb(self) -> float:
         """The most memory during two steps, which also warm up, in GB."""
@@ -325,7 +326,8 @@ def time_step(config: StepConfig, process: Process) -> dict:
     first_step_seconds = time.perf_counter() - begun
 
     peaks = measure_memory(versions)
-    times, ceiling = time_in_turns(versions, config, process)
+    fitting = {name: version for name, version in versions.items() if name in peaks}
+    times, ceiling = time_in_turns(fitting, config, process)
 
     # Two counts of the operations: those of a step with stochastic depth, which skips work, and
     # those of a step that skips none. Papers report utilisation by the second, larger one.
@@ -336,6 +338,9 @@ def time_step(config: StepConfig, process: Process) -> dict:
 
     rows = {}
     for name, version in versions.items():
+        if name not in fitting:
+            rows[name] = {"out_of_memory": True}
+            continue
         typical = median(times[name])
         # Pairs of the same turn: see the example at the top of this file.
         ratios = [seconds / ours for seconds, ours in zip(times[name], times["ours"])]
@@ -422,12 +427,25 @@ def build_versions(taken_out: dict[str, tuple[str, ...]], config: Config,
 
 
 def measure_memory(versions: dict[str, Step]) -> dict[str, float]:
-    """The most memory that each version holds during a step, in GB; all are warm afterwards."""
-    peaks = {name: version.peak_gb() for name, version in versions.items()}
+    """The most memory that each version holds during a step, in GB; all are warm afterwards.
+
+    A version that needs more memory than the GPU has is missing. Without "ours" there is
+    nothing to compare with, so then PyTorch's error goes on.
+    """
+    peaks = {}
+    for name, version in versions.items():
+        try:
+            peaks[name] = version.peak_gb()
+        except torch.OutOfMemoryError:
+            if name == "ours":
+                raise
+            # Like the others, it leaves no moments behind that would count for the next one.
+            version.optimizer.state.clear()
+
     # Measuring has let go of the moments. One more step of each makes them anew, so that no
     # step that is timed has to.
-    for version in versions.values():
-        version()
+    for name in peaks:
+        versions[name]()
     return peaks
 
 
@@ -437,16 +455,19 @@ def time_in_turns(versions: dict[str, Step], config: Config,
 
     The versions go there and back, as said at the top of this file: a b c, c b a, a b c, ...
     """
+    # A GPU prepares the next batch beside the present step, but not if it is waited for after
+    # each. So it is waited for after blocks of steps, which share the --steps.
+    block = min(5, config.steps) if process.device.type == "cuda" else 1
     times = {name: [] for name in versions}
     ceiling = 0.0
     there = list(versions)
     back = there[::-1]
-    for turn in range(config.steps):
+    for turn in range(config.steps // block):
         # The ceiling is what the hardware can do, so it is the best of all turns. It is
         # measured beside the steps, because a CPU's clock depends on how warm it is.
         ceiling = max(ceiling, matrix_ceiling(config.precision, process))
         for name in there if turn % 2 == 0 else back:
-            times[name].append(versions[name]())
+            times[name].append(versions[name](block))
     return times, ceiling
 
 
@@ -461,6 +482,9 @@ def print_versions(rows: dict[str, dict]):
     """A line for each version: seconds, speed, memory, shares, and the ratio to "ours"."""
     print(f"{'':20s}  seconds  images/s  peak GB   of the ceiling   times our seconds")
     for name, row in rows.items():
+        if "out_of_memory" in row:
+            print(f"{name:20s} out of memory")
+            continue
         ratio = "" if name == "ours" else f"{row['ratio']:15.2f} x"
         print(f"{name:20s} {row['step_seconds']:8.3f} {row['images_per_second']:9.1f} "
               f"{row['peak_memory_gb']:8.2f} {row['share_of_ceiling']:8.1%} "
@@ -489,8 +513,9 @@ def result_of(rows: dict[str, dict], measured: dict) -> dict:
     result = ours | measured
     if "plain" in rows:
         result["plain"] = rows["plain"]
-        result["ratio"] = rows["plain"]["ratio"]
-        result["memory_ratio"] = rows["plain"]["memory_ratio"]
+        for name in ("ratio", "memory_ratio"):
+            if name in rows["plain"]:  # not where plain was out of memory
+                result[name] = rows["plain"][name]
 
     # "without packing" -> "packing"
     result["without"] = {}

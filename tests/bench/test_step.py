@@ -4,6 +4,8 @@
    operations counted; what was asked for stands beside it.
 3. Fed by the loader, a step tells how much of the time it waited for images.
 4. The most memory is that since `begin`.
+5. A GPU is waited for after a block of steps, a CPU after each; the seconds are those of one step.
+6. A version that is out of memory is told as such, and the others keep their figures.
 
 Time is that of a clock which the work under test moves (bench_helpers.FakeClock), so each number
 is known exactly, and no test asks how fast or how large anything is on this machine.
@@ -22,7 +24,8 @@ import bench.step
 import machinery.clock
 import train
 from bench.__main__ import main
-from bench.step import Memory, Step, Stopwatch, made_up_batch
+from bench.step import Memory, Step, Stopwatch, made_up_batch, time_in_turns
+from machinery.process import Process
 
 # -- 1
 
@@ -97,8 +100,8 @@ def test_step_writes_what_it_promises(clock, tmp_path, capsys, monkeypatch):
     returned = {}
     call = Step.__call__
 
-    def noted(version):
-        returned.setdefault(version.out, []).append(call(version))
+    def noted(version, count=1):
+        returned.setdefault(version.out, []).append(call(version, count))
         return returned[version.out][-1]
 
     monkeypatch.setattr(Step, "__call__", noted)
@@ -169,3 +172,61 @@ def test_memory_is_reset_and_read(tmp_path, monkeypatch):
     memory.begin()
     assert (tmp_path / "clear_refs").read_text() == "5"
     assert memory.peak_gb() == 3.0
+
+
+# -- 5
+
+
+def test_a_block_of_steps_is_timed_as_one(clock, monkeypatch):
+    """Steps of 3, 5, 2 and 6 seconds; whoever reads the clock waits a second for the device."""
+    config = config_of(TINY)
+    version = Step(networks_of(config), made_up_batch(config, CPU), config, CPU)
+    durations = iter([3, 5, 2, 6])
+    monkeypatch.setattr(train, "train_step", clock.takes(durations, train.train_step))
+    clock.per_reading = 1
+    assert version(4) == (3 + 5 + 2 + 6 + 1) / 4
+
+
+@pytest.mark.parametrize("device, blocks", [("cpu", [1] * 7), ("cuda", [5])])
+def test_steps_between_two_waits(device, blocks, monkeypatch):
+    monkeypatch.setattr(bench.step, "matrix_ceiling", lambda precision, process: 1e9)
+    asked = []
+    versions = {"ours": lambda count: asked.append(count) or 0.5}
+    config = config_of([*TINY, "--steps", "7"])
+    times, _ = time_in_turns(versions, config, Process(torch.device(device)))
+    assert asked == blocks
+    assert times == {"ours": [0.5] * len(blocks)}
+
+
+# -- 6
+
+
+def test_a_version_out_of_memory_is_a_row(clock, monkeypatch, capsys):
+    monkeypatch.setattr(train, "train_step", clock.takes(2, train.train_step))
+    monkeypatch.setattr(bench.step, "matrix_ceiling", lambda precision, process: 1e9)
+    peak_gb = Step.peak_gb
+
+    def limited(version):
+        if len(version.out) > 1:  # the plain version
+            raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+        return peak_gb(version)
+
+    monkeypatch.setattr(Step, "peak_gb", limited)
+    result = main(["step", *TINY, "--plain", "--without", "packing", "--steps", "1"])
+    assert result["plain"] == {"out_of_memory": True}
+    assert "ratio" not in result
+    assert result["step_seconds"] == result["without"]["packing"]["step_seconds"] == 2
+    table = capsys.readouterr().out
+    assert "plain                out of memory" in table
+    assert table.count("out of memory") == 1
+
+
+def test_our_version_out_of_memory_is_an_error(monkeypatch):
+    """There is nothing to compare the others with."""
+
+    def too_large(version):
+        raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(Step, "peak_gb", too_large)
+    with pytest.raises(torch.OutOfMemoryError):
+        main(["step", *TINY, "--plain", "--steps", "1"])
