@@ -19,6 +19,7 @@ from bench.forecast import PlanConfig, growth, images_of, plan
 from bench.stages import (EvaluationConfig, InputConfig, ProbesConfig, time_attention,
                           time_evaluation, time_input, time_probes)
 from bench.step import Config, StepConfig, time_step
+from bench.table import table
 from machinery.checkpoints import write_json
 from machinery.flags import UsageError, command, parse, require, user_errors
 from machinery.process import Process, resolve_precision, start_process
@@ -42,7 +43,9 @@ def overview() -> str:
     for name, (function, _) in TASKS.items():
         about = (function.__doc__ or "").split("\n")[0]
         lines.append(f"  {name:10s} {about}")
-    lines += ["", "python -m bench TASK --help lists the flags of that task"]
+    lines += [
+        "", "python -m bench TASK --help lists the flags of that task",
+        "python -m bench table FILE ... makes rows in Markdown of what step --json wrote"]
     return "\n".join(lines)
 
 
@@ -60,7 +63,7 @@ def read_flags(name: str, argv: list[str]) -> Config:
             counts.append(field)
     require(config, lambda x: x >= 1, "at least 1", *counts)
     if hasattr(config, "utilisation"):
-        require(config, lambda x: 0 < x <= 1, "above 0, at most 1", "utilisation")
+        require(config, lambda x: 0 <= x <= 1, "0 (the estimate) to 1", "utilisation")
 
     # Asked now and not when the file is written, which may be hours later.
     if config.json and not Path(config.json).parent.is_dir():
@@ -73,6 +76,9 @@ def read_flags(name: str, argv: list[str]) -> Config:
 def main(argv):
     if argv[:1] in (["-h"], ["--help"]):
         print(overview())
+        return None
+    if argv[:1] == ["table"]:  # it reads files, so none of the settings below concern it
+        print(table(argv[1:]))
         return None
     if not argv or argv[0] not in TASKS:
         given = argv[0] if argv else ""

@@ -1,0 +1,73 @@
+"""Table: what bench/gpu.sh wrote, as the rows of the table in docs/performance.md.
+
+    gpu-2.json, gpu-3.json, ... --> | ViT-S/16, batch 512 | 1,700 images/s, ... | H100 | Nov 26 |
+
+Idea     Figures that are copied by hand get mixed up. So the rows are made of the files.
+Paper    none
+Try      python -m bench table gpu-*.json
+Change   another column of a step is one entry of `cells` in speed_cell
+Tests    pytest tests/bench/test_table.py
+"""
+
+import json
+import time
+from pathlib import Path
+
+from machinery.flags import UsageError
+
+
+def table(names: list[str]) -> str:
+    """The rows for files that `python -m bench step` wrote (--json), in Markdown.
+
+    Files of other tasks are named in a line of their own. UsageError for what is no such file.
+    """
+    if not names:
+        raise UsageError("python -m bench table: which files? Give those of --json")
+    lines = []
+    for name in names:
+        # The file itself says what was measured on what; the day is that of the file.
+        path = Path(name)
+        try:
+            result = json.loads(path.read_text())
+            task = result["task"]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UsageError(f"{name}: not a file of python -m bench --json ({error!r})")
+        if task != "step":
+            lines.append(f"(no row for {name}: it is of the task {task})")
+            continue
+        written = time.localtime(path.stat().st_mtime)
+        day = f"{time.strftime('%b', written)} {written.tm_mday}"
+        command = path.stem.replace("-", " ")  # gpu-3.json is of "gpu 3"
+        for figure, value in figures_of(result):
+            lines.append(f"| {figure} | {value} | {result['device']} | {day} | {command} |")
+    return "\n".join(lines)
+
+
+def figures_of(result: dict) -> list[tuple[str, str]]:
+    """(what was measured, its value) for each row: ours, from files, plain, without each idea."""
+    name = f"`{result['preset']}`, batch {result['batch_size_per_gpu']}, {result['precision']}"
+    rows = [(name, speed_cell(result))]
+    if "from_files" in result:
+        loader = result["from_files"]
+        value = f"{loader['images_per_second']:,.0f} images/s, wait {loader['waiting']:.0%}"
+        rows.append(("the same from files", value))
+
+    # The other versions, compared with ours by pairs of the same turn.
+    versions = {f"without {idea}": row for idea, row in result.get("without", {}).items()}
+    if "plain" in result:
+        versions["the plain version"] = result["plain"]
+    for version, row in versions.items():
+        if "out_of_memory" in row:
+            rows.append((version, "out of memory"))
+        else:
+            value = f"{row['ratio']:.2f} times our seconds, {row['peak_memory_gb']:.1f} GB"
+            rows.append((version, value))
+    return rows
+
+
+def speed_cell(result: dict) -> str:
+    """Images a second, share of the ceiling, and memory of our version."""
+    cells = [f"{result['images_per_second']:,.0f} images/s"]
+    cells.append(f"{result['share_of_ceiling']:.0%} of {result['ceiling_tflops']:.0f} TFLOP/s")
+    cells.append(f"{result['peak_memory_gb']:.1f} GB")
+    return ", ".join(cells)
