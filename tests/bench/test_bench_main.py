@@ -30,7 +30,7 @@ def add_line(file: Path, table: str, entry: str):
 
 NEW_ENTRIES = {
     ("__main__.py", "TASKS"): '"hello": (lambda config, process: {"hello": config.steps}, Config)',
-    ("forecast.py", "GPUS"): '"b300": (2500e12, 288)',
+    ("forecast.py", "GPUS"): '"b300": (2500e12, 8e12, 288)',
     ("plain.py", "IDEAS"): '"slow_ema": {"train.ema_update": ema_one_by_one}'}
 USE_THEM = f"""
 import sys
@@ -85,7 +85,7 @@ def test_help_lists_the_tasks(capsys):
     ("eval shapes --queries 0", "--queries 0"), ("probes shapes --classes 0", "--classes 0"),
     ("probes shapes --arch resnet18", "--arch resnet18 has no blocks"),
     ("attention shapes --arch resnet18", "--arch resnet18 has no attention"),
-    ("growth shapes --arch resnet18", "--arch resnet18"), ("plan shapes --kind v100", "--kind"),
+    ("growth shapes --arch resnet18", "--arch resnet18"), ("plan shapes --kind v10", "--kind"),
     ("plan shapes --json /none/out.json", "--json /none/out.json"),
     ("plan shapes --utilisation 40", "--utilisation 40"), ("plan shapes --gpus 0", "--gpus 0")])
 def test_misuse(line, words, tmp_path, capsys):
