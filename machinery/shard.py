@@ -52,10 +52,10 @@ def split(network: nn.Module, cheap: list[nn.Module], exact: list[nn.Module], pr
     # The processes as a table of one row for each copy: those of a row hold a part each, and
     # those of a column hold the same part, whose gradients they average.
     copies = process.world_size // together
-    if copies * together != process.world_size:
-        raise UsageError(
-            f"--parallel hsdp: {process.world_size} processes are no multiple of the {together} "
-            "of a node; start as many on each node, or use --parallel fsdp")
+    sizes = set(process.all_gather(together))
+    if len(sizes) > 1:
+        raise UsageError(f"--parallel hsdp: nodes of {sorted(sizes)} processes; start as many "
+                         "on each (--nproc_per_node), or use --parallel fsdp")
     if copies == 1:
         mesh = init_device_mesh(process.device.type, (together,))
     else:
