@@ -52,6 +52,8 @@ def split(network: nn.Module, cheap: list[nn.Module], exact: list[nn.Module], pr
     # The processes as a table of one row for each copy: those of a row hold a part each, and
     # those of a column hold the same part, whose gradients they average.
     copies = process.world_size // together
+
+    # Each knows its own machine only. If these differ, the table has no rectangle.
     sizes = set(process.all_gather(together))
     if len(sizes) > 1:
         raise UsageError(f"--parallel hsdp: nodes of {sorted(sizes)} processes; start as many "
