@@ -65,7 +65,8 @@ def read_flags(name: str, argv: list[str]) -> Config:
     if hasattr(config, "utilisation"):
         require(config, lambda x: 0 <= x <= 1, "0 (the estimate) to 1", "utilisation")
 
-    # Asked now and not when the file is written, which may be hours later.
+    # Asked now and not when the file is written, which may be hours later: all that was
+    # measured by then would be lost.
     if config.json and not Path(config.json).parent.is_dir():
         raise UsageError(f"--json {config.json}: there is no folder {Path(config.json).parent}")
     check(config)
@@ -77,7 +78,9 @@ def main(argv):
     if argv[:1] in (["-h"], ["--help"]):
         print(overview())
         return None
-    if argv[:1] == ["table"]:  # it reads files, so none of the settings below concern it
+
+    # This task only reads files that others wrote, so no flag, preset or device concerns it.
+    if argv[:1] == ["table"]:
         print(table(argv[1:]))
         return None
     if not argv or argv[0] not in TASKS:
