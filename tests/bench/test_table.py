@@ -72,14 +72,14 @@ def test_other_files_are_refused(content, tmp_path, capsys):
 
 
 def step_calls():
-    """(preset, batch, whether some versions are plain) of each step of gpu.sh."""
-    calls = []
+    """(preset, batch, whether some versions are plain) of each step of gpu.sh, each once."""
+    calls = set()
     for line in (ROOT / "bench/gpu.sh").read_text().splitlines():
         called = re.match(r"\d\)\s+step (.*)", line)
         if called:
             preset, batch, *flags = shlex.split(called[1].replace(";;", ""))
-            calls.append((preset, int(batch), "--plain" in flags))
-    return calls
+            calls.add((preset, int(batch), "--plain" in flags))
+    return sorted(calls)
 
 
 def memory_of(preset, batch, depth, ideas, monkeypatch):
@@ -96,19 +96,19 @@ def memory_of(preset, batch, depth, ideas, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("preset, batch, has_plain", step_calls())
 def test_calls_fit_80_gb(preset, batch, has_plain, monkeypatch):
-    """Blocks are alike, so what two take more than one tells what all of them take.
+    """Blocks are alike, so what three take more than two tells what all of them take. (Of the
+    drop rates of a whole network, which grow from block to block, two have the mean, and so have
+    three; a single block drops nothing.)
 
-    Without skipping a step keeps most; the plain version stores attention and pairs, too. A GPU
-    of 80 GB has 79.6 times 2**30 bytes, of which the libraries need one.
+    Of a call with plain versions the plain one is counted: it has none of our ideas, where the
+    others lack one. Ours fits with more images in a call of its own.
     """
     depth = vit.ARCHS[config_of([preset]).arch]["depth"]
-    versions = [()]
-    if has_plain:
-        versions += [tuple(plain.IDEAS), ("skipping",)]
-    for ideas in versions:
-        one, two = (memory_of(preset, batch, blocks, ideas, monkeypatch) for blocks in (1, 2))
-        assert one + (depth - 1) * (two - one) < 78, ideas
+    ideas = tuple(plain.IDEAS) if has_plain else ()
+    two, three = (memory_of(preset, batch, blocks, ideas, monkeypatch) for blocks in (2, 3))
+    expected = two + (depth - 2) * (three - two)
+    assert expected < 80e9 / 2**30
 
 
 def test_calls_are_found():
-    assert len(step_calls()) == 6
+    assert len(step_calls()) == 5  # call 5 is call 2, from files
