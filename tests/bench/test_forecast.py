@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch.distributed.run
@@ -79,7 +80,7 @@ def test_a_gpu_holds_80e9_bytes(capsys, monkeypatch):
     """What needs 75 * 2**30 bytes is too much for it, though 75 is less than 80."""
     for needed, too_much in ((74, False), (75, True)):
         parts = {"two networks": needed, "gradients": 0, "moments": 0, "kept for backward": 0}
-        monkeypatch.setattr(bench.forecast, "expected_memory", lambda *_, **__: parts)
+        monkeypatch.setattr(bench.forecast, "expected_memory", Mock(return_value=parts))
         main("plan shapes --gpus 1 --kind h100".split())
         printed = capsys.readouterr().out
         assert f"{needed:.2f} GB of 74.5 a GPU" in printed
