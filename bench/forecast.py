@@ -312,15 +312,15 @@ def plan(config: PlanConfig, process: Process) -> dict:
     s, and 530e9 bytes at 85 % of 3.35e12 a second 0.19 s: 1,710 images a second, 19 % of the
     peak. What GPUs send to each other, and waiting for images, is not counted.
     """
-    # "auto" would look at this machine; the GPUs of the table multiply in 16 bits. Whether these
+    # "auto" would look at this machine; the GPUs of the table multiply in 16 bits. Whether they
     # are those of bfloat16 or of float16 makes no difference to memory or time.
     precision = "bf16" if config.precision == "auto" else config.precision
     config = replace(config, precision=precision)
     B = config.batch_size_per_gpu
     peak, bandwidth, available = GPUS[config.kind]
 
-    # What a process of the planned run holds; one of several, since FSDP splits the weights over
-    # all of them, and HSDP over those of a node.
+    # What a process of the planned run holds; one of several, since FSDP splits the weights
+    # over all of them, and HSDP over those of a node.
     one_of_them = Process(torch.device("cpu"), world_size=config.gpus,
                           node_size=min(config.gpus, NODE))
     parts = expected_memory(meta_student(config), config, one_of_them, on_gpu=True)
