@@ -33,6 +33,8 @@ USAGE = f"python visualize.py {' | '.join(FIGURES)} ..."
 
 def overview() -> str:
     """The answer to `python visualize.py`: the figures, and where their flags are."""
+    # What a figure shows is the first line of the docstring of its function, so that a new line
+    # in FIGURES needs no second place to be explained in.
     lines = [f"usage: {USAGE}", "", "The figures:"]
     for name, figure in FIGURES.items():
         lines.append(f"  {name:12s}{figure.draw.__doc__.splitlines()[0]}")
@@ -53,6 +55,8 @@ def split(words: list[str]) -> tuple[list[str], list[str]]:
 
 @command
 def main(argv):
+    # The first word is the name of a figure. Without it, or with a request for help, the answer
+    # is what there is to choose from.
     help_flags = ("-h", "--help")
     if not argv or argv[0] in help_flags:
         print(overview())
@@ -62,9 +66,14 @@ def main(argv):
     figure = FIGURES[argv[0]]
     usage = f"python visualize.py {argv[0]} {figure.ARGUMENTS} [--flag ...]"
 
+    # Something has to be drawn, unless the question is which flags there are: then `parse` prints
+    # them and ends the program.
     arguments, flags = split(argv[1:])
     if not arguments and not set(flags) & set(help_flags):
         raise UsageError(f"usage: {usage}")
+
+    # A photo that cannot be read, or weights that do not fit, are the user's to mend: inside,
+    # a ValueError becomes one line.
     with user_errors():
         config = parse(figure.Config, flags, usage=usage)
         path = figure.draw(arguments, config)

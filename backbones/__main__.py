@@ -39,12 +39,14 @@ def released_table() -> str:
 
 def tell(what: str):
     """Print what network a name, file or run is, after it has been loaded strictly."""
+    # Whatever does not fit is refused by load_backbone: what is printed has been loaded whole.
     model = load_backbone(what)
     count = sum(p.numel() for p in model.parameters())
     print(f"{what}: {type(model).__name__}, width {model.embed_dim}, {model.img_size} px, "
           f"{count:,d} parameters")
 
     # Of a ViT also the arguments that build it again; a convnet has only its name.
+    # What config.json knows of it, such as the number of heads, is among them.
     if isinstance(model, VisionTransformer):
         options = architecture(*read_backbone(what))
         print("   ", ", ".join(f"{name} {value}" for name, value in options.items()))

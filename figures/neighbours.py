@@ -52,6 +52,7 @@ def photos_as_images(words: list[str], bank: Images) -> Images:
 
     UsageError for a file that does not exist.
     """
+    # A wrong name is found before any feature is computed.
     files = [Path(word).expanduser() for word in words]
     for file in files:
         if not file.is_file():
@@ -198,6 +199,7 @@ class Config(protocol.Config):
 
 def draw(arguments: list[str], config: Config) -> Path:
     """Images and their nearest neighbours among others: right and wrong where labels exist."""
+    # The features of queries and bank come as for every evaluation.
     config.check()
     pyplot()
     extractor = Extractor(config, start_process(config.device))
@@ -207,6 +209,8 @@ def draw(arguments: list[str], config: Config) -> Path:
     bank = open_images(name, config.data_root, config.download, "--data",
                        extractor.model.pixels)
     queries = open_queries(arguments, bank, config)
+
+    # The decoder's words do not say that a file is no image, so it is said here.
     try:
         features = extractor(queries, "queries")
         bank_features = extractor(bank, "neighbours-data")

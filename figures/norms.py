@@ -153,6 +153,8 @@ class Config(inputs.Config):
 
 def draw(arguments: list[str], config: Config) -> Path:
     """Norms of the patch tokens of photos: the long ones that registers remove."""
+    # A row for each photo and network. Networks have patches of different sizes, so each of them
+    # gets the photo cut to its own.
     models = networks(config)
     rows = []
     for file in photographs(arguments, config.most):

@@ -152,6 +152,7 @@ def draw(arguments: list[str], config: Config) -> Path:
     images = extractor.open("data")
     logits = logits_of(head, extractor(images, "prototypes-data"))
 
+    # Most of a run's prototypes are the first choice of few images, or of none.
     prototypes, uses = most_used(logits, centre, config.prototypes)
     fig = draw_prototypes(images, logits, prototypes, uses, config.columns)
     caption = (f"{run.name}: the {len(prototypes)} most used of {len(centre):,d} prototypes, "

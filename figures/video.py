@@ -211,6 +211,7 @@ class AttentionMaps:
 
     def paint(self, grid: Tensor) -> Tensor:
         """(h, w) -> (h, w, 3) uint8."""
+        # A map that is the same everywhere has no spread to divide by.
         spread = max(self.highest - self.lowest, 1e-12)
         shares = ((grid - self.lowest) / spread).clamp(0, 1)
         return self.colours[(shares * 255).round().long()]

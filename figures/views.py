@@ -144,6 +144,8 @@ def draw_views(image: Tensor, views: Views, G: int):
     height = PHOTO
     fig = plt.figure(figsize=(width, height))
 
+    # Every picture and every word stands at a place of its own, counted in inches from the upper
+    # left corner; matplotlib counts from the lower left one, in shares of the page.
     def place(left, top, w, h, colour=None, line=2.0):
         """Axes without scales, at so many inches from the left and from the top."""
         axis = fig.add_axes((left / width, 1 - (top + h) / height, w / width, h / height))
@@ -182,6 +184,7 @@ def draw_views(image: Tensor, views: Views, G: int):
             crop = views.crops[i]
             name = f"global {i + 1}" + (", mirrored" if views.boxes[i].mirrored else "")
             words = views.words[i]
+            # The teacher sees every patch. Hidden ones are drawn grey in the student's row.
             if row and views.masks is not None:
                 crop = torch.where(views.masks[i][..., None], 0.5, crop)
                 words = f"{views.masks[i].float().mean():.0%} of the patches masked"

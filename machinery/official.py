@@ -22,6 +22,7 @@ def official_flag(given: str, flags: list[str]) -> str:
 
     Example: "--data_path" gives "; here it is --data folder:PATH".
     """
+    # A row of the page is a flag of theirs, what is typed here, and a remark.
     answers = {}  # a dictionary and not a list: several programs may have the same answer
     rows = OFFICIAL.read_text().splitlines() if OFFICIAL.exists() else []
     for row in rows:

@@ -33,6 +33,8 @@ def traced(batches: Iterable, steps: int, folder: Path, process: Process) -> Ite
         yield from batches
         return
 
+    # Called by the profiler when the steps are recorded. The format is that of Chrome's tracing,
+    # which the page of Perfetto draws without sending the file anywhere.
     def write(profiler):
         file = folder / "trace.json"
         profiler.export_chrome_trace(str(file))

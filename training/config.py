@@ -225,6 +225,8 @@ def fits(value, kind) -> bool:
     Examples: [0.1, 0.5] fits tuple[float, float], [0.1] does not; 1 fits float, "1" and true do
     not.
     """
+    # tuple[float, float] has the origin tuple and (float, float) inside. A Literal has its words
+    # inside, one of which the value has to be.
     origin = typing.get_origin(kind)
     inside = typing.get_args(kind)
     if origin is Literal:
