@@ -71,6 +71,11 @@ def mendable(error: BaseException) -> str:
         what = str(error).splitlines()[0].rstrip(" .")
         return f"{what}; the same command continues, or give fewer --num_workers"
 
+    # A worker that was killed may have promised a batch, which nobody hands over any more.
+    if isinstance(error, ConnectionError):
+        return (f"DataLoader worker is gone ({error.strerror}); the same command continues, or "
+                "give fewer --num_workers")
+
     # DCP, which writes the checkpoints, holds one failure for each process that had one.
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]

@@ -21,6 +21,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from _pytest.runner import runtestprotocol
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -160,7 +161,6 @@ def pytest_sessionstart():
     if "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
-    multiprocessing.forkserver.ensure_running()  # and does so while other tests run
 
 
 def as_rank(rank, world, port, function, args):
@@ -203,6 +203,104 @@ def program(rank, folder, text):
     sys.path.insert(0, str(folder))
     with open("printed.txt", "w") as file, contextlib.redirect_stdout(file):
         exec(text, {})
+
+
+# ----------------------------------------------------------------------------------------------
+# Two processes at a time
+#
+# Most tests use one core. So where there are two, the tests run in two processes, each of which
+# takes the next file of tests when it has finished one: the suite takes half as long. The second
+# process sends what came of its tests to the first, which reports them as if they were its own.
+
+
+def pytest_runtestloop(session):
+    """Run all tests in two processes; pytest's own loop goes on where this returns None."""
+    options = session.config.option
+    files = {}
+    for item in session.items:
+        files.setdefault(item.path, []).append(item)
+    one_will_do = len(files) < 8 or (os.cpu_count() or 1) < 2 or not hasattr(os, "fork")
+    if one_will_do or options.collectonly or options.maxfail or options.usepdb:
+        multiprocessing.forkserver.ensure_running()  # it imports torch while other tests run
+        return None
+
+    files = list(files.values())
+    next_file = multiprocessing.Value("i", 0)
+    inbox, outbox = multiprocessing.Pipe(duplex=False)
+    second = os.fork()
+    if second == 0:
+        run_second_process(session, files, next_file, outbox)
+    outbox.close()
+    multiprocessing.forkserver.ensure_running()  # each of the two has one of its own
+
+    # Reports of the second process are passed on between two files, so that the dots of a file
+    # stay together.
+    for items in taken(files, next_file):
+        run_file(session, items, log=True)
+        for reports in arrived(inbox, wait=False):
+            pass_on(session, reports)
+    for reports in arrived(inbox, wait=True):
+        pass_on(session, reports)
+    _, status = os.waitpid(second, 0)
+    if status:
+        raise RuntimeError(f"the second process of the tests ended with status {status}")
+    return True
+
+
+def arrived(inbox, wait):
+    """What the second process has sent so far; with `wait`, all that it will ever send."""
+    with contextlib.suppress(EOFError):  # it has closed its end
+        while wait or inbox.poll():
+            yield inbox.recv()
+
+
+def taken(files, next_file):
+    """The files that this process gets: each time the first that no process has taken yet."""
+    while True:
+        with next_file.get_lock():
+            number = next_file.value
+            next_file.value += 1
+        if number >= len(files):
+            return
+        yield files[number]
+
+
+def run_file(session, items, log):
+    """Run the tests of a file; returns their reports, which are shown at once with `log`."""
+    reports = []
+    # What a test shares with the next one stays; after the last one of a file nothing does.
+    for item, next_item in zip(items, [*items[1:], None]):
+        if log:
+            item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        reports += runtestprotocol(item, log=log, nextitem=next_item)
+    return reports
+
+
+def run_second_process(session, files, next_file, outbox):
+    """What the second process does, from its first breath to its last."""
+    # pytest writes what tests print into files. This process needs some of its own.
+    capture = session.config.pluginmanager.getplugin("capturemanager")
+    capture.stop_global_capturing()
+    capture.start_global_capturing()
+    multiprocessing.forkserver.ensure_running()
+
+    status = 1
+    with contextlib.suppress(KeyboardInterrupt):
+        for items in taken(files, next_file):
+            hook = session.config.hook.pytest_report_to_serializable
+            reports = run_file(session, items, log=False)
+            outbox.send([hook(config=session.config, report=report) for report in reports])
+        status = 0
+    outbox.close()
+    os._exit(status)
+
+
+def pass_on(session, reports):
+    """Report what the second process has found, as if it had been found here."""
+    hook = session.config.hook
+    for data in reports:
+        report = hook.pytest_report_from_serializable(config=session.config, data=data)
+        hook.pytest_runtest_logreport(report=report)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -30,6 +30,8 @@ TORCH_SAYS = RuntimeError("[enforce fail at inline_container.cc:672] . unexpecte
 @pytest.mark.parametrize("error, words", [
     (OSError(errno.ENOSPC, "No space left", "runs/x/file"), "runs/x/file: No space left; "),
     (OSError(errno.EFBIG, "File too large"), "error: File too large; "),
+    (ConnectionRefusedError(errno.ECONNREFUSED,
+                            "refused"), "DataLoader worker is gone (refused)"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nMore."),
      "error: DataLoader worker (pid 7) is killed by signal: Killed; "),
     (CheckpointException("write", {1: (TORCH_SAYS, None)}), "the disk may be full; ")])
