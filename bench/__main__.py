@@ -1,6 +1,7 @@
 """Bench: python -m bench TASK [PRESET] [--flag value ...]
 
-    TASK: step | data | eval | attention | probes | growth | plan  --> a table, and --json FILE
+    TASK: step | data | photometry | eval | attention | probes | growth | plan
+                                                            --> a table, and --json FILE
 
 Idea     One command for every question about cost. This file reads the flags and chooses the
          device; how something is measured is told in the file of its task.
@@ -17,7 +18,7 @@ import torch
 
 from bench.forecast import PlanConfig, growth, images_of, plan
 from bench.stages import (EvaluationConfig, InputConfig, ProbesConfig, time_attention,
-                          time_evaluation, time_input, time_probes)
+                          time_evaluation, time_input, time_photometry, time_probes)
 from bench.step import Config, StepConfig, time_step
 from bench.table import table
 from machinery.checkpoints import write_json
@@ -32,8 +33,8 @@ from training.recipes import PRESETS, auto_scale
 TASKS = {
     "step": (time_step, StepConfig), "data": (time_input, InputConfig),
     "eval": (time_evaluation, EvaluationConfig), "attention": (time_attention, Config),
-    "probes": (time_probes, ProbesConfig), "growth": (growth, Config),
-    "plan": (plan, PlanConfig)}
+    "photometry": (time_photometry, Config), "probes": (time_probes, ProbesConfig),
+    "growth": (growth, Config), "plan": (plan, PlanConfig)}
 USAGE = "python -m bench TASK [PRESET] [--flag value ...]"
 
 

@@ -30,8 +30,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision import transforms
+from torchvision.transforms.v2 import functional as TF
 
-from augment import BLUR_SIGMA, PHOTOMETRY, Pixels
+from augment import (BLUR_SIGMA, BLUR_TAPS, ORDERS, PHOTOMETRY, RGB, SOLARIZE_THRESHOLD, Pixels)
 from losses import all_sum, make_targets
 from vit import Groups, Keep, VisionTransformer
 
@@ -303,6 +304,30 @@ def crop_by_crop(views: list[tuple[int, tuple[float, float], int]], kind: str, p
             transforms.Normalize(*pixels)]
         worker.append(transforms.Compose(operations))
     return lambda image: [make_crop(image) for make_crop in worker]
+
+
+def colour_one_by_one(crops: Tensor, params: Tensor) -> Tensor:
+    """augment.photometry by torchvision's functions: a crop, and an operation, after the other.
+
+    crops (n, 3, s, s) uint8 and params (n, 8), as photometry takes them -> (n, 3, s, s) floats.
+    """
+    jitters = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+    coloured = []
+    for x, p in zip(crops, params.tolist()):
+        x = TF.to_dtype(x, torch.float32, scale=True)
+        # The columns stand in the order of augment.COLUMNS: the order of the four jitters (below
+        # 0: none), their factors, then grey, the blur's sigma, solarize.
+        if p[0] >= 0:
+            for operation in ORDERS[int(p[0])]:
+                x = jitters[operation](x, p[1 + operation])
+        if p[5]:
+            x = TF.rgb_to_grayscale(x, 3)
+        if p[6]:
+            x = TF.gaussian_blur(x, [BLUR_TAPS, BLUR_TAPS], [p[6], p[6]])
+        if p[7]:
+            x = TF.solarize(x, SOLARIZE_THRESHOLD)
+        coloured.append(TF.normalize(x, *RGB))
+    return torch.stack(coloured)
 
 
 # ----------------------------------------------------------------------------------------------

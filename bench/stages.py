@@ -11,6 +11,7 @@ Idea     A step is only as fast as what feeds it, and a run only as fast as its 
 Paper    none
 Try      python -m bench data --data folder:PATH
          python -m bench eval
+         python -m bench photometry
          python -m bench attention dino_vits16
          python -m bench probes dino_vits16 --batch_size_per_gpu 32
 Change   another stage of the input is one entry of `stages` in input_stages
@@ -36,8 +37,9 @@ from torchvision.transforms.functional import to_pil_image
 
 import train
 import vit
+from augment import draw_photometry, photometry
 from backbones.classifier import Blocks, kinds_of_input
-from bench.plain import crop_by_crop
+from bench.plain import colour_one_by_one, crop_by_crop
 from bench.step import Config, Memory, noise
 from evaluation.extract import extract
 from evaluation.knn import SIMILARITIES_AT_ONCE, knn_vote, top_neighbours
@@ -45,7 +47,7 @@ from evaluation.linear import LRS, Probes
 from images.data import Images, cached, open_images
 from machinery.clock import time_when_done
 from machinery.flags import UsageError
-from machinery.process import LOW, Process, autocast
+from machinery.process import LOW, Process, autocast, keep_freed_memory
 
 WARM_UP = 2  # turns that are not timed, before those that are
 
@@ -190,6 +192,37 @@ def input_stages(images: Images, multi_crop: Callable, collate: Callable,
 
 # ----------------------------------------------------------------------------------------------
 # Evaluation: features, and their neighbours
+
+
+def time_photometry(config: Config, process: Process) -> dict:
+    """Seconds to colour the crops of a batch, beside a loop over torchvision's functions."""
+    # The crops of all views. What is drawn for them does not depend on what they show.
+    keep_freed_memory(process)  # as in training
+    rng = np.random.default_rng(config.seed)
+    views = [(config.global_crops_size, min(i, 1)) for i in range(config.global_crops_number)]
+    views += [(config.local_crops_size, 2)] * config.local_crops_number
+    batches = []
+    for size, view in views:
+        shape = (config.batch_size_per_gpu, 3, size, size)
+        crops = torch.randint(256, shape, dtype=torch.uint8, device=process.device)
+        draws = [draw_photometry(config.photometry, view, rng) for _ in crops]
+        batches.append((crops, torch.from_numpy(np.stack(draws))))
+
+    # By turns, so that both meet the same conditions; the first turns warm up.
+    seconds = {"batch": [], "loop": []}
+    for _ in range(WARM_UP + config.steps):
+        for name, colour in (("batch", photometry), ("loop", colour_one_by_one)):
+            begun = time_when_done(process)
+            for crops, params in batches:
+                colour(crops, params)
+            seconds[name].append(time_when_done(process) - begun)
+    seconds = {name: values[WARM_UP:] for name, values in seconds.items()}
+    ratios = [loop / batch for loop, batch in zip(seconds["loop"], seconds["batch"])]
+    result = {f"{name}_seconds": median(values) for name, values in seconds.items()}
+    result["ratio"] = median(ratios)
+    print(f"{result['batch_seconds']:.3f} s, the loop {result['loop_seconds']:.3f} s: "
+          f"{result['ratio']:.2f} times")
+    return result
 
 
 def time_evaluation(config: EvaluationConfig, process: Process) -> dict:

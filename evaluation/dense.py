@@ -56,6 +56,14 @@ def with_protocol(config, protocols: dict[str, dict]):
     return replace(config, **{k: v for k, v in settings.items() if k not in config.given})
 
 
+def can_judge(model, spec: str, table: dict) -> bool:
+    """Whether `evaluate.py all` can judge this network by the data: by patch tokens, and maps.
+
+    spec: --data or --val_data. Of folder:PATH there are labels of images at most.
+    """
+    return hasattr(model, "blocks") and spec.partition(":")[0] in table
+
+
 def open_for_patches(extractor: Extractor, table: dict, flag: str, read_map,
                      size: int) -> Pairs:
     """The pairs of a flag such as "data"; drawn ones are drawn with `size` pixels.

@@ -27,7 +27,7 @@ from augment import Pixels, normalise
 from backbones.weights import architecture, load_backbone
 from evaluation import protocol
 from evaluation.contours import region_similarity
-from evaluation.dense import in_order, open_for_patches, side_of_crops
+from evaluation.dense import (can_judge, in_order, open_for_patches, side_of_crops)
 from evaluation.protocol import Extractor
 from images.pairs import IGNORE, MASKS, Pairs, read_mask
 from machinery.clock import Progress
@@ -90,9 +90,7 @@ class Config(protocol.NetworkConfig):
 
 def on_report_card(config: Config, model) -> Config | None:
     """For `evaluate.py all`: None where there are no maps of pixels, or no patch tokens."""
-    # The card is for any data and network, and --data folder:PATH has labels of images at most.
-    fits = config.val_data.partition(":")[0] in MASKS and hasattr(model, "blocks")
-    return config if fits else None
+    return config if can_judge(model, config.val_data, MASKS) else None
 
 
 def run(extractor: Extractor) -> dict:

@@ -26,7 +26,7 @@ from torchvision.transforms.v2 import functional as TF
 from augment import normalise
 from backbones.dense_heads import at_pixels, frame, patch_maps
 from evaluation import protocol
-from evaluation.dense import in_order, open_for_patches, shape_at, side_of_crops
+from evaluation.dense import (can_judge, in_order, open_for_patches, shape_at, side_of_crops)
 from evaluation.knn import top_neighbours
 from evaluation.protocol import Extractor
 from evaluation.segment import confusion, count_classes, scores
@@ -159,9 +159,7 @@ class Config(protocol.NetworkConfig):
 
 def on_report_card(config: Config, model) -> Config | None:
     """For `evaluate.py all`: None where there are no maps of pixels, or no patch tokens."""
-    # The card is for any data and network, and --data folder:PATH has labels of images at most.
-    fits = config.data.partition(":")[0] in MASKS and hasattr(model, "blocks")
-    return config if fits else None
+    return config if can_judge(model, config.data, MASKS) else None
 
 
 def run(extractor: Extractor) -> dict:

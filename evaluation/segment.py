@@ -33,7 +33,7 @@ from augment import normalise
 from backbones.dense_heads import SegmentationHead, Segmenter, at_pixels, read_dense_head
 from backbones.weights import load_strictly
 from evaluation import protocol
-from evaluation.dense import (crop_batches, in_windows, open_for_patches, over_flips,
+from evaluation.dense import (can_judge, crop_batches, in_windows, open_for_patches, over_flips,
                               page_of_rows, shape_at, side_of_crops, with_protocol)
 from evaluation.extract import gather
 from evaluation.protocol import Extractor, results_folder
@@ -136,9 +136,7 @@ class Config(protocol.NetworkConfig):
 
 def on_report_card(config: Config, model) -> Config | None:
     """For `evaluate.py all`: None where there are no maps of pixels, or no patch tokens."""
-    # The card is for any data and network, and --data folder:PATH has labels of images at most.
-    fits = config.data.partition(":")[0] in MASKS and hasattr(model, "blocks")
-    return config if fits else None
+    return config if can_judge(model, config.data, MASKS) else None
 
 
 def run(extractor: Extractor) -> dict:

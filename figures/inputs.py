@@ -27,6 +27,7 @@ from evaluation.masks import untrained_like
 from images.data import EXTENSIONS, read_file
 from images.names import list_files
 from machinery.flags import UsageError, near_path, require
+from machinery.page import picture, rows_of_pictures, show
 from vit import VisionTransformer
 
 LONGEST = 4  # the long side of a photograph is at most so many times --image_size
@@ -187,6 +188,23 @@ def enlarge(grid: Tensor, patch: int) -> Tensor:
     Smoothing would show more detail than the network computed: one number for each patch.
     """
     return grid.repeat_interleave(patch, -2).repeat_interleave(patch, -1)
+
+
+def sheet(images: list[Tensor], files: list[Path], rows: int) -> tuple:
+    """A page of photographs and `rows` rows of maps: (figure, axes of the rows, empty yet).
+
+    The photographs, with their names, stand in a row above the maps. Of a single photograph all
+    stands in one row, and each row of maps has one place in it.
+    """
+    shapes = [image.shape[2] / image.shape[1] for image in images]
+    alone = len(files) == 1
+    layout = [shapes * (1 + rows)] if alone else [shapes] * (1 + rows)
+    figure, axes = rows_of_pictures(layout, titled=1)
+    if alone:
+        axes = [[axis] for axis in axes[0]]
+    for axis, image, file in zip(axes[0], images, files):
+        show(axis, picture(image), short(file))
+    return figure, axes[1:]
 
 
 def mark(axis, row: int, column: int, patch: int, colour: str = "#ff3d7f"):

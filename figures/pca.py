@@ -25,8 +25,8 @@ from torch import Tensor
 
 from figures import inputs
 from figures.inputs import (about, enlarge, fit, networks, patch_features, photographs, read,
-                            short)
-from machinery.page import name_row, picture, rows_of_pictures, save, show
+                            sheet)
+from machinery.page import name_row, save, show
 
 # ----------------------------------------------------------------------------------------------
 # From features to colours
@@ -163,17 +163,10 @@ def draw(arguments: list[str], config: Config) -> Path:
         rows[before + "all patches"] = [enlarge_colours(x, model.patch_size) for x in whole]
         rows[before + "foreground"] = [enlarge_colours(x, model.patch_size) for x in things]
 
-    # Of one photograph everything stands in one row, of several each has a column. They are
-    # shown as the last network got them: others differ by less than a patch.
-    shapes = [image.shape[2] / image.shape[1] for image in images]
+    # The photographs are shown as the last network got them: others differ by less than a patch.
     alone = len(files) == 1
-    layout = [shapes * (1 + len(rows))] if alone else [shapes] * (1 + len(rows))
-    figure, axes = rows_of_pictures(layout, titled=1)
-    if alone:
-        axes = [[axis] for axis in axes[0]]
-    for axis, image, file in zip(axes[0], images, files):
-        show(axis, picture(image), short(file))
-    for row, (name, row_of_pictures) in zip(axes[1:], rows.items()):
+    figure, axes = sheet(images, files, len(rows))
+    for row, (name, row_of_pictures) in zip(axes, rows.items()):
         for axis, colour in zip(row, row_of_pictures):
             show(axis, colour, name if alone else "")
         if not alone:

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from figures import inputs
 from figures.inputs import (about, enlarge, fit, mark, networks, patch_at, patch_features,
-                            photographs, read, short)
-from machinery.page import MAPS, name_row, picture, rows_of_pictures, save, show
+                            photographs, read, sheet)
+from machinery.page import MAPS, name_row, save, show
 
 
 def cosine_map(feature: Tensor, grid: Tensor) -> Tensor:
@@ -61,17 +61,9 @@ def draw(arguments: list[str], config: Config) -> Path:
             maps = [cosine_map(grids[0][row, column], grid) for grid in grids]
             rows.append((name, model.patch_size, (row, column), maps))
 
-    # Of one photograph everything stands in one row, of several each has a column.
-    shapes = [image.shape[2] / image.shape[1] for image in images]
     alone = len(files) == 1
-    layout = [shapes * (1 + len(rows))] if alone else [shapes] * (1 + len(rows))
-    figure, axes = rows_of_pictures(layout, titled=1)
-    if alone:
-        axes = [[axis] for axis in axes[0]]
-    for axis, image, file in zip(axes[0], images, files):
-        show(axis, picture(image), short(file))
-
-    for row_axes, (name, patch, place, maps) in zip(axes[1:], rows):
+    figure, axes = sheet(images, files, len(rows))
+    for row_axes, (name, patch, place, maps) in zip(axes, rows):
         # All maps of a row have one scale, so that colours can be compared between photographs.
         # Half a per cent of the patches, at least the one that asks, may be above it.
         values = torch.cat([grid.flatten() for grid in maps])

@@ -9,8 +9,6 @@
    they are functions of seed, step and rank.
 """
 
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -20,26 +18,7 @@ from torchvision.transforms.v2 import functional as TF
 from augment import (MASK_SHAPES, ORDERS, PHOTOMETRY, RGB, SOLARIZE_THRESHOLD, Masking,
                      MultiCrop, blur, center_crop, collate, crop_box, draw_photometry,
                      normalise, photometry, pixels_of)
-from machinery.process import keep_freed_memory, start_process
-
-
-def one_by_one(crops, params):
-    """torchvision's functionals on one image after another; the reference, and the loop to beat."""
-    jitters = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
-    out = []
-    for x, p in zip(crops, params.tolist()):
-        x = TF.to_dtype(x, torch.float32, scale=True)
-        if p[0] >= 0:
-            for op in ORDERS[int(p[0])]:
-                x = jitters[op](x, p[1 + op])
-        if p[5]:
-            x = TF.rgb_to_grayscale(x, 3)
-        if p[6]:
-            x = TF.gaussian_blur(x, [9, 9], [p[6], p[6]])
-        if p[7]:
-            x = TF.solarize(x, SOLARIZE_THRESHOLD)
-        out.append(TF.normalize(x, *RGB))
-    return torch.stack(out)
+from bench.plain import colour_one_by_one
 
 
 def draw(view, n, seed=0):
@@ -53,7 +32,7 @@ def test_photometry_equals_torchvision(view):
                           generator=torch.Generator().manual_seed(view))
     params = draw(view, 48)
     params[:24, 0] = torch.arange(24)  # every order of the four jitters
-    batched, looped = photometry(crops, params), one_by_one(crops, params)
+    batched, looped = photometry(crops, params), colour_one_by_one(crops, params)
     # A pixel within rounding of the threshold may be solarized by one and not by the other.
     apart = ((batched - looped).abs() > 1e-4).sum().item()  # in units of the normalised image
     assert apart <= (0.0005 * batched.numel() if view == 1 else 0)
@@ -207,28 +186,3 @@ def test_masking_of_a_batch():
     again, other = Masking((14, 14), seed=3)(24, 7), Masking((14, 14), seed=3, rank=1)(24, 7)
     assert torch.equal(again["masks"], masking(24, 7)["masks"])
     assert not torch.equal(again["masks"], other["masks"])
-
-
-def measure_photometry(batch=64, rounds=7):
-    """Time photometry beside the loop, by turns, on all ten crops of DINO. This is no test:
-    PYTHONPATH=. python tests/test_augment.py prints it, for docs/results.md.
-    """
-    keep_freed_memory(start_process("cpu"))  # as train.py does
-    views = []
-    for size, view, count in ((224, 0, 1), (224, 1, 1), (96, 2, 8)):
-        crops = torch.randint(256, (batch * count, 3, size, size), dtype=torch.uint8)
-        views.append((crops, draw(view, batch * count)))
-    seconds = {photometry: [], one_by_one: []}
-    for _ in range(rounds):
-        for function in seconds:
-            begun = time.perf_counter()
-            for crops, params in views:
-                function(crops, params)
-            seconds[function].append(time.perf_counter() - begun)
-    batched, looped = seconds[photometry], seconds[one_by_one]
-    ratio = np.median(np.divide(looped, batched))
-    print(f"{np.median(batched):.3f} s, the loop {np.median(looped):.3f} s: {ratio:.2f} times")
-
-
-if __name__ == "__main__":
-    measure_photometry()

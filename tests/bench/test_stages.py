@@ -107,6 +107,18 @@ def test_eval(tmp_path, monkeypatch):
     assert result["knn_memory_gb"] == 0.5
 
 
+def test_photometry_beside_a_loop(capsys, monkeypatch):
+    clock = FakeClock()
+    monkeypatch.setattr(bench.stages, "time_when_done", clock)
+    for name, seconds in (("photometry", 1), ("colour_one_by_one", 3)):
+        function = clock.takes(seconds, getattr(bench.stages, name))
+        monkeypatch.setattr(bench.stages, name, function)
+    result = main(["photometry", *TINY, "--steps", "2"])
+    # TINY has two global and two local crops, each of which is coloured by one call.
+    assert (result["batch_seconds"], result["loop_seconds"], result["ratio"]) == (4, 12, 3)
+    assert "3.00 times" in capsys.readouterr().out
+
+
 # -- 3
 
 
