@@ -53,12 +53,24 @@ class Pairs:
         return len(self.names)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        """Pair i; ValueError with its name if the map has another size than the image."""
-        image, map = self.read(i)
+        """Pair i; ValueError with its name if it does not decode, or if image and map misfit."""
+        # Decoders raise exceptions of many kinds, most of which do not say which file it was.
+        try:
+            image, map = self.read(i)
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"{self.name}: {self.names[i]} does not decode ({reason})") from None
+
         if image.shape[-2:] != map.shape:
             raise ValueError(
                 f"{self.names[i]}: an image of {image.shape[-1]} x {image.shape[-2]} pixels "
                 f"with a map of {map.shape[-1]} x {map.shape[-2]}; expected the same size")
+        # A class without a name is a mistake in the list of names, or a number for "ignored"
+        # that nobody has told.
+        if self.classes and int(map.max()) >= len(self.classes):
+            raise ValueError(f"{self.names[i]}: its mask has the class {int(map.max())}, and "
+                             f"there are {len(self.classes)}; is --ignore_label right?")
         return image, map
 
     def drawn_at(self, side: int) -> "Pairs":
@@ -146,8 +158,9 @@ def read_depth(file: Path, scale: float = 1000.0) -> Tensor:
 # Sets of pairs by name
 #
 # Each function takes (argument, split, root, download, channels, read_map) and returns Pairs.
-# Of "pairs:PATH:val", PATH is the argument and val the split; root and download are --data_root
-# and --download; channels are those of the images; read_map reads the file of a map.
+# Of "pairs:PATH:val", PATH is the argument and val the split, which is "" where none is named;
+# root and download are --data_root and --download; channels are those of the images; read_map
+# reads the file of a map.
 
 
 def open_folder(kind: str, argument: str, split: str, root: str, download: bool, channels: int,
@@ -161,9 +174,16 @@ def open_folder(kind: str, argument: str, split: str, root: str, download: bool,
     # PATH/val/images is the layout of a set with a training and a validation part; a set that
     # has only one part is PATH/images.
     path = Path(argument).expanduser()
-    top = path / split if (path / split).is_dir() else path
+    part = path / (split or "train")
+    if split and not part.is_dir():
+        raise ValueError(f"pairs:{argument}:{split}: there is no folder {part}")
+    top = part if part.is_dir() else path
+
+    # Depths may be arrays of metres, masks are pictures of class numbers.
+    pictures = (".png", ".tif", ".tiff")
     images = _files(top / "images", EXTENSIONS, f"pairs:{argument}")
-    maps = _files(top / kind, (".png", ".npy", ".tif", ".tiff"), f"pairs:{argument}")
+    maps = _files(top / kind, pictures if kind == "masks" else (*pictures, ".npy"),
+                  f"pairs:{argument}")
 
     # Matched by their names without the ending: 0001.jpg belongs to 0001.png. One image without
     # a map, or one map without an image, often means that a whole folder is the wrong one, so
@@ -195,13 +215,14 @@ def open_ade20k(argument: str, split: str, root: str, download: bool, channels: 
     """ade20k:PATH, the folder ADEChallengeData2016 as it is unpacked: 150 classes."""
     # images/training/ADE_train_00000001.jpg has its mask in the same place of annotations/.
     path = Path(argument).expanduser()
-    part = "training" if split == "train" else "validation"
+    part = "validation" if split == "val" else "training"
     images = _files(path / "images" / part, (".jpg",), f"ade20k:{argument}")
     files = []
     for name in images:
         mask = path / "annotations" / part / Path(name).with_suffix(".png")
         files.append((path / "images" / part / name, mask))
-    return Pairs("ade20k", partial(_read_files, files, channels, _read_ade20k), images)
+    return Pairs("ade20k", partial(_read_files, files, channels, _read_ade20k), images,
+                 [f"class {c}" for c in range(150)])
 
 
 def _read_ade20k(file: Path) -> Tensor:
@@ -239,6 +260,7 @@ def open_shapes(kind: str, argument: str, split: str, root: str, download: bool,
         raise ValueError(f"shapes:{argument}: expected a number of images, or nothing")
     # Pairs are drawn when they are asked for, at 64 pixels (SIZE), or at the side that
     # `drawn_at` is told.
+    split = split or "train"
     world = Shapes(split, int(argument or 0) or None)
     draw = partial(_draw_scene, world, channels, kind)
     names = [f"{split}-{i:06d}" for i in range(len(world))]
@@ -288,6 +310,7 @@ def open_torchvision(name: str, argument: str, split: str, root: str, download: 
     """A segmentation set of torchvision in --data_root, by its class name."""
     # Most of these classes fetch their files where download=True asks for it; Cityscapes has no
     # such argument, because its files need an account.
+    split = split or "train"
     cls = getattr(torchvision.datasets, name)
     options, class_of = TORCHVISION[name](split)
     if "download" in inspect.signature(cls).parameters:
@@ -304,7 +327,8 @@ def open_torchvision(name: str, argument: str, split: str, root: str, download: 
     for number, c in class_of.items():
         table[number] = c
     names = [f"{name}-{split}-{i:07d}" for i in range(len(dataset))]
-    return Pairs(name, partial(_read_torchvision, dataset, channels, table), names)
+    classes = [f"class {c}" for c in range(1 + max(class_of.values()))]
+    return Pairs(name, partial(_read_torchvision, dataset, channels, table), names, classes)
 
 
 def _read_torchvision(dataset, channels: int, table: Tensor, i: int):
@@ -331,7 +355,7 @@ def open_pairs(table: dict, spec: str, read_map, root: str = "data", download: b
     """
     # The last word is the split only if it is train or val. Example: of pairs:/data/rooms:val
     # the argument is /data/rooms; pairs:C:/rooms has no split, and its argument is C:/rooms.
-    split = "train"
+    split = ""
     before, _, last = spec.rpartition(":")
     if before and last in ("train", "val"):
         spec = before

@@ -112,12 +112,19 @@ def test_misfits(folder):
         opened("CIFAR10")
     with pytest.raises(ValueError, match=r"--val_data pairs:/nowhere: no .jpg"):
         opened("pairs:/nowhere")
+    with pytest.raises(ValueError, match=r"pairs:.*/val:val: there is no folder"):
+        opened(f"pairs:{folder}/val:val")  # which has no part called val: not its images again
+    with pytest.raises(ValueError, match="0.jpg: its mask has the class 7, and there are 3"):
+        opened(f"pairs:{folder}:val")[0]
     (folder / "val/masks/1.png").unlink()
     with pytest.raises(ValueError, match="3 images in .* and 2 maps in .*1.jpg has no map"):
         opened(f"pairs:{folder}:val")
 
     Image.new("L", (5, 5)).save(folder / "val/masks/1.png")
     with pytest.raises(ValueError, match="1.jpg: an image of 9 x 6 pixels with a map of 5 x 5"):
+        opened(f"pairs:{folder}:val")[1]
+    (folder / "val/masks/1.png").write_bytes((folder / "val/masks/0.png").read_bytes()[:60])
+    with pytest.raises(ValueError, match="pairs: 1.jpg does not decode"):
         opened(f"pairs:{folder}:val")[1]
     Image.new("RGB", (9, 6)).save(folder / "val/masks/1.png")
     with pytest.raises(ValueError, match="1.png: a mask in colours"):
