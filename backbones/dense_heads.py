@@ -13,6 +13,7 @@ Tests    pytest tests/backbones/test_dense_heads.py
 Letters  B images, D width, h w the grid of patches, H W pixels, n blocks, K classes.
 """
 
+import re
 from pathlib import Path
 
 import torch
@@ -113,15 +114,15 @@ class Segmenter(nn.Module):
 # Heads in files
 
 
-def read_dense_head(what: str | Path) -> dict[str, Tensor]:
-    """The tensors of a head, ours or a released one, under the names of the modules here.
+def read_dense_head(what: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """(the tensors of a head under the names of the modules here, what else its file knows).
 
     what: a file, or BACKBONE_DATA_KIND of the released ones, as dinov2_vits14_ade20k_linear,
     dinov2_vits14_voc2012_ms, dinov2_vitb14_nyu_linear4, dinov2_vitl14_kitti_dpt.
     """
     # The file lies beside the backbone's. Example: dinov2_vits14_nyu_dpt is the file
-    # dinov2_vits14/dinov2_vits14_nyu_dpt_head.pth.
-    backbone = "_".join(str(what).split("_")[:2])
+    # dinov2_vits14/dinov2_vits14_nyu_dpt_head.pth. Whoever has downloaded it gives its path.
+    backbone = re.sub(r"_(ade20k|voc2012|nyu|kitti)_(linear4?|ms|dpt)$", "", str(what))
     if backbone in RELEASED and str(what) != backbone:
         state = read_tensors(fetch(f"{BASE_URL}dinov2/{backbone}/{what}_head.pth"))
     else:
@@ -129,5 +130,7 @@ def read_dense_head(what: str | Path) -> dict[str, Tensor]:
 
     # The released files are those of mmsegmentation: all tensors under "state_dict", and each
     # name begins with the module that the head is there.
+    # Ours are written in the same way, and those of a depth head know its range beside them.
+    settings = state.get("settings", {}) if "state_dict" in state else {}
     state = state.get("state_dict", state)
-    return {key.removeprefix("decode_head."): value for key, value in state.items()}
+    return {key.removeprefix("decode_head."): value for key, value in state.items()}, settings

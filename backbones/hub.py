@@ -148,7 +148,7 @@ def depther(name: str, kind: str, pretrained: bool = True, weights: str = "NYU",
     network = DINOv2Depther(model, kind, nearest, farthest)
     if pretrained:
         what = f"{name}_{data}_{kind}" if data in RANGES else weights
-        load_strictly(network.decode_head, read_dense_head(what), what)
+        load_strictly(network.decode_head, read_dense_head(what)[0], what)
     return network.eval()
 
 
@@ -165,7 +165,7 @@ def segmenter(name: str, kind: str, pretrained: bool = True, weights: str = "ADE
     model = as_official(backbone(name, pretrained, img_size=img_size), name)
     if pretrained:
         what = f"{name}_{data}_{kind}" if data in SEGMENTATION_CLASSES else weights
-        state = read_dense_head(what)
+        state, _ = read_dense_head(what)
         # Of a released head the number of classes is known, and another one is refused below.
         if data not in SEGMENTATION_CLASSES and "conv_seg.bias" in state:
             classes = len(state["conv_seg.bias"])

@@ -31,9 +31,8 @@ from augment import normalise
 from backbones.dense_heads import at_pixels, read_dense_head
 from backbones.depth_heads import DEPTH_HEADS, Depther, settings_of_released
 from backbones.weights import load_strictly
-from evaluation import protocol
-from evaluation.dense import (can_judge, crop_batches, in_order, open_for_patches, over_flips,
-                              page_of_rows, shape_at, side_of_crops, with_protocol)
+from evaluation.dense import (PairsConfig, can_judge, crop_batches, in_order, open_for_patches,
+                              over_flips, page_of_rows, shape_at, side_of_crops, with_protocol)
 from evaluation.extract import gather
 from evaluation.protocol import Extractor, results_folder
 from images.pairs import DEPTHS, Pairs, read_depth
@@ -154,23 +153,24 @@ def only_inside(truth: Tensor, crop: str) -> Tensor:
 
 # What the papers' protocols set, where no flag says otherwise.
 PROTOCOLS = {
-    # Short enough for a laptop, on a network of small images.
-    "short": {"batch_size": 8},
-    # NYU Depth v2: millimetres, rooms of up to 10 metres, crops of 480 x 640 pixels there.
+    "short": {},  # the flags as they are: short enough for a laptop, on a network of small images
+    # NYU Depth v2: millimetres, rooms of up to 10 metres, photographs of 480 x 640 pixels.
+    # DINOv2's heads learned from crops of 416 x 544 of them; ours are squares.
     "nyu": {
-        "batch_size": 16, "steps": 38_400, "image_size": 480, "flip": True,
-        "depth_scale": 1000.0, "farthest": 10.0, "judged_part": "nyu", "head_lr": 1e-4},
-    # KITTI: 256 units are a metre, streets of up to 80 metres, judged in Eigen's crop.
+        "head_batch": 16, "steps": 38_400, "image_size": 480, "flip": True, "head_lr": 1e-4,
+        "warmup": 1 / 3, "depth_scale": 1000.0, "farthest": 10.0, "judged_part": "nyu"},
+    # KITTI: 256 units are a metre, streets of up to 80 metres, judged in Garg's crop. DINOv2's
+    # heads learned from crops of 352 x 704, of images cut to 352 x 1216; ours are squares.
     "kitti": {
-        "batch_size": 16, "steps": 38_400, "image_size": 352, "flip": True,
-        "depth_scale": 256.0, "farthest": 80.0, "judged_part": "eigen", "head_lr": 1e-4},
+        "head_batch": 16, "steps": 38_400, "image_size": 352, "flip": True, "head_lr": 1e-4,
+        "warmup": 1 / 3, "depth_scale": 256.0, "farthest": 80.0, "judged_part": "garg"},
     # SUN RGB-D, judged by a head that was trained on NYU (--head): 8,000 units are a metre.
     "sun": {"image_size": 480, "flip": True, "depth_scale": 8000.0, "farthest": 10.0}}
 
 
 @dataclass
-class Config(protocol.NetworkConfig):
-    val_data: str = "shapes:val"  # the pairs that are judged
+class Config(PairsConfig):
+    num_workers: int = 2  # loader processes for each process
     # -- depth
     protocol: Literal[*PROTOCOLS] = "short"  # whose settings: short, or DINOv2's for a data set
     depth_head: Literal[*DEPTH_HEADS] = "linear"  # the head: linear, on 1 or 4 blocks, or DPT
@@ -180,13 +180,16 @@ class Config(protocol.NetworkConfig):
     judged_part: Literal[*CROPS] = "none"  # which part of an image is judged
     flip: bool = False  # judge the mirror image, too, and take the mean
     steps: int = 300  # of training the head
+    head_batch: int = 8  # crops of a step, on all processes together
     head_lr: float = 1e-3  # peak of the head's learning rate
+    warmup: float = 0.1  # share of the steps in which the learning rate rises to its peak
     head: str = ""  # judge this head, a file or a released NAME, and train none
     seed: int = 0  # the seed of the head's first weights, the order of the pairs, and the crops
 
     def check(self):
-        require(self, lambda x: x >= 1, "at least 1", "steps")
+        require(self, lambda x: x >= 1, "at least 1", "steps", "head_batch")
         require(self, lambda x: x > 0, "a positive number", "depth_scale", "nearest", "head_lr")
+        require(self, lambda x: x < 1, "below 1", "warmup")
         require(self, lambda x: x > self.nearest, "more than --nearest", "farthest")
 
 
@@ -198,9 +201,10 @@ def on_report_card(config: Config, model) -> Config | None:
 def run(extractor: Extractor) -> dict:
     """A head on frozen tokens tells the depth of each pixel, in metres. DINOv2 sec. 7.4."""
     config = with_protocol(extractor.config, PROTOCOLS)
-    # A released head says by its name which one it is, and for which depths it was trained.
-    released = settings_of_released(config.head)
-    config = replace(config, **{k: v for k, v in released.items() if k not in config.given})
+    # A head is known by its kind and by the depths for which it was trained. Ours has both in its
+    # file, a released one in its name.
+    state, settings = read_head(config.head) if config.head else (None, {})
+    config = replace(config, **{k: v for k, v in settings.items() if k not in config.given})
 
     process = extractor.process
     size = side_of_crops(config.image_size, extractor.model)
@@ -213,13 +217,15 @@ def run(extractor: Extractor) -> dict:
     # The head is read from a file, or trained here. All processes train the same head on the
     # same batches, so one of them saves it.
     if config.head:
-        load_head(depther, config.head)
+        load_head(depther, state, config.head)
     else:
         train = open_for_patches(extractor, DEPTHS, "data", read, size)
         train_head(depther, train, size, config, process)
         if process.main:
             file = results_folder(config, "depth") / "head.pt"
-            save_tensors(file, depther.decode_head.state_dict())
+            settings = {name: getattr(config, name) for name in SETTINGS}
+            save_tensors(file,
+                         {"state_dict": depther.decode_head.state_dict(), "settings": settings})
 
     # The mean of the figures over the images: each image counts the same, whatever number of
     # its pixels was measured.
@@ -236,7 +242,9 @@ def run(extractor: Extractor) -> dict:
     process.print(f"depth: {how}\n  {listed} (rmse in metres)")
     if process.main:
         draw_page(shown, results_folder(config, "depth") / "depth.png")
-    return {"depth": figures, "protocol": how, "headline": {"depth, delta1": figures["delta1"]}}
+    return {
+        "depth": figures, "protocol": how, "image_size": size,
+        "headline": {"depth, delta1": figures["delta1"]}}
 
 
 def judge(depther: Depther, val: Pairs, size: int, config, process: Process) -> tuple:
@@ -274,7 +282,7 @@ def train_head(depther: Depther, train: Pairs, size: int, config, process: Proce
     optimizer = torch.optim.AdamW(head.parameters(), config.head_lr, weight_decay=0.01)
 
     # No random resize: a thing that is drawn larger would have to be nearer.
-    batch = min(config.batch_size, len(train))
+    batch = min(config.head_batch, len(train))
     batches = crop_batches(train, size, (1.0, 1.0), 0.0, batch, config.steps, process,
                            config.num_workers, config.seed)
     report = Progress("training the head", config.steps, process)
@@ -300,7 +308,8 @@ def train_head(depther: Depther, train: Pairs, size: int, config, process: Proce
         # A head that is suddenly metres wrong in a few pixels has a gradient that is much
         # larger than the usual one: it is clipped to a norm of 35, as in DINOv2's
         # configurations.
-        rate = cosine(step, config.head_lr, 0.0, config.steps, config.steps // 10)
+        warmup = int(config.warmup * config.steps)
+        rate = cosine(step, config.head_lr, 0.0, config.steps, warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad()
@@ -310,13 +319,28 @@ def train_head(depther: Depther, train: Pairs, size: int, config, process: Proce
         report(step + 1)
 
 
-def load_head(depther: Depther, what: str):
-    """Put the tensors of a file, or of a released head, in place; UsageError if they misfit."""
-    try:
-        state = read_dense_head(what)
-    except Exception as error:  # torch.load raises different exceptions for different damage
-        raise UsageError(f"--head {what}: no readable head ({error!r:.100})") from None
+# What a head of ours has in its file beside its tensors.
+SETTINGS = ("depth_head", "nearest", "farthest")
 
+
+def read_head(what: str) -> tuple[dict[str, Tensor], dict]:
+    """A file, or the name of a released head -> (its tensors, what is known of SETTINGS)."""
+    try:
+        state, settings = read_dense_head(what)
+    except Exception as error:  # torch.load raises different exceptions for different damage
+        raise UsageError(f"--head {what}: no readable head ({error!r})") from None
+
+    # The file may come from anywhere. A range that is none would give depths that are none.
+    settings = settings_of_released(what) | settings
+    kind, nearest, farthest = (settings.get(name) for name in SETTINGS)
+    if settings and not (kind in DEPTH_HEADS and isinstance(nearest, float)
+                         and isinstance(farthest, float) and 0 < nearest < farthest < math.inf):
+        raise UsageError(f"--head {what}: its settings are {settings!r:.100}")
+    return state, {name: settings[name] for name in SETTINGS if settings}
+
+
+def load_head(depther: Depther, state: dict[str, Tensor], what: str):
+    """Put the tensors of a head in place; UsageError, which names `what`, if they misfit."""
     # Strictly: a head with one tensor that is missing would answer by random weights. The usual
     # reason is a head of another kind, say of one block for --depth_head linear4.
     try:

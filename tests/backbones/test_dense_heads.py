@@ -143,6 +143,7 @@ def test_heads_in_files(tmp_path):
     # As mmsegmentation writes them.
     state = {f"decode_head.{key}": value for key, value in head.state_dict().items()}
     torch.save({"meta": {}, "state_dict": state}, tmp_path / "head.pth")
-    load_strictly(SegmentationHead(64, 5), read_dense_head(tmp_path / "head.pth"), "head.pth")
+    load_strictly(SegmentationHead(64, 5),
+                  read_dense_head(tmp_path / "head.pth")[0], "head.pth")
     with pytest.raises(ValueError, match="conv_seg.weight"):
-        load_strictly(SegmentationHead(64, 6), read_dense_head(tmp_path / "head.pth"), "it")
+        load_strictly(SegmentationHead(64, 6), read_dense_head(tmp_path / "head.pth")[0], "it")

@@ -88,6 +88,12 @@ def test_parts_of_an_image():
     inside = only_inside(truth, "nyu") > 0
     assert inside[45:471, 41:601].all() and inside.sum() == 426 * 560
     assert set(CROPS) == {"none", "nyu", "eigen", "garg"}
+    # The boxes of Eigen and of Garg in KITTI's images of 375 x 1242 pixels.
+    for name, (top, bottom, left, right) in (("eigen", (124, 342, 44, 1197)),
+                                             ("garg", (153, 371, 44, 1197))):
+        inside = only_inside(torch.ones(375, 1242), name) > 0
+        assert inside[top:bottom, left:right].all()
+        assert inside.sum() == (bottom - top) * (right - left)
     assert torch.equal(only_inside(truth, "none"), truth)
 
 
@@ -114,19 +120,23 @@ def rooms(tmp_path_factory):
                                                      ("dpt", 0.001, 6, 1.2)])
 def test_the_task(head, rate, steps, rmse, small_backbone, rooms, tmp_path, capsys):
     line = (f"depth --weights {small_backbone} --data pairs:{rooms} --val_data pairs:{rooms} "
-            f"--image_size 16 --batch_size 3 --farthest 3 --depth_head {head}")
+            f"--image_size 16 --head_batch 3 --farthest 3 --depth_head {head}")
     results = run_evaluate(f"{line} --steps {steps}", head_lr=rate, output_dir=tmp_path)
     figures = results["depth"]
     assert figures["rmse"] < rmse
     assert f"rmse {figures['rmse']:.3f}" in capsys.readouterr().out
     assert Image.open(tmp_path / "depth.png").size[0] > 500
-    again = run_evaluate(line, head=tmp_path / "head.pt", output_dir=tmp_path / "again")
-    assert again["depth"] == figures
+    # Its file says which head it is, and for which depths.
+    line = (f"depth --weights {small_backbone} --val_data pairs:{rooms} --image_size 16 --head "
+            f"{tmp_path}/head.pt --output_dir {tmp_path}/again")
+    again = run_evaluate(line)
+    assert again["depth"] == figures and again["image_size"] == 16
+    assert run_evaluate(f"{line} --flip")["depth"] != figures
 
 
 def test_misfits(small_backbone, rooms, tmp_path, capsys):
     line = (f"depth --weights {small_backbone} --data pairs:{rooms} --val_data pairs:{rooms} "
-            f"--image_size 16 --batch_size 2 --steps 1 --output_dir {tmp_path} ")
+            f"--image_size 16 --head_batch 2 --steps 1 --output_dir {tmp_path} ")
 
     def refused(more):
         with pytest.raises(SystemExit) as stop:
