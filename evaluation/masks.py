@@ -15,24 +15,23 @@ Tests    pytest tests/evaluation/test_masks.py
 Letters  B images, nh heads, N tokens, h w patches down and across, H W pixels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from augment import Pixels, normalise
+from augment import RGB, normalise
 from backbones.weights import architecture, load_backbone
-from evaluation import protocol
 from evaluation.contours import region_similarity
-from evaluation.dense import (can_judge, in_order, open_for_patches, side_of_crops)
+from evaluation.dense import (PairsConfig, can_judge, in_order, open_for_patches, side_of_crops)
 from evaluation.protocol import Extractor
 from images.pairs import IGNORE, MASKS, Pairs, read_mask
 from machinery.clock import Progress
 from machinery.flags import UsageError, require
-from machinery.process import Process
+from machinery.process import Process, autocast
 from vit import VisionTransformer
 
 # ----------------------------------------------------------------------------------------------
@@ -73,11 +72,12 @@ def jaccard(masks: Tensor, truth: Tensor, ignored: Tensor) -> Tensor:
 
 
 @dataclass
-class Config(protocol.NetworkConfig):
+class Config(PairsConfig):
+    data: str = field(default="shapes",
+                      metadata={"no_flag": True})  # no flag: nothing is learned here
     # -- masks
-    val_data: str = "shapes:val"  # the pairs that are judged
     others: tuple[str, ...] = ()  # further networks, for the same table
-    ignore_label: int = 255  # the number in a mask of pixels that have no class
+    ignore_label: int = 255  # pairs:PATH: the number in a mask of pixels that have no class
     background: int = 0  # the class in a mask that is no thing
     share: float = 0.6  # the share of the attention that a mask holds
     block: int = -1  # the block whose attention it is; -1 is the last
@@ -106,7 +106,11 @@ def run(extractor: Extractor) -> dict:
     networks = {config.weights: extractor.model}
     networks["the same, untrained"] = untrained_like(extractor.model).to(process.device)
     for what in config.others:
-        networks[what] = load_backbone(what).to(process.device)
+        other = load_backbone(what, config.checkpoint_key)
+        if not hasattr(other, "blocks"):
+            raise UsageError(f"--others {what}: a convnet has no attention; expected Vision "
+                             "Transformers")
+        networks[what] = other.to(process.device)
 
     table = {}
     process.print(f"masks: top {config.share:.0%} of the attention of block {config.block}, "
@@ -118,6 +122,7 @@ def run(extractor: Extractor) -> dict:
                       f"{figures['all_heads']:10.2%} {figures['mean_head']:10.2%}")
     return {
         "masks": table, "protocol": f"{config.share:g} of block {config.block}, {size} px",
+        "image_size": size,
         "headline": {"attention masks, Jaccard": table[config.weights]["best"]}}
 
 
@@ -135,7 +140,7 @@ def judge(model: VisionTransformer, pairs: Pairs, size: int, config,
         truth = (classes != config.background) & (classes != IGNORE)
         # An image without any thing has no mask to be found.
         if truth.any():
-            maps = attention_at(model, image, size, config.block, pairs.pixels, process)
+            maps = attention_at(model, image, size, config, process)
             # The mean of the heads is treated as one head more.
             maps = torch.cat([maps, maps.mean(0, keepdim=True)])  # (nh + 1, h, w)
             masks = top_mass(maps, config.share)
@@ -159,7 +164,7 @@ def judge(model: VisionTransformer, pairs: Pairs, size: int, config,
 
 
 @torch.no_grad()
-def attention_at(model: nn.Module, image: Tensor, size: int, block: int, pixels: Pixels,
+def attention_at(model: VisionTransformer, image: Tensor, size: int, config,
                  process: Process) -> Tensor:
     """The attention of an image (C, H, W) with a short side of `size` pixels, (nh, h, w)."""
     height, width = image.shape[-2:]
@@ -170,8 +175,11 @@ def attention_at(model: nn.Module, image: Tensor, size: int, block: int, pixels:
     patch = model.patch_size
     shape = [max(1, round(side * factor / patch)) * patch for side in (height, width)]
     scaled = TF.resize(image, shape, antialias=True)
-    scaled = normalise(scaled[None].to(process.device), pixels)
-    return model.get_class_attention(scaled, block)[0].float().cpu()
+    # Each network gets the image as its own training normalised it.
+    scaled = normalise(scaled[None].to(process.device), model.pixels)
+    with autocast(config.precision, process.device):
+        maps = model.get_class_attention(scaled, config.block)
+    return maps[0].float().cpu()
 
 
 def untrained_like(model: VisionTransformer) -> VisionTransformer:
@@ -180,4 +188,5 @@ def untrained_like(model: VisionTransformer) -> VisionTransformer:
         torch.manual_seed(0)
         fresh = VisionTransformer(**architecture(model.state_dict(), None, model.num_heads))
     fresh.pos_embed_resize = model.pos_embed_resize
+    fresh.pixels = getattr(model, "pixels", RGB)
     return fresh.eval()

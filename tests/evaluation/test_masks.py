@@ -52,22 +52,30 @@ def things(tmp_path):
 
 
 def test_a_network_that_looks_at_things(small_backbone, things, monkeypatch, capsys):
-    # In place of the attention: one head that looks at what is bright, and one at everything.
+    # In place of the attention: one head that looks at what is bright, and one at everything. The
+    # network of --others is told by its depth; both of its heads look at everything.
     def looks(model, images, block):
         above_black = images[:, :1] - images.min()
         bright = torch.nn.functional.avg_pool2d(above_black, 8) + 1e-6
-        return torch.cat([bright, torch.ones_like(bright)], 1)
+        everything = torch.ones_like(bright)
+        return torch.cat([everything if len(model.blocks) == 3 else bright, everything], 1)
 
-    line = f"masks --weights {small_backbone} --val_data pairs:{things} --others {small_backbone}"
+    other = things / "other.pth"
+    network = VisionTransformer(16, 8, embed_dim=64, depth=3, num_heads=1)
+    torch.save(network.state_dict(), other)
+    line = f"masks --weights {small_backbone} --val_data pairs:{things} --others {other}"
     flags = dict(image_size=64, share=0.99, output_dir=things / "out")
     usual = run_evaluate(line, **flags)["masks"]
-    assert set(usual) == {small_backbone, "the same, untrained"}
+    assert list(usual) == [small_backbone, "the same, untrained", str(other)]
+
     monkeypatch.setattr(VisionTransformer, "get_class_attention", looks)
-    figures = run_evaluate(line, **flags)["masks"][small_backbone]
+    table = run_evaluate(line, **flags)["masks"]
+    figures = table[small_backbone]
     assert figures["best"] == figures["one_head"] == pytest.approx(1.0)
     share_of_things = (24 * 40
                        + 24 * 32) / 2 / 64**2  # what a mask of everything shares with them
     assert figures["mean_head"] == pytest.approx((1 + share_of_things) / 2, abs=0.02)
+    assert table[str(other)]["best"] == pytest.approx(share_of_things, abs=0.02)
     assert usual[small_backbone]["best"] < 0.9
     assert "100.00%" in capsys.readouterr().out
 
