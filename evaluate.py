@@ -20,6 +20,7 @@ import copy
 import dataclasses
 import os
 import time
+from pathlib import Path
 
 from evaluation import (copies, depth, export, finetune, knn, linear, logreg, masks, patches,
                         retrieval, segment, video)
@@ -54,6 +55,9 @@ def run_all(extractor: Extractor) -> dict:
             if field.name in flags_of_all():
                 values[field.name] = getattr(extractor.config, field.name)
         config = task.Config(**values)
+        # Several tasks write a head.pt: each has a folder of its own in --output_dir.
+        if config.output_dir:
+            config.output_dir = str(Path(config.output_dir) / name)
         if hasattr(task, "on_report_card"):
             config = task.on_report_card(config, extractor.model)
         if config is None:
@@ -76,7 +80,8 @@ def flags_of_all() -> set[str]:
     """The names of the flags that mean the same in every protocol that has them.
 
     Example: --epochs and --seed of several protocols are one flag of `all`. But --temperature
-    is .07 in knn and .1 in video: `all` does not have it, and each keeps its own.
+    is .07 in knn and .1 in video: `all` does not have it, and each keeps its own. Nor does it
+    have --head, because a head fits the task that it was trained for, and no other.
     """
     # Two protocols mean the same by a flag if its type and its default are the same: a flag of
     # `all` has one default, and no protocol is to change because it runs beside others.
@@ -84,7 +89,7 @@ def flags_of_all() -> set[str]:
     for task in judging_tasks().values():
         for field in dataclasses.fields(task.Config):
             meanings.setdefault(field.name, set()).add((str(field.type), str(field.default)))
-    return {name for name, several in meanings.items() if len(several) == 1}
+    return {name for name, several in meanings.items() if len(several) == 1} - {"head"}
 
 
 def config_of_all() -> type:

@@ -338,7 +338,10 @@ def run_evaluate(line, **flags):
     argv = line.split()
     for name, value in flags.items():
         argv += [f"--{name}", str(value)]
-    return evaluate.main([*argv, "--num_workers", "0", "--device", "cpu"])
+    task = evaluate.TASKS.get(argv[0])
+    if task is None or hasattr(task.Config, "num_workers"):
+        argv += ["--num_workers", "0"]
+    return evaluate.main([*argv, "--device", "cpu"])
 
 
 def write_video(frames_folder, masks_folder, seed=0, count=6, size=(60, 45), masks=range(6),
