@@ -16,7 +16,7 @@ Letters  B images, C channels, K classes or channels of an answer, H W pixels, s
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,13 +24,26 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from augment import Pixels, normalise
+from evaluation import protocol
 from evaluation.extract import spread
 from evaluation.protocol import Extractor
-from images.data import Sampler
+from images.data import Sampler, begin_worker
 from images.pairs import Pairs, open_pairs
+from machinery.clock import Progress
 from machinery.flags import UsageError
 from machinery.page import pyplot
 from machinery.process import Process
+
+
+@dataclass
+class PairsConfig(protocol.WeightsConfig):
+    """What every protocol that judges single pixels needs."""
+
+    # -- what to judge
+    val_data: str = "shapes:val"  # the pairs that are judged
+    data_root: str = "data"  # the folder where torchvision keeps its data sets
+    download: bool = False  # let torchvision fetch the data set
+    image_size: int = 0  # side of the images in pixels; 0: 4 times the training's, up to 320
 
 
 def side_of_crops(image_size: int, model) -> int:
@@ -86,6 +99,35 @@ def open_for_patches(extractor: Extractor, table: dict, flag: str, read_map,
     return pairs.drawn_at(size)
 
 
+def common_classes(
+    train: Pairs, val: Pairs, process: Process,
+    flags: tuple[str, str] = ("--data", "--val_data")) -> list[str]:
+    """The names of the classes 0, 1, ... of two sets; UsageError if they are not the same ones.
+
+    Where nothing names them, there are as many as the largest number in any of the masks says.
+    """
+    # A head answers with numbers. If class 3 were a road in one set and the sky in the other,
+    # the figures would mean nothing, and nobody would see why.
+    if train.classes and val.classes and train.classes != val.classes:
+        raise UsageError(f"{flags[1]} has other classes than {flags[0]}: {val.classes[:3]} ... "
+                         f"instead of {train.classes[:3]} ...")
+    if train.classes or val.classes:
+        return train.classes or val.classes
+
+    # All masks of both have to be read once for this.
+    largest = -1
+    for pairs, flag in ((train, flags[0]), (val, flags[1])):
+        report = Progress(f"reading the masks of {flag}", len(pairs), process)
+        for i in range(process.rank, len(pairs), process.world_size):
+            largest = max(largest, int(pairs[i][1].max()))
+            report(i + 1)
+    largest = max(process.all_gather(largest))
+    if largest < 0:
+        raise UsageError(f"{flags[0]}: every pixel of every mask is ignored; is --ignore_label "
+                         "right?")
+    return [f"class {c}" for c in range(largest + 1)]
+
+
 # ----------------------------------------------------------------------------------------------
 # To learn from: random crops
 
@@ -105,9 +147,15 @@ class PairCrops(torch.utils.data.Dataset):
         self.no_answer = no_answer
         self.seed = seed
 
-    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, Tensor] | str:
         epoch, _, index = key
-        image, map = self.pairs[index]
+        # What is wrong with a pair is said in one line. As an exception of a worker it would come
+        # with the traceback of that process, so it is handed on as a text (see collate).
+        try:
+            image, map = self.pairs[index]
+        except ValueError as error:
+            return str(error)
+
         # As in images.data.Views: the crop depends on the seed, the pass and the image alone.
         rng = np.random.default_rng([self.seed, epoch, index])
 
@@ -172,6 +220,14 @@ def fill(image: Tensor, size: int, value) -> Tensor:
     return filled
 
 
+def collate(samples: list) -> list[Tensor] | str:
+    """Pairs of tensors -> the two batches; or the first text, if one of the pairs is wrong."""
+    for sample in samples:
+        if isinstance(sample, str):
+            return sample
+    return [torch.stack(parts) for parts in zip(*samples)]
+
+
 def crop_batches(pairs: Pairs, size: int, scale: tuple[float, float], no_answer: float,
                  batch_size: int, steps: int, process: Process, num_workers: int = 0,
                  seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -187,8 +243,12 @@ def crop_batches(pairs: Pairs, size: int, scale: tuple[float, float], no_answer:
     batches = Sampler(len(pairs), min(batch_size, len(pairs)), steps, seed=seed)
     shares = [spread(keys, process) for keys in batches]
     crops = PairCrops(pairs, size, scale, no_answer, seed)
-    loader = torch.utils.data.DataLoader(crops, batch_sampler=shares, num_workers=num_workers)
-    for images, maps in loader:
+    loader = torch.utils.data.DataLoader(crops, batch_sampler=shares, num_workers=num_workers,
+                                         collate_fn=collate, worker_init_fn=begin_worker)
+    for batch in loader:
+        if isinstance(batch, str):
+            raise ValueError(f"--data {batch}")
+        images, maps = batch
         yield normalise(images.to(process.device), pairs.pixels), maps.to(process.device)
 
 

@@ -145,11 +145,12 @@ class PatchJudge:
 
     It watches the patch tokens, which may get worse while the class token, of which `Judge`
     knows, gets better. Nothing here is random, so training goes on as without it. ValueError
-    for pairs that cannot be opened, or whose classes are not the same.
+    for pairs that cannot be opened, UsageError if their classes are not the same.
     """
 
     def __init__(self, config: Config, process: Process, folder: Path, epoch_steps: int):
         # Imported here, because few runs ask for it. 150 images suffice to see a trend.
+        from evaluation.dense import common_classes
         from images.pairs import MASKS, open_pairs, read_mask
 
         def open_few(flag: str, most: int):
@@ -164,19 +165,8 @@ class PatchJudge:
         self.bank = open_few("dense_data", 100)
         self.queries = open_few("dense_val_data", 50)
 
-        # Where nothing names the classes, the largest number in any of the masks tells how many
-        # there are.
-        names = self.bank.classes, self.queries.classes
-        if all(names) and names[0] != names[1]:
-            raise ValueError(f"--dense_val_data {config.dense_val_data} has other classes than "
-                             f"--dense_data {config.dense_data}")
-        self.classes = len(names[0] or ())
-        if not all(names):
-            for pairs in (self.bank, self.queries):
-                for i in range(len(pairs)):
-                    self.classes = max(self.classes, 1 + int(pairs[i][1].max()))
-        if not self.classes:
-            raise ValueError(f"--dense_data {config.dense_data}: every pixel is ignored")
+        flags = ("--dense_data", "--dense_val_data")
+        self.classes = len(common_classes(self.bank, self.queries, process, flags))
 
     def __call__(self, backbone: nn.Module, step: int, figures: dict):
         """Judge the backbone after this step; log the figure, and keep it in `figures`.

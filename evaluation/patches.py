@@ -25,11 +25,11 @@ from torchvision.transforms.v2 import functional as TF
 
 from augment import normalise
 from backbones.dense_heads import at_pixels, frame, patch_maps
-from evaluation import protocol
-from evaluation.dense import (can_judge, in_order, open_for_patches, shape_at, side_of_crops)
+from evaluation.dense import (PairsConfig, can_judge, common_classes, in_order,
+                              open_for_patches, shape_at, side_of_crops)
 from evaluation.knn import top_neighbours
 from evaluation.protocol import Extractor
-from evaluation.segment import confusion, count_classes, scores
+from evaluation.segment import confusion, scores
 from images.pairs import IGNORE, MASKS, Pairs, read_mask
 from machinery.flags import require
 from machinery.process import Process, autocast
@@ -145,10 +145,9 @@ def patch_knn(model: nn.Module, train: Pairs, val: Pairs, classes: int, size: in
 
 
 @dataclass
-class Config(protocol.NetworkConfig):
-    val_data: str = "shapes:val"  # the pairs that are judged
+class Config(PairsConfig):
     # -- vote of patches
-    ignore_label: int = 255  # the number in a mask of pixels that have no class
+    ignore_label: int = 255  # pairs:PATH: the number in a mask of pixels that have no class
     neighbours: int = 20  # how many of the nearest patches vote
     most_patches: int = 20_000  # how many patches there are to vote, at most
     most: int = 500  # how many images of --data and of --val_data are used, at most
@@ -173,11 +172,12 @@ def run(extractor: Extractor) -> dict:
     # are often sorted by what they show, so they are taken evenly spread from the whole set.
     train = open_for_patches(extractor, MASKS, "data", read, size).spread_out(config.most)
     val = open_for_patches(extractor, MASKS, "val_data", read, size).spread_out(config.most)
-    classes = train.classes or count_classes(train, process)
+    classes = common_classes(train, val, process)
     figures = patch_knn(extractor.model, train, val, len(classes), size, process,
                         config.neighbours, config.most_patches, config.precision)
     how = f"{config.neighbours} neighbours, {len(train):,d} images vote, {size} px"
     process.print(f"patches: {how}, {len(val):,d} images judged\n  mIoU {figures['miou']:.2%}, "
                   f"accuracy {figures['accuracy']:.2%}")
     return {
-        "patches": figures, "protocol": how, "headline": {"patch k-NN, mIoU": figures["miou"]}}
+        "patches": figures, "protocol": how, "image_size": size,
+        "headline": {"patch k-NN, mIoU": figures["miou"]}}

@@ -32,9 +32,9 @@ from torchvision.transforms.v2 import functional as TF
 from augment import normalise
 from backbones.dense_heads import SegmentationHead, Segmenter, at_pixels, read_dense_head
 from backbones.weights import load_strictly
-from evaluation import protocol
-from evaluation.dense import (can_judge, crop_batches, in_windows, open_for_patches, over_flips,
-                              page_of_rows, shape_at, side_of_crops, with_protocol)
+from evaluation.dense import (PairsConfig, can_judge, common_classes, crop_batches, in_windows,
+                              open_for_patches, over_flips, page_of_rows, shape_at,
+                              side_of_crops, with_protocol)
 from evaluation.extract import gather
 from evaluation.protocol import Extractor, results_folder
 from images.pairs import IGNORE, MASKS, Pairs, read_mask
@@ -96,12 +96,11 @@ def scores(counts: Tensor) -> dict:
 
 # What the papers' protocols set, where no flag says otherwise. Batch, steps and the random
 # resize are those of mmsegmentation, with which DINOv2's heads were trained.
-LINEAR = {"image_size": 512, "steps": 40_000, "batch_size": 16, "resize": (0.5, 2.0)}
+LINEAR = {"image_size": 512, "steps": 40_000, "head_batch": 16, "resize": (0.5, 2.0)}
 MULTISCALE = LINEAR | {
     "image_size": 640, "last_blocks": 4, "scales": (1.0, 1.32, 1.73), "flip": True}
 PROTOCOLS = {
-    # Short enough for a laptop, on a network of small images.
-    "short": {"batch_size": 16},
+    "short": {},  # the flags as they are: short enough for a laptop, on a network of small images
     # DINOv2's: the same settings for all three data sets. None of them was run here.
     "ade20k": LINEAR,
     "cityscapes": LINEAR,
@@ -112,16 +111,17 @@ PROTOCOLS = {
 
 
 @dataclass
-class Config(protocol.NetworkConfig):
-    val_data: str = "shapes:val"  # the pairs that are judged
+class Config(PairsConfig):
+    num_workers: int = 2  # loader processes for each process
     # -- segmentation
     protocol: Literal[*PROTOCOLS] = "short"  # whose settings: short, or DINOv2's for a data set
-    ignore_label: int = 255  # the number in a mask of pixels that have no class
+    ignore_label: int = 255  # pairs:PATH: the number in a mask of pixels that have no class
     last_blocks: int = 1  # how many of the last blocks the head reads
     scales: tuple[float, ...] = (1.0,
                                  )  # sizes at which an image is judged, their answers averaged
     flip: bool = False  # judge the mirror image, too
     steps: int = 300  # of training the head
+    head_batch: int = 16  # crops of a step, on all processes together
     resize: tuple[float,
                   float] = (1.0, 2.0)  # range of the short side, in crops, before cropping
     head_lr: float = 1e-3  # peak of the head's learning rate
@@ -129,7 +129,7 @@ class Config(protocol.NetworkConfig):
     seed: int = 0  # the seed of the head's first weights, the order of the pairs, and the crops
 
     def check(self):
-        require(self, lambda x: x >= 1, "at least 1", "last_blocks", "steps")
+        require(self, lambda x: x >= 1, "at least 1", "last_blocks", "steps", "head_batch")
         require(self, lambda x: 0 < x[0] <= x[1], "0 < low <= high", "resize")
         require(self, lambda x: x and all(s > 0 for s in x), "positive numbers", "scales")
 
@@ -147,7 +147,7 @@ def run(extractor: Extractor) -> dict:
     read = partial(read_mask, ignore_label=config.ignore_label)
     train = open_for_patches(extractor, MASKS, "data", read, size)
     val = open_for_patches(extractor, MASKS, "val_data", read, size)
-    classes = train.classes or count_classes(train, process)
+    classes = common_classes(train, val, process)
 
     # The head is read from a file, or trained here. All processes train the same head on the
     # same batches, so one of them saves it.
@@ -161,6 +161,9 @@ def run(extractor: Extractor) -> dict:
 
     # The table: one line for each class, and the two figures that papers report.
     counts, shown = judge(segmenter, val, len(classes), size, config, process)
+    if not counts.any():
+        raise UsageError(f"--val_data {config.val_data}: every pixel of every mask is ignored; "
+                         "is --ignore_label right?")
     figures = scores(counts)
     trained = f"head {config.head}" if config.head else f"{config.steps} steps"
     how = (f"last {len(segmenter.blocks)} blocks, {trained}, crops of {size} px, scales "
@@ -172,7 +175,7 @@ def run(extractor: Extractor) -> dict:
     if process.main:
         draw_page(shown, len(classes), results_folder(config, "segment") / "segment.png")
     return {
-        "segment": figures | {"classes": list(classes)}, "protocol": how,
+        "segment": figures | {"classes": list(classes)}, "protocol": how, "image_size": size,
         "headline": {"segmentation, mIoU": figures["miou"]}}
 
 
@@ -197,21 +200,6 @@ def judge(segmenter: Segmenter, val: Pairs, classes: int, size: int, config,
     return sum(process.all_gather(counts)), shown
 
 
-def count_classes(pairs: Pairs, process: Process) -> list[str]:
-    """Names for the classes 0, 1, ... up to the largest that occurs in any of the masks."""
-    # The whole set has to be read once for this, where nothing else says how many there are.
-    largest = -1
-    report = Progress("reading masks", len(pairs), process)
-    for i in range(process.rank, len(pairs), process.world_size):
-        largest = max(largest, int(pairs[i][1].max()))
-        report(i + 1)
-    largest = max(process.all_gather(largest))
-    if largest < 0:
-        raise UsageError(
-            "--data: every pixel of every mask is ignored; is --ignore_label right?")
-    return [f"class {c}" for c in range(largest + 1)]
-
-
 def train_segmenter(backbone, train: Pairs, classes: int, size: int, config,
                     process: Process) -> Segmenter:
     """A head for this backbone, trained on random crops of `size` pixels."""
@@ -225,7 +213,7 @@ def train_segmenter(backbone, train: Pairs, classes: int, size: int, config,
 
     # A set of fewer pairs than a batch has gives smaller batches. mmsegmentation's warm-up has
     # 1,500 of 40,000 steps; of the 300 steps of the short protocol it has 30.
-    batch = min(config.batch_size, len(train))
+    batch = min(config.head_batch, len(train))
     warmup = min(1500, config.steps // 10)
     batches = crop_batches(train, size, config.resize, IGNORE, batch, config.steps, process,
                            config.num_workers, config.seed)
@@ -299,10 +287,10 @@ def read_segmenter(what: str, backbone, classes: int) -> Segmenter:
     UsageError for another kind of file, another width, or another number of classes.
     """
     try:
-        state = read_dense_head(what)
+        state, _ = read_dense_head(what)
         weight = state["conv_seg.weight"]  # (K, n*D, 1, 1)
     except Exception as error:  # torch.load raises different exceptions for different damage
-        raise UsageError(f"--head {what}: no segmentation head ({error!r:.100})") from None
+        raise UsageError(f"--head {what}: no segmentation head ({error!r})") from None
 
     # The number of blocks n follows from the width of the layer, n*D. Example: a head of 1,536
     # channels on a ViT-S of width 384 reads four blocks, and on a ViT-g of width 1,536 one.

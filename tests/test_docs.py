@@ -704,7 +704,7 @@ def run_dense_evaluations(model):
 
     process = Process(torch.device("cpu"))
     pairs = open_pairs(MASKS, "shapes:3", read_mask)
-    config = segment.Config(steps=1, batch_size=2)
+    config = segment.Config(steps=1, head_batch=2)
     segmenter = segment.train_segmenter(model, pairs, 11, 32, config, process)
     predicted = segment.segment(segmenter, pairs[0][0], pairs.pixels, 32, config, process)
     segment.scores(segment.confusion(pairs[0][1], predicted, 11))
@@ -713,7 +713,7 @@ def run_dense_evaluations(model):
 
     pairs = open_pairs(DEPTHS, "shapes:3", read_depth)
     for head in ("linear4", "dpt"):
-        config = depth.Config(steps=1, batch_size=2, depth_head=head)
+        config = depth.Config(steps=1, head_batch=2, depth_head=head)
         depther = depth.Depther(model, head)
         depth.train_head(depther, pairs, 32, config, process)
         depth.metres_of(depther.eval(), pairs[0][0], pairs.pixels, 32, config, process)

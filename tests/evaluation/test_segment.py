@@ -8,6 +8,7 @@
 """
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def colours(tmp_path_factory):
 
 def test_the_task(small_backbone, colours, tmp_path, capsys):
     line = (f"segment --weights {small_backbone} --data pairs:{colours} --val_data "
-            f"pairs:{colours} --ignore_label 9 --image_size 32 --batch_size 4 --head_lr 0.1")
+            f"pairs:{colours} --ignore_label 9 --image_size 32 --head_batch 4 --head_lr 0.1")
     results = run_evaluate(f"{line} --steps 25 --last_blocks 2", output_dir=tmp_path)
     figures = results["segment"]
     assert figures["classes"] == ["class 0", "class 1"]
@@ -71,7 +72,7 @@ def test_the_task(small_backbone, colours, tmp_path, capsys):
     assert Image.open(tmp_path / "segment.png").size[0] > 500
 
     again = run_evaluate(line, head=tmp_path / "head.pt", output_dir=tmp_path / "again")
-    assert again["segment"] == figures
+    assert again["segment"] == figures and again["image_size"] == 32
     more = f"{line} --scales 1.0 1.5 --flip"
     several = run_evaluate(more, head=tmp_path / "head.pt", output_dir=tmp_path / "again")
     assert several["segment"]["miou"] > 0.85 and several["segment"] != figures
@@ -81,13 +82,13 @@ def test_protocols():
     config = with_protocol(parse(Config, "--protocol ade20k_ms --steps 7".split()), PROTOCOLS)
     assert config.steps == 7 and config.last_blocks == 4 and config.image_size == 640
     config = with_protocol(parse(Config, []), PROTOCOLS)
-    assert config.steps == 300 and config.batch_size == 16
+    assert config.steps == 300 and config.head_batch == 16
 
 
 def test_misfits(small_backbone, colours, tmp_path, capsys):
     line = (
         f"segment --weights {small_backbone} --data pairs:{colours} --val_data "
-        f"pairs:{colours} --image_size 32 --steps 1 --batch_size 2 --output_dir {tmp_path} ")
+        f"pairs:{colours} --image_size 32 --steps 1 --head_batch 2 --output_dir {tmp_path} ")
 
     def refused(more):
         with pytest.raises(SystemExit) as stop:
@@ -102,3 +103,29 @@ def test_misfits(small_backbone, colours, tmp_path, capsys):
     assert "no segmentation head" in refused(f"--head {colours}/masks/0.png")
     assert "--scales" in refused("--scales 0")
     assert "this task needs a map" in refused("--data CIFAR10")
+    assert "--val_data has other classes than --data" in refused("--data shapes:4 --val_data "
+                                                                 f"pairs:{named(colours)}")
+
+    # A pair that is wrong is said in one line, whichever process finds it.
+    broken = tmp_path / "broken"
+    shutil.copytree(colours, broken)
+    Image.new("L", (5, 5)).save(broken / "masks/3.png")
+    for workers in (0, 1):
+        error = refused(f"--data pairs:{broken} --num_workers {workers} --steps 9")
+        assert "3.png: an image of 48 x 32 pixels with a map of 5 x 5" in error
+        assert error.count("error:") == 1 and "Traceback" not in error
+
+    # Masks without any class to be judged are no result.
+    for mask in (broken / "masks").iterdir():
+        Image.new("L", (48, 32), 9).save(mask)
+    assert "every pixel of every mask is ignored" in refused(f"--val_data pairs:{broken} "
+                                                             "--ignore_label 9")
+
+
+def named(folder):
+    """The same pairs, whose classes have names."""
+    (folder.parent / "named").mkdir(exist_ok=True)
+    shutil.copytree(folder, folder.parent / "named", dirs_exist_ok=True)
+    names = [f"colour {c}" for c in range(10)]
+    (folder.parent / "named/classes.txt").write_text("\n".join(names))
+    return folder.parent / "named"
