@@ -38,7 +38,8 @@ from torch import Tensor
 import train
 from bench.count import count_work, matrix_ceiling
 from bench.plain import IDEAS, DefaultAdamW, without
-from images.data import Images, cached, in_channels, open_images
+from images.data import Images, cached, open_images
+from images.files import in_channels
 from machinery.clock import FIRST_STEPS, Clock, time_when_done
 from machinery.flags import UsageError
 from machinery.process import Process, keep_freed_memory, peak_memory_gb

@@ -25,7 +25,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from augment import Pixels, normalise
 from evaluation import protocol
-from evaluation.extract import spread
+from evaluation.extract import collate_or_text, spread
 from evaluation.protocol import Extractor
 from images.data import Sampler, begin_worker
 from images.pairs import Pairs, open_pairs
@@ -150,7 +150,7 @@ class PairCrops(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, Tensor] | str:
         epoch, _, index = key
         # What is wrong with a pair is said in one line. As an exception of a worker it would come
-        # with the traceback of that process, so it is handed on as a text (see collate).
+        # with the traceback of that process, so it is handed on as a text (see collate_or_text).
         try:
             image, map = self.pairs[index]
         except ValueError as error:
@@ -220,14 +220,6 @@ def fill(image: Tensor, size: int, value) -> Tensor:
     return filled
 
 
-def collate(samples: list) -> list[Tensor] | str:
-    """Pairs of tensors -> the two batches; or the first text, if one of the pairs is wrong."""
-    for sample in samples:
-        if isinstance(sample, str):
-            return sample
-    return [torch.stack(parts) for parts in zip(*samples)]
-
-
 def crop_batches(pairs: Pairs, size: int, scale: tuple[float, float], no_answer: float,
                  batch_size: int, steps: int, process: Process, num_workers: int = 0,
                  seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -244,7 +236,8 @@ def crop_batches(pairs: Pairs, size: int, scale: tuple[float, float], no_answer:
     shares = [spread(keys, process) for keys in batches]
     crops = PairCrops(pairs, size, scale, no_answer, seed)
     loader = torch.utils.data.DataLoader(crops, batch_sampler=shares, num_workers=num_workers,
-                                         collate_fn=collate, worker_init_fn=begin_worker)
+                                         collate_fn=collate_or_text,
+                                         worker_init_fn=begin_worker)
     for batch in loader:
         if isinstance(batch, str):
             raise ValueError(f"--data {batch}")

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from augment import center_crop, normalise
-from images.data import Images, begin_worker, repeated_class
+from images.data import Images, begin_worker, first_line, repeated_class
 from machinery.process import Process, autocast
 
 # ----------------------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ from machinery.process import Process, autocast
 
 
 class Prepared(torch.utils.data.Dataset):
-    """Image i as an evaluation sees it: prepare(image), uint8."""
+    """Image i as an evaluation sees it: prepare(image), uint8; a text if it does not decode."""
 
     def __init__(self, images: Images, prepare: Callable[[Tensor], Tensor]):
         self.images = images
@@ -39,8 +39,21 @@ class Prepared(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, i: int) -> Tensor:
-        return self.prepare(self.images.read(i))
+    def __getitem__(self, i: int) -> Tensor | str:
+        # What is wrong is said in one line. As an exception of a worker it would come with the
+        # traceback of that process, so it is handed on as a text.
+        try:
+            return self.prepare(self.images.read(i))
+        except Exception as error:  # decoders raise exceptions of many kinds
+            return f"{self.images.names[i]}: {first_line(error)}"
+
+
+def collate_or_text(samples: list) -> Tensor | list[Tensor] | str:
+    """The samples as a batch, as the loader makes it; or the first text among them."""
+    for sample in samples:
+        if isinstance(sample, str):
+            return sample
+    return torch.utils.data.default_collate(samples)
 
 
 @torch.no_grad()
@@ -51,16 +64,16 @@ def extract(model: nn.Module, images: Images, size: int, process: Process,
 
     model maps normalised images to (B, D). `report` is called with the number of images done.
     `prepare` takes the place of the centre crop to `size` pixels; where it keeps the shapes of
-    the images, batch_size has to be 1. An image that does not decode raises: judging needs them
-    all.
+    the images, batch_size has to be 1. ValueError with the name of an image that does not
+    decode: judging needs them all.
     """
     # Each process takes a share. More workers than batches would only cost time to start.
     own_rows = spread(range(len(images)), process)
     prepared = Prepared(images, prepare or partial(center_crop, size=size))
     loader = torch.utils.data.DataLoader(
         torch.utils.data.Subset(prepared, own_rows), batch_size,
-        num_workers=min(num_workers,
-                        (len(own_rows) - 1) // batch_size), worker_init_fn=begin_worker)
+        num_workers=min(num_workers, (len(own_rows) - 1) // batch_size),
+        worker_init_fn=begin_worker, collate_fn=collate_or_text)
 
     # Evaluation mode: no stochastic depth, and BatchNorm with the statistics that it has. A
     # network that is in training goes on in its own mode afterwards.
@@ -68,6 +81,8 @@ def extract(model: nn.Module, images: Images, size: int, process: Process,
     model.eval()
     done = 0
     for batch in loader:
+        if isinstance(batch, str):
+            raise ValueError(f"{batch}; mend this image, or take it out")
         with autocast(precision, process.device):
             rows = model(normalise(batch.to(process.device), images.pixels)).float()  # (B, D)
 

@@ -15,6 +15,8 @@ Tests    pytest tests/evaluation/test_judge.py
 Letters  n images, B of them in a batch, C channels, s pixels, D width.
 """
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +42,8 @@ class Judge:
     def __init__(self, train: Images, val: Images, config: Config, process: Process):
         # So few images suffice for a figure that is good to about a point, in a small part of
         # the time of an epoch.
-        self.bank = evenly_spaced(train, 10_000)
-        self.queries = evenly_spaced(val, 5_000)
+        self.bank = readable(evenly_spaced(train, 10_000))
+        self.queries = readable(evenly_spaced(val, 5_000))
         self.config = config
         self.process = process
 
@@ -124,6 +126,19 @@ class Judge:
         first, second = torch.cat(features).unbind(1)  # (n, D) each
         nearest = top_neighbours(first, second, 1)[1][:, 0]
         return (nearest == torch.arange(len(nearest))).float().mean().item()
+
+
+def readable(images: Images) -> Images:
+    """The same images; one that does not decode is another one of them (see Views.read).
+
+    A damaged file in a large set is no reason to end a training. Its answer is that of another
+    image, and may be wrong; it is one of thousands.
+    """
+    return replace(images, read=partial(_read_views, Views(images, None)))
+
+
+def _read_views(views: Views, i: int) -> torch.Tensor:
+    return views.read(0, i)[0]
 
 
 def evenly_spaced(images: Images, most: int) -> Images:

@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional as TF
 from augment import normalise
 from backbones.weights import load_backbone
 from evaluation.masks import untrained_like
-from images.data import EXTENSIONS, read_file
+from images.files import EXTENSIONS, read_file
 from images.names import list_files
 from machinery.flags import UsageError, near_path, require
 from machinery.page import picture, rows_of_pictures, show

@@ -42,7 +42,7 @@ from augment import normalise
 from backbones.weights import load_backbone
 from evaluation.masks import top_mass
 from figures.inputs import enlarge, fit
-from images.data import EXTENSIONS, in_channels, read_file
+from images.files import EXTENSIONS, in_channels, read_file
 from machinery.clock import Progress
 from machinery.flags import UsageError, near_path, require
 from machinery.page import MAPS, picture, pyplot

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from augment import COLUMNS, MultiCrop, crop_box, photometry
 from figures.inputs import enlarge
-from images.data import read_file
+from images.files import read_file
 from machinery.flags import UsageError
 from machinery.page import picture, pyplot, save
 from training.config import Config as TrainingConfig

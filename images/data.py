@@ -35,14 +35,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 
-from augment import RGB, Masking, MultiCrop, Pixels, collate, luma
-
-ARRAYS = (".npy",)  # (H, W), (C, H, W) or (H, W, C); integers, or floats from 0 to 1
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+from augment import RGB, Masking, MultiCrop, Pixels, collate
+from machinery.flags import UsageError, command, user_errors
 
 # ----------------------------------------------------------------------------------------------
 # A set of images
@@ -61,7 +57,8 @@ class Images:
     """A set of images that are read one by one, by their numbers 0, 1, 2, ..."""
 
     name: str  # of the data set, as in --data
-    read: Callable[[int], Tensor]  # number -> (C, H, W), see in_channels; raises if it cannot
+    read: Callable[[int],
+                   Tensor]  # number -> (C, H, W), see images/files.py; raises if it cannot
     names: Sequence[str]  # one for each image, tells it apart; of files they are Names
     labels: list[int] | None = None  # one for each image; None where there are none
     classes: list[str] | None = None  # the name of each label, no two the same
@@ -131,7 +128,9 @@ def open_folder(argument: str, split: str, root: str, download: bool, channels: 
     Where all of them lie in folders, of which there are two at least, the first folder on the
     way to an image is its label; else there are no labels.
     """
-    from images.names import Names, list_files  # here, because drawn images have no files
+    # Imported here, because drawn images have no files.
+    from images.files import ARRAYS, EXTENSIONS
+    from images.names import Names, list_files
 
     path = Path(argument).expanduser()
     if not argument or not path.is_dir():
@@ -140,10 +139,10 @@ def open_folder(argument: str, split: str, root: str, download: bool, channels: 
     # If one of the two folders is there the other one is wanted, too: all images without those
     # of PATH/val would not be the rest of them.
     parts = [part for part in ("train", "val") if (path / part).is_dir()]
-    if split and parts:
+    if parts and (split or len(parts) == 2):
         if split not in parts:
-            raise ValueError(f"folder:{argument}:{split}: there is a folder {parts[0]} in it, "
-                             f"but no folder {split}")
+            raise ValueError(f"{argument} has {' and '.join(parts)} in it: give one of them, "
+                             f"as in folder:{argument}:{parts[0]}")
         path /= split
     divided = split if parts else ""
 
@@ -170,6 +169,8 @@ def open_folder(argument: str, split: str, root: str, download: bool, channels: 
 
 
 def _read_path(root: Path, names: Sequence[str], channels: int, i: int) -> Tensor:
+    from images.files import read_file
+
     return read_file(root / names[i], channels)
 
 
@@ -214,20 +215,29 @@ def open_shapes(argument: str, split: str, root: str, download: bool, channels: 
                   drawn.world.classes, draw=draw, split=split)
 
 
+def _with_channels(drawn: Tensor, channels: int) -> Tensor:
+    if channels == 3:
+        return drawn
+    from images.files import in_channels  # few runs draw in grey
+
+    return in_channels(drawn, channels)
+
+
 def _read_drawn(drawn: _Drawn, channels: int, i: int) -> Tensor:
-    return in_channels(drawn(i), channels)
+    return _with_channels(drawn(i), channels)
 
 
 def _draw_scene(world, channels: int, i: int, side: int) -> Tensor:
     from images.shapes import render
 
     image, _, _ = render(world.scene(i), side)
-    return in_channels(torch.from_numpy(image), channels)
+    return _with_channels(torch.from_numpy(image), channels)
 
 
 def open_shards(argument: str, split: str, root: str, download: bool, channels: int) -> Images:
     """shards:PATTERN, tar files of images, read nearly in order. Labels: see store.Shards."""
     from images import store  # tar files: few runs need them
+    from images.files import ARRAYS, EXTENSIONS
     from images.names import Names
 
     shards = store.Shards(argument, EXTENSIONS + ARRAYS, Names)
@@ -236,6 +246,8 @@ def open_shards(argument: str, split: str, root: str, download: bool, channels: 
 
 
 def _read_shards(shards, channels: int, i: int) -> Tensor:
+    from images.files import read_file
+
     return read_file(io.BytesIO(shards.read_bytes(i)), channels)
 
 
@@ -306,8 +318,6 @@ def cached(images: Images, folder: str, side: int, num_workers: int = 0) -> Imag
     """
     if not folder:
         return images
-    if side < 0:
-        raise ValueError(f"--cache_side {side}: expected pixels, or 0 for images as they are")
 
     # The counter overwrites its own line, which makes sense in a terminal and nowhere else.
     def report(done):
@@ -325,12 +335,12 @@ def cached(images: Images, folder: str, side: int, num_workers: int = 0) -> Imag
 
 
 def held_out(name: str, share: float = 0.05) -> bool:
-    """Whether an image is kept back from training, to judge by: one in twenty, or in 1 / share.
+    """Whether an image is kept back from training, to judge by: this share of all images.
 
     Chosen by a hash of its name. So it is the same images in every run, and adding or removing
     files does not change what is held out of the others.
     """
-    return share > 0 and zlib.crc32(os.fsencode(name)) % round(1 / share) == 0
+    return zlib.crc32(os.fsencode(name)) % 10_000 < 10_000 * share
 
 
 def part_by_name(images: Images, split: str, share: float = 0.05) -> Images:
@@ -450,8 +460,8 @@ class Views(torch.utils.data.Dataset):
         """(image, broken): an image that cannot be read is replaced by another of the set.
 
         broken: a line for each that failed, its name and the error. A batch stays full this
-        way, and one damaged file in millions does not end a run. RuntimeError when ten fail
-        in turn, because then the set is wrong rather than a file.
+        way, and one damaged file in millions does not end a run. UsageError when ten fail in
+        turn, because then the set is wrong rather than a file.
         """
         broken = []
         # The 1 at the end makes this another generator than the one of the crops. What replaces
@@ -463,7 +473,7 @@ class Views(torch.utils.data.Dataset):
             except Exception as error:  # decoders raise exceptions of many kinds
                 broken.append(f"{self.images.names[index]}: {first_line(error)}")
                 index = int(replacements.integers(len(self.images)))
-        raise RuntimeError(f"ten images in a row do not decode, the last: {broken[-1]}")
+        raise UsageError(f"--data: ten images in a row do not decode, the last: {broken[-1]}")
 
 
 def begin_worker(worker: int):
@@ -509,109 +519,12 @@ def training_loader(views: Views, sampler: Sampler, num_workers: int, pin_memory
                                        prefetch_factor=PREFETCH if num_workers else None)
 
 
-# ----------------------------------------------------------------------------------------------
-# Files of any kind: from what is in a file to the channels that a network takes
-#
-# Images of three channels are taken for photographs and kept as bytes (uint8) until they are on
-# the device: a quarter of the memory of floats. Images of any other number of channels may come
-# from a microscope or a satellite, with 16 bits a pixel. Bytes would cut them to 8, so they are
-# floats from 0 to 1.
-
-
-def read_file(file: Path | io.BytesIO, channels: int = 3) -> Tensor:
-    """Any image file, or a .npy -> (channels, H, W) as in_channels gives it.
-
-    It is turned upright as its EXIF says. ValueError for what is no image of these channels;
-    for a file that does not decode, what the decoder raises (mostly an OSError).
-    """
-    with open(file, "rb") if isinstance(file, Path) else file as stream:
-        # What a file is follows from its first bytes, because its name may be wrong or unknown.
-        if stream.read(6) == b"\x93NUMPY":
-            stream.seek(0)
-            # A pickle in an array could run code, so it is refused.
-            return from_array(np.load(stream, allow_pickle=False), channels)
-
-        # Pillow's own message would show the Python object that it was given. The bytes from a
-        # tar file have no name here: the caller knows it.
-        try:
-            image = Image.open(stream)
-        except UnidentifiedImageError:
-            name = file if isinstance(file, Path) else "this"
-            raise OSError(f"{name} is no image that Pillow can read") from None
-
-        with image:
-            # A camera that was held sideways writes the image as its sensor saw it, and beside
-            # it how to turn it.
-            image = ImageOps.exif_transpose(image)
-
-            # The modes "I;16" and "I" hold 16 bits, the second one in integers of 32 bits. So
-            # they are divided by 65,535 and not by the largest number of their type; numbers
-            # that are larger still are refused by from_array.
-            if image.mode.startswith("I"):
-                return from_array(np.asarray(image) / np.float32(65535), channels)
-
-            # Mode "F" is floats. Four bands for a network of four channels are taken as they
-            # are; Pillow would take the fourth for transparency.
-            bands = len(image.getbands())
-            if image.mode == "F" or (channels not in (1, 3) and bands == channels):
-                return from_array(np.array(image), channels)
-
-            # Everything else is a picture: grey, palette, CMYK and transparency become RGB.
-            return in_channels(pil_to_tensor(image.convert("RGB")), channels)
-
-
-def from_array(array: np.ndarray, channels: int) -> Tensor:
-    """(H, W), (C, H, W) or (H, W, C) -> (channels, H, W) as in_channels gives it.
-
-    Numbers are integers, which are divided by the largest of their type, or floats from 0 to 1.
-    ValueError for anything else.
-    """
-    if array.ndim not in (2, 3) or not np.issubdtype(array.dtype, np.number):
-        raise ValueError(f"an array {array.shape} of {array.dtype}, expected an image")
-
-    # Channels come first, unless only the last axis has the number that is wanted, or the last
-    # axis is the shorter one: (20, 30, 5) is 5 channels of 20 x 30 pixels.
-    first = array.shape[0]
-    last = array.shape[-1]
-    if array.ndim == 3 and first != channels and (last == channels or last < first):
-        array = array.transpose(2, 0, 1)
-    if np.issubdtype(array.dtype, np.integer):
-        array = array / np.float32(np.iinfo(array.dtype).max)
-    image = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
-
-    # Written so that NaN, for which every comparison is false, is refused as well.
-    if not (image.min() >= 0 and image.max() <= 1):
-        raise ValueError(f"values from {image.min():g} to {image.max():g}, expected 0 to 1, or "
-                         "integers of 8 or 16 bits")
-    return in_channels(image if image.ndim == 3 else image[None], channels)
-
-
-def in_channels(image: Tensor, channels: int) -> Tensor:
-    """(c, H, W), uint8 or floats from 0 to 1 -> (channels, H, W), in the type that suits.
-
-    Three channels are uint8, as photographs come; any other number is floats from 0 to 1, which
-    keep all 16 bits of a camera. A grey image becomes three equal channels, a colour image its
-    brightness (luma). ValueError where neither makes the number right.
-    """
-    if len(image) == 1 and channels == 3:
-        image = image.expand(3, -1, -1)
-    if len(image) == 3 and channels == 1:
-        image = luma(_as_floats(image)[None])[0]
-    if len(image) != channels:
-        raise ValueError(f"{len(image)} channels, expected --in_chans {channels}")
-    if channels != 3:
-        return _as_floats(image)
-    return image if image.dtype == torch.uint8 else (image * 255).round().byte()
-
-
-def _as_floats(image: Tensor) -> Tensor:
-    """Bytes from 0 to 255 as floats from 0 to 1; floats as they are."""
-    return image / 255 if image.dtype == torch.uint8 else image
-
-
-if __name__ == "__main__":
-    for spec in sys.argv[1:] or ["shapes:100", "shapes:100:val"]:
-        images = open_images(spec)
+@command
+def main(argv):
+    """What the named sets hold, and how two processes share them."""
+    for spec in argv or ["shapes:100", "shapes:100:val"]:
+        with user_errors():
+            images = open_images(spec)
         kinds = f"{len(set(images.labels))} classes" if images.labels else "no labels"
         shape = tuple(images.read(0).shape)
         by_name = sum(map(held_out, images.names))
@@ -622,3 +535,7 @@ if __name__ == "__main__":
     print("step 0 of two processes with batch 3:",
           *([i for _, _, i in keys] for keys in of_two))
     print("step 0 of one process with batch 6:  ", [i for _, _, i in of_one])
+
+
+if __name__ == "__main__":
+    main()

@@ -69,13 +69,15 @@ class Names(Sequence):
 def list_files(folder: Path, prefix: str = "") -> Iterator[str]:
     """The names of all files below a folder, relative to it and sorted.
 
-    Hidden files, such as the ._x.jpg of macOS, are left out; links are followed.
+    Hidden files and folders, such as the ._x.jpg of macOS and the .ipynb_checkpoints of
+    Jupyter, are left out; links are followed.
     """
     # A folder that may not be read counts as empty.
     entries = []
     try:
         for entry in os.scandir(folder):
-            entries.append(f"{entry.name}/" if entry.is_dir() else entry.name)
+            if not entry.name.startswith("."):
+                entries.append(f"{entry.name}/" if entry.is_dir() else entry.name)
     except OSError:
         return
 
@@ -86,7 +88,7 @@ def list_files(folder: Path, prefix: str = "") -> Iterator[str]:
     for name in sorted(entries):
         if name.endswith("/"):
             yield from list_files(folder / name, prefix + name)
-        elif not name.startswith("."):
+        else:
             yield prefix + name
 
 

@@ -124,7 +124,7 @@ def build(folder: Path, read, names: list[str], side: int, num_workers: int = 0,
     folder.mkdir(parents=True, exist_ok=True)
     source = {
         "images": len(names), "side": side,
-        "names": hashlib.sha256("\n".join(names).encode()).hexdigest()}
+        "names": hashlib.sha256(os.fsencode("\n".join(names))).hexdigest()}
 
     with open(folder / "lock", "w") as lock:
         # The system lets go of this lock when the process ends, even if it is killed. So a lock
@@ -237,7 +237,9 @@ class Shards:
         def names():
             for shard, file in enumerate(self.files):
                 for name, start, size, label in self.list_members(file):
-                    if name.lower().endswith(extensions):
+                    # The tar of macOS adds a member ._x.jpg to each x.jpg, which is no image.
+                    hidden = any(part.startswith(".") for part in Path(name).parts)
+                    if name.lower().endswith(extensions) and not hidden:
                         places.extend((shard, start, size))
                         labels.append(label and sys.intern(label))
                         yield f"{Path(file).name}/{name}"

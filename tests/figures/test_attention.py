@@ -17,7 +17,7 @@ from augment import RGB, normalise
 from backbones.weights import load_backbone
 from figures.attention import attention_maps, outlined, spread_of
 from figures.inputs import fit
-from images.data import read_file
+from images.files import read_file
 from machinery.page import pyplot
 from vit import VisionTransformer
 

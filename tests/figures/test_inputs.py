@@ -13,7 +13,7 @@ from PIL import Image
 import visualize
 from backbones.convnet import ConvNet
 from figures.inputs import Config, fit, networks, patch_at, photographs, read
-from images.data import read_file
+from images.files import read_file
 from machinery.flags import UsageError
 from vit import VisionTransformer
 

@@ -15,7 +15,8 @@ from augment import center_crop, normalise
 from backbones.weights import load_backbone
 from figures.neighbours import (RIGHT, WRONG, Config, draw, draw_neighbours, nearest,
                                 open_queries)
-from images.data import open_images, read_file
+from images.data import open_images
+from images.files import read_file
 from machinery.flags import UsageError, parse
 from machinery.page import pyplot
 

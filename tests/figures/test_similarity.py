@@ -6,7 +6,7 @@ import torch
 
 import visualize
 from figures.inputs import fit, load_backbone, patch_features
-from images.data import read_file
+from images.files import read_file
 from machinery.page import pyplot
 from vit import VisionTransformer
 

@@ -20,7 +20,7 @@ from backbones.convnet import ConvNet
 from backbones.weights import load_backbone
 from figures.video import (METHODS, WRITERS, AttentionMaps, Config, Frames, PCAMaps, draw,
                            file_to_write, frames_and_maps, open_frames, pages, side_by_side)
-from images.data import read_file
+from images.files import read_file
 from machinery.flags import UsageError, parse
 
 

@@ -103,6 +103,15 @@ def test_sets_of_torchvision(monkeypatch):
         assert flat.max() == largest and flat[number_of_0] == 0 and flat[255] == IGNORE
 
 
+def test_an_image_that_is_to_be_turned(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 3  # orientation: upside down
+    Image.new("RGB", (9, 6)).save(folder / "val/images/0.jpg", exif=exif)
+    pairs = open_pairs(MASKS, f"pairs:{folder}:val", read_mask)
+    with pytest.raises(ValueError, match="0.jpg is to be turned by its EXIF .orientation 3."):
+        pairs[0]
+
+
 def test_misfits(folder):
 
     def opened(spec, table=MASKS, read=read_mask):

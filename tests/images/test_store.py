@@ -26,7 +26,8 @@ from conftest import killed_in_step
 import train
 from augment import MultiCrop
 from images import store
-from images.data import EXTENSIONS, Images, Sampler, Views, cached, open_images, training_loader
+from images.data import Images, Sampler, Views, cached, open_images, training_loader
+from images.files import EXTENSIONS
 from machinery.flags import UsageError, parse
 from training.config import Config
 from training.recipes import PRESETS

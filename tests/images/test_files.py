@@ -1,0 +1,70 @@
+"""Claims
+1. Images of 16 bits and of any number of channels are read whole; a miss names both numbers.
+2. Numbers that are no image are refused: integers of more than 16 bits, which would be black, and
+   floats beyond 1.
+"""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as TF
+
+from augment import pixels_of
+from images.data import open_images
+from images.files import from_array
+
+
+@pytest.mark.parametrize("kind", ["png", "H,W npy", "1,H,W npy", "tif"])
+def test_sixteen_bits(kind, tmp_path):
+    """All of them for one channel; the upper eight for three."""
+    grey = np.linspace(0, 65535, 20 * 30).reshape(20, 30).astype(np.uint16)
+    if "npy" in kind:
+        np.save(tmp_path / "a.npy", grey if kind[0] == "H" else grey[None])
+    else:
+        Image.fromarray(grey).save(tmp_path / f"a.{kind}")
+    image = open_images(f"folder:{tmp_path}", pixels=pixels_of(1)).read(0)
+    assert image.dtype == torch.float32 and image.shape == (1, 20, 30)
+    torch.testing.assert_close(image[0].double() * 65535, torch.from_numpy(grey.astype(float)))
+    three = open_images(f"folder:{tmp_path}").read(0)
+    assert three.dtype == torch.uint8 and three.shape == (3, 20, 30)
+    torch.testing.assert_close(three[1] / 255, image[0], rtol=0, atol=0.5 / 255 + 1e-6)
+
+
+def test_channels(tmp_path):
+    array = np.random.default_rng(0).random((20, 30, 5), dtype=np.float32)
+    for name, content in (("a", array), ("b", array.transpose(2, 0, 1)), ("c", array[..., :4])):
+        np.save(tmp_path / f"{name}.npy", content)
+    images = open_images(f"folder:{tmp_path}", pixels=pixels_of(5))
+    for i in (0, 1):
+        np.testing.assert_array_equal(images.read(i).numpy(), array.transpose(2, 0, 1))
+    with pytest.raises(ValueError, match="4 channels, expected --in_chans 5"):
+        images.read(2)
+    with pytest.raises(ValueError, match="--val_data 3 channels, expected --in_chans 2"):
+        open_images("shapes:8", flag="--val_data", pixels=pixels_of(2))
+    np.save(tmp_path / "a.npy", array + 7)
+    with pytest.raises(ValueError, match="--data values from 7.* expected 0 to 1"):
+        open_images(f"folder:{tmp_path}", pixels=pixels_of(5))
+    np.save(tmp_path / "a.npy", np.float32(0.5))
+    with pytest.raises(ValueError, match="expected an image"):
+        open_images(f"folder:{tmp_path}", pixels=pixels_of(5))
+    Image.fromarray((array[..., :4] * 255).astype(np.uint8), "RGBA").save(tmp_path / "d.png")
+    images = open_images(f"folder:{tmp_path}",
+                         pixels=pixels_of(4))  # arrays: where nothing else is
+    assert images.names == ["d.png"] and images.read(0).shape == (4, 20, 30)
+    grey = open_images("shapes:8", pixels=pixels_of(1)).read(3)
+    expected = TF.rgb_to_grayscale(open_images("shapes:8").read(3) / 255)
+    torch.testing.assert_close(grey, expected)
+
+
+def test_more_than_sixteen_bits_are_refused(tmp_path):
+    Image.fromarray(np.full((20, 30), 70_000, dtype=np.int32)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match="values from 1.06813 to 1.06813, expected 0 to 1"):
+        open_images(f"folder:{tmp_path}").read(0)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint32])
+def test_integers_of_many_bits_are_refused(dtype):
+    with pytest.raises(ValueError, match="expected integers of 8 or 16 bits"):
+        from_array(np.full((8, 8, 3), 200, dtype), 3)
+    assert from_array(np.full((8, 8, 3), 200, np.uint8), 3).max() == 200
