@@ -206,7 +206,7 @@ def read_manifest(path: Path) -> dict:
     if "sha256" in manifest and manifest != seal(manifest):
         raise ValueError("manifest.json does not match its own checksum")
     step = manifest["step"]
-    if type(step) is not int or step != int(path.name[5:]):
+    if type(step) is not int or step != step_of(path):
         raise ValueError(f"manifest.json is that of step {step!r:.40}")
     return manifest
 
@@ -255,16 +255,24 @@ def save_checkpoint(folder: Path, step: int, state: dict, facts: dict, process: 
         shutil.rmtree(final, ignore_errors=True)
         os.replace(unfinished, final)
 
-        # Older ones go last, so that there is always one to continue from.
-        for old in checkpoints(folder)[keep:]:
-            shutil.rmtree(old)
+        # Older ones go last, so that there is always one to continue from. Those of later steps
+        # are damaged, too: they would stand first in the list, and a good one would go for them.
+        later = [path for path in checkpoints(folder) if step_of(path) > step]
+        older = [path for path in checkpoints(folder) if step_of(path) <= step][keep:]
+        for path in later + older:
+            shutil.rmtree(path)
     process.barrier()
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The folders step-N, newest first, damaged or not."""
     paths = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
-    return sorted(paths, key=lambda path: -int(path.name[5:]))
+    return sorted(paths, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The number N of a folder step-N."""
+    return int(path.name.removeprefix("step-"))
 
 
 def find_checkpoint(folder: Path, process: Process) -> tuple[Path, dict] | None:
@@ -296,20 +304,12 @@ def find_checkpoint(folder: Path, process: Process) -> tuple[Path, dict] | None:
     return process.broadcast(newest_good)
 
 
-def load_checkpoint(path: Path, state: dict, process: Process,
-                    former_names: dict | None = None):
+def load_checkpoint(path: Path, state: dict, process: Process):
     """Fill the tensors of `state` in place, whatever number of processes wrote the checkpoint.
 
-    All processes have to call it. former_names: name of a part of `state` today -> its name in
-    older checkpoints. UsageError if the checkpoint lacks a tensor, or has it in another shape.
+    All processes have to call it. UsageError if the checkpoint lacks a tensor, or has it in
+    another shape.
     """
-    # An index lists its tensors as "PART.NAME". A part that this checkpoint has under its
-    # former name is asked for by that.
-    index = Reader(path).read_metadata().state_dict_metadata
-    for name, former in (former_names or {}).items():
-        if any(key.startswith(f"{former}.") for key in index):
-            state = {former if key == name else key: part for key, part in state.items()}
-
     # DCP's exception is a BaseException, which `except Exception` would let through. It holds
     # one failure for each process; the first one is told.
     try:

@@ -13,6 +13,7 @@ Change   another failure that a user can mend is one more branch in `mendable`
 Tests    pytest tests/machinery/test_failures.py
 """
 
+import errno
 import os
 import sys
 import traceback
@@ -59,6 +60,10 @@ def outcome(error: BaseException) -> tuple[int, str]:
         return 128 + 13, ""
 
     line = str(error) if isinstance(error, UsageError) else mendable(error)
+
+    # What a worker of a loader has raised arrives with the traceback of that process before it.
+    if line.startswith("Caught UsageError in DataLoader worker"):
+        line = line.strip().splitlines()[-1].partition(": ")[2]
     if line:
         return 2, f"error: {line}"
     return 1, "".join(traceback.format_exception(error))
@@ -71,10 +76,17 @@ def mendable(error: BaseException) -> str:
         what = str(error).splitlines()[0].rstrip(" .")
         return f"{what}; the same command continues, or give fewer --num_workers"
 
-    # A worker that was killed may have promised a batch, which nobody hands over any more.
-    if isinstance(error, ConnectionError):
+    # A worker that was killed may have promised a batch, which nobody hands over any more. (A
+    # download that breaks off is a ConnectionError, too, and not of that module.)
+    calls = traceback.extract_tb(error.__traceback__)
+    of_worker = any("multiprocessing" in call.filename for call in calls)
+    if isinstance(error, ConnectionError) and of_worker:
         return (f"DataLoader worker is gone ({error.strerror}); the same command continues, or "
                 "give fewer --num_workers")
+
+    if isinstance(error, ConnectionError):
+        return (f"a connection was lost or refused ({error.strerror or error}); try again, or "
+                "download the file by hand and give its path")
 
     # DCP, which writes the checkpoints, holds one failure for each process that had one.
     if isinstance(error, CheckpointException):
@@ -85,10 +97,14 @@ def mendable(error: BaseException) -> str:
     # once more while it closes its file, with "unexpected pos 704 vs 598"; the OSError stands
     # behind that. It is lost where one process tells another of its failure.
     if "inline_container" in str(error):
-        error = error.__context__ or OSError(0,
+        error = error.__context__ or OSError(errno.ENOSPC,
                                              "a file cannot be written, the disk may be full")
     if isinstance(error, OSError) and error.strerror:
         path = error.filename2 or error.filename  # of a copy, that which is written
         what = f"{path}: {error.strerror}" if path else error.strerror
-        return f"{what}; give a place with room and the right to write (--output_dir, --output)"
+
+        # The same error may come from a place to write to, or from a file that was to be read.
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            return f"{what}; give a place with room (--output_dir, --output)"
+        return f"{what}; look at the paths that were given, and at the right to read or write"
     return ""

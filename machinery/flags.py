@@ -84,6 +84,10 @@ def command(main):
     @functools.wraps(main)
     def wrapped(argv=None):
         try:
+            # The name of a file may have bytes that are no UTF-8, which cannot be printed as
+            # they are: they are written as \xe9 and the like.
+            if hasattr(sys.stdout, "reconfigure"):  # a notebook has another kind of output
+                sys.stdout.reconfigure(errors="backslashreplace")
             result = main(sys.argv[1:] if argv is None else argv)
             sys.stdout.flush()  # here, where it may fail in good order
             return result
@@ -150,7 +154,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         # argparse says "unrecognized arguments: --siz 4". The user wants to know which flag was
         # meant: "there is no flag --siz; did you mean --size?"
-        if match := re.search(r"unrecognized arguments: (--\S+)", message):
+        if match := re.search(r"unrecognized arguments: (--?[A-Za-z]\S*)", message):
             given = match[1].split("=")[0]
             all_flags = [flag for action in self._actions for flag in action.option_strings]
             # Imported here: it is needed when a flag is wrong, and no run starts after that.
@@ -169,7 +173,8 @@ def to_bool(text: str) -> bool:
     """The value of a flag such as --shiny false; argparse's bool("false") would be True."""
     if text.lower() in ("true", "1", "yes", "on", "false", "0", "no", "off"):
         return text.lower() in ("true", "1", "yes", "on")
-    raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    raise argparse.ArgumentTypeError(f"{text!r} is not true or false (a preset or a task comes "
+                                     "before all flags)")
 
 
 # No setting of any program is larger. It is the largest whole number of 32 bits, which numpy,
@@ -249,7 +254,8 @@ def make_parser(config_class, presets: dict | None, usage: str) -> Parser:
     for field in dataclasses.fields(config_class):
         # Some fields are set by `parse` or by the program, and not by a flag. Where the first word
         # cannot be a preset, a field of this name is a flag like any other.
-        if field.name in ("given", presets and "preset") or field.metadata.get("no_flag"):
+        if field.name in ("given", "taken_over", presets
+                          and "preset") or field.metadata.get("no_flag"):
             continue
         group_name, text = about[field.name]
         if group_name not in groups:

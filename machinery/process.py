@@ -94,15 +94,22 @@ def start_process(device: str = "auto") -> Process:
     available = {
         "cpu": True, "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available()}
-    kind = device.split(":")[0]
-    if not available.get(kind):
+    kind, _, number = device.partition(":")
+    if not available.get(kind) or not (number or "0").isdigit() or device.endswith(":"):
         choices = ", ".join(name for name, is_there in available.items() if is_there)
         raise UsageError(f"--device {device}: not available here; choose from auto, {choices}")
+
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device {device}: this machine has {torch.cuda.device_count()} GPUs, "
+            "the first one is cuda:0")
 
     # torchrun tells each process its number by environment variables. Without them this is the
     # only process.
     if "WORLD_SIZE" not in os.environ:
         return Process(torch.device(device))
+    if "RANK" not in os.environ:
+        raise UsageError("WORLD_SIZE is set, but RANK is not: start with torchrun, or unset it")
 
     # LOCAL_RANK is the number among the processes of this machine, so each takes another GPU.
     if kind == "cuda":

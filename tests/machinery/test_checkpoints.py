@@ -3,7 +3,7 @@
 2. A kill while saving loses nothing and leaves nothing lying about; files are replaced whole.
 3. A checkpoint that holds code is refused, whatever its manifest says, and nothing in it runs,
    nor does it change a class or a function of the program.
-4. One that does not fit is refused by its name; parts under a former name are found.
+4. One that does not fit is refused by its name.
 5. A manifest of another step, or one that was changed, is damage; one of an earlier version,
    without a checksum of its own, is read.
 """
@@ -56,6 +56,16 @@ def test_saved_and_loaded(tmp_path):
     assert (state["student"]["a.b"] == 3).all() and state["student"]["c"] == 1.5
 
 
+def test_a_damaged_one_of_a_later_step_is_removed_first(tmp_path, capsys):
+    for step in (500, 1000):
+        save(tmp_path, step)
+    (tmp_path / "step-1000/manifest.json").write_text("{")
+    assert newest(tmp_path, capsys)[0] == 500
+    state = {"student": {"a.b": torch.zeros(100)}}
+    save_checkpoint(tmp_path, 750, state, {}, ALONE, keep=1)
+    assert newest(tmp_path, capsys) == (750, "")
+
+
 def test_what_does_not_fit(tmp_path):
     save(tmp_path, 3)
     wrong_shape = {"student": {"a.b": torch.zeros(99, dtype=torch.int64)}}
@@ -63,19 +73,6 @@ def test_what_does_not_fit(tmp_path):
         load_checkpoint(tmp_path / "step-3", wrong_shape, ALONE)
     with pytest.raises(UsageError, match="step-3 does not fit this run"):
         load_checkpoint(tmp_path / "step-3", {"teacher": {"c": torch.tensor(0.0)}}, ALONE)
-
-
-def test_former_names(tmp_path):
-    """A part is found under the name that it had when the checkpoint was written."""
-    save(tmp_path, 3)
-    state = {"pupil": empty_state()["student"]}
-    load_checkpoint(tmp_path / "step-3", state, ALONE, former_names={"pupil": "student"})
-    assert list(state) == ["pupil"] and state["pupil"]["c"] == 1.5
-
-    # A checkpoint of today has the name of today, and is read as well.
-    state = empty_state()
-    load_checkpoint(tmp_path / "step-3", state, ALONE, former_names={"student": "scholar"})
-    assert state["student"]["c"] == 1.5
 
 
 def test_damage(tmp_path, capsys):

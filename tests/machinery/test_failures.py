@@ -10,6 +10,7 @@ import errno
 import os
 import sys
 import time
+from multiprocessing.connection import Client
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from conftest import start
 from torch.distributed.checkpoint import CheckpointException
 
 from machinery.checkpoints import save_checkpoint, save_tensors, write_text
-from machinery.flags import command
+from machinery.flags import UsageError, command
 from machinery.process import Process, start_process
 
 PATIENCE = 100  # seconds after which a test gives up
@@ -30,8 +31,12 @@ TORCH_SAYS = RuntimeError("[enforce fail at inline_container.cc:672] . unexpecte
 @pytest.mark.parametrize("error, words", [
     (OSError(errno.ENOSPC, "No space left", "runs/x/file"), "runs/x/file: No space left; "),
     (OSError(errno.EFBIG, "File too large"), "error: File too large; "),
-    (ConnectionRefusedError(errno.ECONNREFUSED,
-                            "refused"), "DataLoader worker is gone (refused)"),
+    (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), "lost or refused (refused); try"),
+    (FileNotFoundError(errno.ENOENT, "No such file",
+                       "x"), "x: No such file; look at the paths"),
+    (UsageError(
+        "Caught UsageError in DataLoader worker process 0.\nTraceback:\n  File x, line 1\n"
+        "machinery.flags.UsageError: --data: ten images"), "error: --data: ten images"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nMore."),
      "error: DataLoader worker (pid 7) is killed by signal: Killed; "),
     (CheckpointException("write", {1: (TORCH_SAYS, None)}), "the disk may be full; ")])
@@ -45,7 +50,19 @@ def test_what_the_system_refuses(error, words, capsys):
         main([])
     printed = capsys.readouterr().err
     assert stop.value.code == 2 and words in printed and printed.count("\n") == 1
-    assert ("--num_workers" if "worker" in words else "--output_dir") in printed
+    assert ("--num_workers" in printed) == ("killed" in words)
+    assert ("--output_dir" in printed) == any(w in words for w in ("left", "large", "full"))
+
+
+def test_a_worker_that_is_gone(capsys):
+
+    @command
+    def main(argv):
+        Client(("127.0.0.1", 1))  # where nobody listens
+
+    with pytest.raises(SystemExit):
+        main([])
+    assert "DataLoader worker is gone (Connection refused)" in capsys.readouterr().err
 
 
 @contextlib.contextmanager

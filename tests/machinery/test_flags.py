@@ -72,20 +72,21 @@ def test_authority():
     assert parse_line("small --shiny true").shiny is True
 
 
-@pytest.mark.parametrize("line, words", [("smal", "did you mean small"),
-                                         ("--siz 4", "did you mean --size"),
-                                         ("--size four", "--size"),
-                                         ("--size -1", "--size: -1: expected 0 or more"),
-                                         (f"--size {10**24}", "at most 2,147,483,647"),
-                                         ("--size 2147483648", "--size: 2147483648: expected"),
-                                         ("--range 0.1 inf", "--range: inf: expected"),
-                                         ("--weight inf", "--weight: inf: expected"),
-                                         ("--weight nan", "--weight: nan: expected"),
-                                         ("--made here", "there is no flag --made"),
-                                         ("--range -0.1 nan", "--range: -0.1"),
-                                         ("--range 0.1 nan", "--range: nan"),
-                                         ("--kind three", "--kind"), ("--range 1", "--range"),
-                                         ("--shiny maybe", "maybe")])
+@pytest.mark.parametrize("line, words",
+                         [("smal", "did you mean small"), ("--siz 4", "did you mean --size"),
+                          ("-size 4", "no flag -size; did you mean --size"),
+                          ("--shiny small", "a preset or a task comes before all flags"),
+                          ("--size four", "--size"),
+                          ("--size -1", "--size: -1: expected 0 or more"),
+                          (f"--size {10**24}", "at most 2,147,483,647"),
+                          ("--size 2147483648", "--size: 2147483648: expected"),
+                          ("--range 0.1 inf", "--range: inf: expected"),
+                          ("--weight inf", "--weight: inf: expected"),
+                          ("--weight nan", "--weight: nan: expected"),
+                          ("--made here", "there is no flag --made"),
+                          ("--range -0.1 nan", "--range: -0.1"),
+                          ("--range 0.1 nan", "--range: nan"), ("--kind three", "--kind"),
+                          ("--range 1", "--range"), ("--shiny maybe", "maybe")])
 def test_misuse(line, words):
     with pytest.raises(UsageError, match=words):
         parse_line(line)
@@ -275,7 +276,7 @@ def test_a_file_that_the_system_refuses(capsys):
         main([])
     assert stop.value.code == 2
     message = capsys.readouterr().err
-    assert message.startswith(f"error: /dev/null/x: {os.strerror(errno.ENOTDIR)}; give a place")
+    assert message.startswith(f"error: /dev/null/x: {os.strerror(errno.ENOTDIR)}; look at")
     assert message.count("\n") == 1
 
     @command

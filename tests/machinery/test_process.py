@@ -34,6 +34,23 @@ def test_device_is_checked():
     with pytest.raises(UsageError,
                        match="--device tpu: not available here; choose from auto, cpu"):
         start_process("tpu")
+    for device in ("cpu:", "cpu:foo"):
+        with pytest.raises(UsageError, match=f"--device {device}: not available here"):
+            start_process(device)
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UsageError, match="--device cuda:9: this machine has 1 GPUs"):
+        start_process("cuda:9")
+
+
+def test_half_of_what_torchrun_says(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UsageError, match="RANK is not: start with torchrun"):
+        start_process("cpu")
 
 
 def test_one_process_exchanges_with_itself(capsys):
