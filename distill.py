@@ -22,6 +22,7 @@ Tests    pytest tests/test_distill.py
 Letters  G global crops, B images, P patches of a crop, D width of the student's backbone.
 """
 
+import contextlib
 import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -209,6 +210,17 @@ def move_average(teacher: Teacher, student: nn.Module, momentum: float,
 # Opening the large network: --teacher
 
 
+@contextlib.contextmanager
+def teacher_errors():
+    """Inside, a ValueError is about --teacher, and becomes one line that says so."""
+    # The functions that read weights call them --weights, as the flag of other programs. It is
+    # put around the reading alone: the ValueError of a bug while training keeps its traceback.
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error).replace("--weights", "--teacher")) from None
+
+
 def open_backbone(config: Config) -> nn.Module:
     """The backbone of --teacher, frozen; UsageError if the student's crops do not fit it."""
     backbone = load_backbone(config.teacher).requires_grad_(False)
@@ -219,7 +231,11 @@ def open_backbone(config: Config) -> nn.Module:
     teacher_patch = None if isinstance(backbone, ConvNet) else patch_size
     student_patch = None if config.convnet else config.patch_size
     compares_patches = config.learns_patches or config.patch_feature_weight
-    if compares_patches and (teacher_patch != student_patch or not student_patch):
+    if compares_patches and not (teacher_patch and student_patch):
+        convnet = f"--arch {config.arch}" if config.convnet else f"--teacher {config.teacher}"
+        raise UsageError(f"{convnet} is a convnet and has no patches to compare; do without: "
+                         "--ibot_weight 0 --patch_feature_weight 0")
+    if compares_patches and teacher_patch != student_patch:
         raise UsageError(
             f"--patch_size {student_patch}: patches are compared one by one, and those of "
             f"--teacher {config.teacher} are of {teacher_patch} pixels; give the same, or do "
@@ -243,12 +259,10 @@ def identify_teacher(config: Config) -> Config:
     sha256 = digest(weights_file(config.teacher))
     folder = Path(config.output_dir or f"runs/{config.preset}")
     if config.resume and (folder / "config.json").exists():
-        # None in runs of earlier versions, which did not store it: those go on as they did.
-        began_with = read_config(folder / "config.json").get("teacher_sha256")
-        if began_with not in (sha256, None):
+        began_with = read_config(folder / "config.json", Config)["teacher_sha256"]
+        if began_with != sha256:
             raise UsageError(f"--teacher {config.teacher} has other weights than when {folder} "
                              "began: give those, or --no_resume to start anew")
-        sha256 = began_with
     return replace(config, teacher_sha256=sha256)
 
 
@@ -271,8 +285,12 @@ def train_heads(config: Config, backbone: nn.Module) -> Path:
     folder = Path(config.output_dir or f"runs/{config.preset}") / "teacher_heads"
     epochs = config.train_teacher_heads_epochs
     warmup_epochs = min(config.warmup_epochs, epochs - 1)
-    heads_config = replace(config, output_dir=str(folder), epochs=epochs, knn_every=0, init="",
-                           dense_every=0, warmup_epochs=warmup_epochs, freeze_backbone_epochs=0)
+    prototypes_rest = min(config.freeze_last_layer_epochs, epochs - 1)
+    heads_config = replace(
+        config, output_dir=str(folder), epochs=epochs, knn_every=0, init="", dense_every=0,
+        warmup_epochs=warmup_epochs, freeze_backbone_epochs=0,
+        freeze_last_layer_epochs=prototypes_rest,
+        warmup_teacher_temp_epochs=min(config.warmup_teacher_temp_epochs, epochs))
 
     # 2. The network in config.json is the teacher's, so that its masks have the teacher's grid.
     # The name of the architecture is for the record: the backbone is not built but given.
@@ -311,12 +329,12 @@ def add_heads(config: Config, backbone: nn.Module, run: Path) -> tuple[Config, N
            for name, value in stored.items() if name in fields})
 
     # 2. Teacher and student answer over the same prototypes. What no flag says about their
-    # number is taken from the teacher, and counts as given: --auto_scale must not change it.
+    # number is taken from the teacher; --auto_scale does not change it.
     shared = ("n_prototypes", "ibot_n_prototypes", "separate_head")
     taken_over = {
         name: getattr(teacher_config, name)
         for name in shared if name not in config.given}
-    config = replace(config, **taken_over, given=(*config.given, *taken_over))
+    config = replace(config, **taken_over, taken_over=(*config.taken_over, *taken_over))
 
     # 3. Flags may still ask for another number, or the teacher may never have learned patches.
     teacher_prototypes = teacher_config.objectives
@@ -340,7 +358,8 @@ def open_teacher(config: Config) -> tuple[Config, Network]:
 
     The returned config has the channels and the prototypes of the teacher.
     """
-    backbone = open_backbone(config)
+    with teacher_errors():
+        backbone = open_backbone(config)
 
     # Both networks see the same crops, in the channels and with the normalisation that the
     # teacher has learned with.
@@ -360,17 +379,17 @@ def open_teacher(config: Config) -> tuple[Config, Network]:
         run = train_heads(config, backbone)
     if not run.is_dir():  # a file such as RUN/teacher.pt: the heads lie beside it
         run = run.parent
-    config, frozen = add_heads(config, backbone, run)
+    with teacher_errors():
+        config, frozen = add_heads(config, backbone, run)
     return config, frozen.requires_grad_(False).eval()
 
 
 def run(config: Config) -> dict:
     """train.run with a teacher that is opened first; returns the summary of the run."""
     check(config)
-    try:
-        config, frozen = open_teacher(identify_teacher(config))
-    except ValueError as error:  # of the functions that read weights, which call them --weights
-        raise UsageError(str(error).replace("--weights", "--teacher")) from None
+    with teacher_errors():
+        config = identify_teacher(config)
+    config, frozen = open_teacher(config)
     return train.run(config, partial(build, frozen=frozen), move_average)
 
 

@@ -620,14 +620,13 @@ class Run:
         """Write the run directory, or load the checkpoint and its manifest."""
         process = self.process
         if process.main:
-            create_run_dir(self.folder, self.config, process)
+            create_run_dir(self.folder, self.config, process, len(self.images))
         self.introduce()
 
         if checkpoint:
             path, manifest = checkpoint
-            # Checkpoints of earlier versions called the centerings "makers".
             state = live_state(self.parts, self.learner.optimizer, of="student")
-            load_checkpoint(path, state, process, former_names={"centerings": "makers"})
+            load_checkpoint(path, state, process)
             self.step = manifest["step"]
             self.figures = manifest["figures"]
             self.last_row = manifest["last"]

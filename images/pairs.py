@@ -17,7 +17,6 @@ Letters  C channels, H W pixels.
 """
 
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,11 +25,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from augment import RGB, Pixels
-from images.data import EXTENSIONS, in_channels, read_file
+from images.files import EXTENSIONS, in_channels, read_file
+from machinery.flags import command, user_errors
 
 IGNORE = -1  # in a map of classes: this pixel has no answer, and does not count
 
@@ -40,7 +40,7 @@ class Pairs:
     """Images and their maps, which are read one by one by their numbers 0, 1, 2, ..."""
 
     name: str  # of the data set, as in --data
-    # number -> image (C, H, W) as images.data.read_file gives it, and its map (H, W): int64
+    # number -> image (C, H, W) as images.files.read_file gives it, and its map (H, W): int64
     # classes with IGNORE, or float32 metres with 0 where nothing was measured.
     read: Callable[[int], tuple[Tensor, Tensor]]
     names: list[str]  # one for each pair
@@ -245,6 +245,16 @@ def _files(folder: Path, endings: tuple[str, ...], flag: str) -> list[str]:
 
 def _read_files(files: list[tuple[Path, Path]], channels: int, read_map, i: int):
     image, map = files[i]
+
+    # A photograph may have to be turned, as its EXIF says. Whether its map was made before or
+    # after that nobody can tell, and where both have the same size nothing would look wrong.
+    if image.suffix.lower() != ".npy":
+        with Image.open(image) as photo:
+            orientation = photo.getexif().get(ExifTags.Base.Orientation, 1)
+        if orientation != 1:
+            raise ValueError(
+                f"{image} is to be turned by its EXIF (orientation {orientation}), "
+                "and its map is not: save it upright")
     return read_file(image, channels), read_map(map)
 
 
@@ -374,11 +384,18 @@ def open_pairs(table: dict, spec: str, read_map, root: str = "data", download: b
     return replace(pairs, pixels=pixels)
 
 
-if __name__ == "__main__":
-    for spec in sys.argv[1:] or ["shapes:100"]:
-        pairs = open_pairs(MASKS, spec, read_mask)
+@command
+def main(argv):
+    """How many pairs the named sets have, and the classes of the first one."""
+    for spec in argv or ["shapes:100"]:
+        with user_errors():
+            pairs = open_pairs(MASKS, spec, read_mask)
         image, mask = pairs[0]
         shares = torch.bincount(mask[mask != IGNORE]) / mask.numel()
         listed = ", ".join(f"{c}: {share:.1%}" for c, share in enumerate(shares) if share)
         print(f"{spec}: {len(pairs):,d} pairs, the first {tuple(image.shape)}, with the "
               f"classes {listed}")
+
+
+if __name__ == "__main__":
+    main()

@@ -18,7 +18,8 @@ import torchvision
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from images.data import Images, first_line, in_channels
+from images.data import Images, first_line
+from images.files import in_channels
 
 # The name of a class -> (keyword, value for training, value for validation), or None where the
 # class does not divide its images. Where there is no "val", the "test" images take its place.

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from images.data import EXTENSIONS, in_channels, read_file
+from images.files import EXTENSIONS, in_channels, read_file
 from images.shapes import video as draw_video
 from machinery.flags import UsageError
 

@@ -30,14 +30,13 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (EVERYTHING, TINY, heads_of, killed_in_step, metrics_of, same_tensors,
-                      saved, start, teacher_of, tiny_config, views_of, without_figures)
+from conftest import (EVERYTHING, TINY, killed_in_step, metrics_of, same_tensors, saved, start,
+                      teacher_of, tiny_config, views_of, without_figures)
 
 import losses
 import train
 from augment import Masking, MultiCrop, collate
 from images.data import Views
-from machinery.checkpoints import find_checkpoint, save_checkpoint
 from machinery.flags import UsageError
 from machinery.process import Process
 from training.optim import OPTIMIZERS, parameter_groups
@@ -269,29 +268,6 @@ def test_resumed_in_bfloat16(tmp_path):
         train.run(tiny_config(broken, *flags))
     train.run(tiny_config(broken, *flags))
     assert same_tensors(teacher_of(whole), teacher_of(broken))
-
-
-def test_a_run_under_the_former_names_goes_on(whole, tmp_path):
-    """Earlier versions called the centerings "makers", in checkpoints and in heads.pt."""
-    run = tmp_path / "run"
-    with killed_in_step(11):
-        train.run(tiny_config(run))
-    _, manifest = find_checkpoint(run / "checkpoint", PROCESS)
-    _, state = saved(run / "checkpoint")
-    heads = heads_of(run)
-    assert state["centerings.dino.center"].abs().max() > 0  # so it matters whether it is read
-
-    # The same checkpoint and the same heads.pt, as an earlier version would have written them.
-    former = {key.replace("centerings.", "makers."): value for key, value in state.items()}
-    facts = {"figures": manifest["figures"], "last": manifest["last"]}
-    save_checkpoint(run / "checkpoint", manifest["step"], former, facts, PROCESS)
-    heads["makers"] = heads.pop("centerings")
-    torch.save(heads, run / "heads.pt")
-
-    train.run(tiny_config(run))
-    assert same_tensors(teacher_of(whole), teacher_of(run))
-    assert same_tensors(saved(whole / "checkpoint")[1], saved(run / "checkpoint")[1])
-    assert set(heads_of(run)) == {"dino_head", "centerings"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -196,6 +196,16 @@ def check_schedule(config: Config):
             f"--freeze_backbone_epochs {config.freeze_backbone_epochs} leaves nothing "
             f"of --epochs {config.epochs}")
 
+    # As long as the run is allowed: one epoch, the papers' rest, is often tried by itself.
+    if config.freeze_last_layer_epochs > config.epochs:
+        raise UsageError(
+            f"--freeze_last_layer_epochs {config.freeze_last_layer_epochs}: the "
+            f"prototypes would rest for all of --epochs {config.epochs}; give fewer")
+    if config.warmup_teacher_temp_epochs > config.epochs:
+        raise UsageError(
+            f"--warmup_teacher_temp_epochs {config.warmup_teacher_temp_epochs}: in --epochs "
+            f"{config.epochs} the temperature would not come to --teacher_temp; give fewer")
+
     # Without epochs in which it rises, the first temperature would be ignored without a word.
     if ("warmup_teacher_temp" in config.given and not config.warmup_teacher_temp_epochs
             and config.warmup_teacher_temp != config.teacher_temp):

@@ -40,6 +40,7 @@ class Config:
 
     preset: str = ""
     given: tuple[str, ...] = ()  # names of the flags on the command line, set by flags.parse
+    taken_over: tuple[str, ...] = ()  # settings that other weights have decided
     # -- data
     data: str = "shapes"  # shapes | folder:PATH | shards:PATTERN | a torchvision class
     val_data: str = ""  # labelled images to judge with; empty: --val_share of --data
@@ -211,8 +212,8 @@ CROPS = ("in_chans", "mean", "std", "global_crops_size", "local_crops_size",
 
 # Settings that do not change the result: a run may be continued with other values of them.
 NEUTRAL = {
-    "output_dir", "given", "resume", "save_every", "log_every", "knn_every", "num_workers",
-    "device", "data_root", "download", "compile", "parallel", "keep",
+    "output_dir", "given", "taken_over", "resume", "save_every", "log_every", "knn_every",
+    "num_workers", "device", "data_root", "download", "compile", "parallel", "keep",
     "activation_checkpointing", "profile", "dense_every", "dense_data", "dense_val_data"}
 
 # ----------------------------------------------------------------------------------------------
@@ -250,10 +251,11 @@ def fits(value, kind) -> bool:
     return type(value) is kind
 
 
-def read_config(file: Path) -> dict:
+def read_config(file: Path, kind: type = Config) -> dict:
     """The fields of a run's config.json by name, and its global_batch.
 
-    A field that the run did not know, because it is older than the field, has its default.
+    kind: Config, or a dataclass with more fields, such as that of distill.py. A field that the
+    run did not know, because it is older than the field, has its default.
     ValueError if the file is anything else, or a value is not of the type of its field: the
     file may come from anywhere.
     """
@@ -261,11 +263,11 @@ def read_config(file: Path) -> dict:
         stored = json.loads(file.read_text())
         if type(stored) is not dict or not fits(stored.get("global_batch"), int):
             raise ValueError("expected an object that knows its global_batch")
-        for name, kind in typing.get_type_hints(Config).items():
-            if name in stored and not fits(stored[name], kind):
+        for name, type_of_field in typing.get_type_hints(kind).items():
+            if name in stored and not fits(stored[name], type_of_field):
                 raise ValueError(f"{name} is {stored[name]!r:.40}")
     except (OSError, ValueError, RecursionError) as error:  # brackets nested without end
         raise ValueError(f"{file}: not the config.json of a run ({error})") from None
 
     stored = {name: tuple(v) if type(v) is list else v for name, v in stored.items()}
-    return asdict(Config()) | stored
+    return asdict(kind()) | stored

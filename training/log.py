@@ -175,9 +175,9 @@ class LogWindow:
         what = f"the loss ({ill[0]})" if ill else "a gradient"
         images = ", ".join(self.images.names[i] for i in index[:8].tolist())
         raise UsageError(
-            f"step {step}: {what} is not finite; weights are as before it, the last "
-            f"checkpoint is good. Images of this process: {images}, ... Lower --lr, or use "
-            "--precision fp32")
+            f"step {step}: {what} is not finite; the weights are as before it. Images of this "
+            f"process: {images}, ... The same command would come to the same step: start anew "
+            "with --no_resume and a lower --lr, or with --precision fp32")
 
     def count_broken(self, totals: dict, images_seen: int, device: torch.device):
         """Name the images that were replaced; more than one in a hundred end the run."""

@@ -30,8 +30,9 @@ SCALED = ("momentum_teacher", "n_prototypes", "ibot_n_prototypes", "warmup_epoch
 def auto_scale(config: Config, images: int, batch: int) -> Config:
     """`config` with the fields of SCALED set for a set of `images`, `batch` of them in a step.
 
-    batch: of all processes together. A field that a flag has named stays as it is. The rules
-    are ours; docs/scaling.md has a table of what they give, and what of it was measured.
+    batch: of all processes together. A field that a flag has named, or that other weights have
+    decided, stays as it is. The rules are ours; docs/scaling.md has a table of what they give,
+    and what of it was measured.
 
     Example: 10,000 images, 64 in a step, 100 epochs. That is 156 steps an epoch, 15,600 in all.
 
@@ -74,7 +75,7 @@ def auto_scale(config: Config, images: int, batch: int) -> Config:
     values = dict(momentum_teacher=momentum, n_prototypes=prototypes,
                   ibot_n_prototypes=prototypes, lr=float(f"{lr:.2g}"), lr_scaling="none",
                   warmup_epochs=warmup, local_crops_scale=local_crops)
-    for name in config.given:
+    for name in (*config.given, *config.taken_over):
         values.pop(name, None)
     return replace(config, **values)
 

@@ -45,12 +45,13 @@ def match_stored_run(config: Config, folder: Path, process: Process, images: int
         config.precision = resolve_precision(config.precision, process.device)
         return config
 
-    # What was settled when the run began is not asked again: the folder of images may have
-    # grown since then, and the machine may be another one.
-    stored = read_config(stored_file)
+    # What was settled when the run began is not asked again: the machine may be another one.
+    stored = read_config(stored_file, type(config))
     if config.auto_scale:
         for name in SCALED:
-            if name not in config.given and name not in stored["given"]:
+            decided = (*config.given, *config.taken_over, *stored["given"],
+                       *stored["taken_over"])
+            if name not in decided:
                 setattr(config, name, stored[name])
     if config.precision == "auto":
         config.precision = stored["precision"]
@@ -65,6 +66,13 @@ def match_stored_run(config: Config, folder: Path, process: Process, images: int
         raise UsageError(f"the run's global batch of {global_batch} does not divide over "
                          f"{process.world_size} processes")
     config.batch_size_per_gpu = global_batch // process.world_size
+
+    # The number of images decides how many steps an epoch has, and in which order they come.
+    if stored.get("images") not in (None, images):
+        raise UsageError(
+            f"{folder} began with {stored['images']:,d} images, --data has {images:,d}: "
+            "give the same images, or --no_resume to start anew, or begin another "
+            f"run with --init {folder}")
 
     # Everything else has to be the same, except for what cannot change the result. A field that
     # the run's config.json lacks has its default there (read_config).
@@ -122,25 +130,27 @@ def locked(folder: Path, process: Process):
         yield
 
 
-def create_run_dir(folder: Path, config: Config, process: Process):
+def create_run_dir(folder: Path, config: Config, process: Process, images: int):
     """Write what a run directory holds from the start: its settings and its code.
 
     With --no_resume an old run in the same place is removed first.
     """
     # Only what a run has written is removed, by name: the folder may hold other files.
     if not config.resume:
-        for name in ("checkpoint", "code", "snapshots"):
+        for name in ("checkpoint", "code", "snapshots", "teacher_heads"):
             shutil.rmtree(folder / name, ignore_errors=True)
         for name in ("metrics.jsonl", "summary.json", "card.md", "config.json", "teacher.pt",
-                     "heads.pt"):
+                     "heads.pt", "story.png", "story.pdf", "trace.json"):
             (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "config.json").exists():
         return
 
-    # The global batch is stored, because the number of processes is not a setting.
+    # The global batch is stored, because the number of processes is not a setting; and so is the
+    # number of images, because files may come or go.
     stored = dataclasses.asdict(config)
     stored["global_batch"] = config.batch_size_per_gpu * process.world_size
+    stored["images"] = images
     write_json(folder / "config.json", stored)
 
     # The code as it was when the run began: the files at the top and those of each room.

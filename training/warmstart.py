@@ -90,14 +90,13 @@ def config_from_init(config: Config) -> Config:
         raise UsageError(
             f"--init {config.init} fixes the network: leave out {', '.join(flags)}{way_out}")
 
-    # The other settings of the weights are taken over, as if they had been given by flags, so
-    # that --auto_scale does not change them.
+    # The other settings of the weights are taken over; --auto_scale does not change them.
     chosen = {*config.given, *(PRESETS | DISTILLATION).get(config.preset, ())}
     taken_over = {}
     for name in (*fixed, *CROPS):
         if name in settings and (name in fixed or name not in chosen):
             taken_over[name] = settings[name]
-    config = dataclasses.replace(config, **taken_over, given=(*config.given, *taken_over))
+    config = dataclasses.replace(config, **taken_over, taken_over=tuple(taken_over))
 
     # A crop size that no flag chose, and that does not come from the weights, is rounded to
     # whole patches of this network. Examples: the default of 96 pixels becomes 98 for patches
@@ -105,7 +104,7 @@ def config_from_init(config: Config) -> Config:
     if not config.convnet:
         p = config.patch_size
         for name in ("global_crops_size", "local_crops_size"):
-            if name not in config.given:
+            if name not in (*config.given, *config.taken_over):
                 setattr(config, name, max(1, round(getattr(config, name) / p)) * p)
     return config
 
@@ -151,9 +150,6 @@ def init_heads(config: Config) -> dict[str, dict[str, Tensor]]:
     if not (config.init and file.exists()):
         return {}
     try:
-        tensors = read_tensors(file)
+        return read_tensors(file)
     except Exception as error:  # of any kind, for damage has many forms
         raise UsageError(f"--init: {file} is not readable ({error!s:.200})") from None
-    if "makers" in tensors:  # earlier versions' name for them
-        tensors["centerings"] = tensors.pop("makers")
-    return tensors

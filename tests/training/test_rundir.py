@@ -106,6 +106,11 @@ def test_another_configuration_is_refused(run):
         train.run(tiny_config(run, "--batch_size_per_gpu", "4"))
 
 
+def test_other_images_are_refused(run):
+    with pytest.raises(UsageError, match="began with 64 images, --data has 72: give the same"):
+        train.run(tiny_config(run, "--data", "shapes:72"))
+
+
 def test_what_does_not_change_the_result_may_differ(run, capsys):
     # There is a --val_data, so that nothing is held out of --data.
     train.run(tiny_config(run, *"--num_workers 1 --log_every 3 --val_share 0.1".split()))

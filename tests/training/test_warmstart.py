@@ -1,7 +1,6 @@
 """Claims
 1. Begun from a run, a run has its backbone, heads and centres, and its k-NN before the first
-   step; also if the run is of an earlier version, which called the centres' part of heads.pt
-   "makers".
+   step.
 2. A bare backbone gets new heads, which learn alone as long as the backbone is frozen.
 3. At another image size the positions are resampled, and learn.
 4. The network is that of the weights, the crops are unless something else is said; what
@@ -113,17 +112,6 @@ def test_from_a_run(first, tmp_path, monkeypatch, quick_runs):
     assert metrics_of(run)[0]["knn"] == summary["knn"]
     config = json.loads((run / "config.json").read_text())
     assert (config["patch_size"], config["n_prototypes"]) == (8, 32)
-
-
-def test_from_a_run_of_an_earlier_version(first, tmp_path, monkeypatch, quick_runs):
-    former = shutil.copytree(first, tmp_path / "former")
-    heads = heads_of(first)
-    heads["makers"] = heads.pop("centerings")
-    torch.save(heads, former / "heads.pt")
-    learner = stopped_learner(config_of(tmp_path / "run", "--init", str(former)), monkeypatch)
-    assert same_tensors(learner.centerings.state_dict(), heads["makers"])
-    head = {key: learner.teacher.dino_head.state_dict()[key] for key in heads["dino_head"]}
-    assert same_tensors(head, heads["dino_head"])
 
 
 def test_a_bare_backbone_rests_while_new_heads_learn(first, tmp_path, monkeypatch, capsys,
