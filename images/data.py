@@ -136,15 +136,7 @@ def open_folder(argument: str, split: str, root: str, download: bool, channels: 
     if not argument or not path.is_dir():
         raise ValueError(f"folder:{argument}: there is no such folder")
 
-    # If one of the two folders is there the other one is wanted, too: all images without those
-    # of PATH/val would not be the rest of them.
-    parts = [part for part in ("train", "val") if (path / part).is_dir()]
-    if parts and (split or len(parts) == 2):
-        if split not in parts:
-            raise ValueError(f"{argument} has {' and '.join(parts)} in it: give one of them, "
-                             f"as in folder:{argument}:{parts[0]}")
-        path /= split
-    divided = split if parts else ""
+    path, divided = _part_of_folder(path, split)
 
     # Names are relative to the folder. So they, and what is chosen by them (see held_out), stay
     # the same when the folder moves. Arrays count only where there is no other image: beside
@@ -166,6 +158,20 @@ def open_folder(argument: str, split: str, root: str, download: bool, channels: 
     number = {name: i for i, name in enumerate(classes)}
     labels = [number[name.split("/")[0]] for name in names]
     return Images("folder", read, names, labels, classes, split=divided)
+
+
+def _part_of_folder(path: Path, split: str) -> tuple[Path, str]:
+    """(folder of this split, the split); (path, "") where nothing in the folder divides it."""
+    # If one of the two folders is there the other one is wanted, too: all images without those
+    # of PATH/val would not be the rest of them. And without a split nobody means the two folders
+    # to be two classes.
+    parts = [part for part in ("train", "val") if (path / part).is_dir()]
+    if not parts or not (split or len(parts) == 2):
+        return path, ""
+    if split not in parts:
+        raise ValueError(f"{path} has {' and '.join(parts)} in it: give one of them, as in "
+                         f"folder:{path}:{parts[0]}")
+    return path / split, split
 
 
 def _read_path(root: Path, names: Sequence[str], channels: int, i: int) -> Tensor:
