@@ -56,9 +56,14 @@ def hf_config(model: nn.Module) -> dict:
     # the network's.
     if kind == "dinov2_with_registers":
         config["num_register_tokens"] = model.num_register_tokens
+    ratio = round(options["mlp_ratio"])
+    if ratio != options["mlp_ratio"] or options["ffn_layer"] not in ("mlp", "swiglu"):
+        raise ValueError(
+            f"--to hf: a feed-forward layer {options['ffn_layer']} of "
+            f"{options['mlp_ratio']:g} times the width; {kind} has mlp or swiglu, of "
+            "a whole number of times")
     names = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
-    return dict(architectures=[names[kind]], model_type=kind,
-                mlp_ratio=round(options["mlp_ratio"]),
+    return dict(architectures=[names[kind]], model_type=kind, mlp_ratio=ratio,
                 use_swiglu_ffn=options["ffn_layer"] == "swiglu", **config)
 
 
@@ -116,8 +121,9 @@ def write_hf(model: nn.Module, what: str, path: Path):
 
     # Before the folder is made, because a network that has no names there is refused here.
     state = to_hf(model.state_dict())
+    config = hf_config(model)
     path.mkdir(exist_ok=True)
-    write_json(path / "config.json", hf_config(model))
+    write_json(path / "config.json", config)
     write_json(path / "preprocessor_config.json", hf_preprocessor(model))
     write_text(path / "README.md", hf_readme(model, what))
     write_safetensors(path / "model.safetensors", state)

@@ -16,6 +16,8 @@ Tests    pytest tests/test_hubconf.py
 Letters  B images, P patches, D width, nh heads.
 """
 
+from pathlib import Path
+
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -91,6 +93,9 @@ def backbone(name: str, pretrained: bool = True, weights: str = "",
         if name == "dino_resnet50":
             raise ValueError(f"img_size={img_size}: a convnet has no table of positions")
         side = img_size // model.patch_size
+        if not side:
+            raise ValueError(
+                f"img_size={img_size}: smaller than one patch of {model.patch_size}")
         table = resize_pos_embed(model.pos_embed.detach(), (side, side), model.pos_embed_resize)
         model.pos_embed = nn.Parameter(table)
         model.img_size = side * model.patch_size
@@ -129,26 +134,43 @@ class DINOv2Depther(Depther):
         return self(img)
 
 
+def head_file(weights: str, released: str, data_sets: dict) -> str:
+    """`released`, the name of Meta's head, where `weights` is one of the data sets; else a file.
+
+    ValueError for what is neither.
+    """
+    if weights.lower() in data_sets:
+        return released
+    if not Path(weights).expanduser().is_file() and "://" not in weights:
+        choices = ", ".join(name.upper() for name in data_sets)
+        raise ValueError(f"weights={weights!r}: expected {choices}, or the file of a head")
+    return weights
+
+
 def depther(name: str, kind: str, pretrained: bool = True, weights: str = "NYU",
             depth_range: tuple[float, float] | None = None, img_size: int = 0) -> DINOv2Depther:
     """The backbone of a released name with a depth head, of `kind` in depth_heads.DEPTH_HEADS.
 
     weights: NYU or KITTI for Meta's head of that data set, or the file of a head. depth_range:
-    the nearest and the farthest depth in metres; None: those of KITTI with its head, else those
-    of NYU. ValueError names the first tensors that do not fit.
+    the nearest and the farthest depth in metres; None: those of the head, which a file of
+    evaluate.py tells; else those of NYU. ValueError names the first tensors that do not fit.
     """
     # Meta's words are those of its file names: NYU with four blocks is NAME_nyu_linear4. The
-    # range is no tensor, so nothing in a file can correct it.
+    # range is no tensor. Our own files have it beside the tensors, Meta's do not.
+    state, settings = None, {}
     data = weights.lower() if pretrained else "nyu"
-    nearest, farthest = depth_range or RANGES.get(data, RANGES["nyu"])
+    if pretrained:
+        what = head_file(weights, f"{name}_{data}_{kind}", RANGES)
+        state, settings = read_dense_head(what)
+    known = (settings["nearest"], settings["farthest"]) if "farthest" in settings else None
+    nearest, farthest = depth_range or known or RANGES.get(data, RANGES["nyu"])
 
     # The head stands beside the network that torch.hub gives out under the backbone's own name,
     # and so its tensors are called backbone.* and decode_head.*, as Meta's.
     model = as_official(backbone(name, pretrained, img_size=img_size), name)
     network = DINOv2Depther(model, kind, nearest, farthest)
     if pretrained:
-        what = f"{name}_{data}_{kind}" if data in RANGES else weights
-        load_strictly(network.decode_head, read_dense_head(what)[0], what)
+        load_strictly(network.decode_head, state, what)
     return network.eval()
 
 
@@ -164,7 +186,7 @@ def segmenter(name: str, kind: str, pretrained: bool = True, weights: str = "ADE
     classes = SEGMENTATION_CLASSES.get(data, 150)
     model = as_official(backbone(name, pretrained, img_size=img_size), name)
     if pretrained:
-        what = f"{name}_{data}_{kind}" if data in SEGMENTATION_CLASSES else weights
+        what = head_file(weights, f"{name}_{data}_{kind}", SEGMENTATION_CLASSES)
         state, _ = read_dense_head(what)
         # Of a released head the number of classes is known, and another one is refused below.
         if data not in SEGMENTATION_CLASSES and "conv_seg.bias" in state:

@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import urllib.parse
 import urllib.request
@@ -306,6 +307,9 @@ def read_backbone(what: str | Path,
     # layout that misses one of its tensors raises KeyError.
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
+        # torch then advises to run the code that may be in such a file; we do not.
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it holds no tensors, or other Python objects beside them"
         raise ValueError(f"--weights {file}: not a readable weights file ({reason})") from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"--weights {file}: expected a dictionary of tensors, a backbone or a "

@@ -479,6 +479,16 @@ def test_the_range_decides_what_a_linear_head_says(small_vit, monkeypatch, tmp_p
         ratio = metas(images) / ours(images)
     torch.testing.assert_close(ratio, torch.full_like(ratio, 8), rtol=1e-3, atol=0)
 
+    # A file of evaluate.py depth knows its range.
+    torch.save(
+        {
+            "state_dict": model.decode_head.state_dict(), "settings": {
+                "depth_head": "linear4", "nearest": 0.001, "farthest": 80.0}},
+        tmp_path / "own.pt")
+    own = hubconf.dinov2_vits14_ld(weights=str(tmp_path / "own.pt"))
+    with torch.no_grad():
+        assert torch.equal(own(images), metas(images))
+
 
 def test_misfits_of_heads(small_vit, monkeypatch, tmp_path):
     for opened_by in ("load_backbone", "untrained"):
@@ -487,6 +497,12 @@ def test_misfits_of_heads(small_vit, monkeypatch, tmp_path):
         hubconf.dinov2_vits14_ld(layers=2)
     with pytest.raises(ValueError, match="rescale=False"):
         hubconf.dinov2_vits14_dd(pretrained=False).whole_inference(None, rescale=False)
+    with pytest.raises(ValueError, match="weights='nyuu': expected NYU, KITTI, or the file"):
+        hubconf.dinov2_vits14_ld(weights="nyuu")
+    with pytest.raises(ValueError, match="weights='ade': expected ADE20K, VOC2012, or the"):
+        hubconf.dinov2_vits14_ls(weights="ade")
+    with pytest.raises(ValueError, match="img_size=5: smaller than one patch of 14"):
+        hubconf.dinov2_vits14(pretrained=False, img_size=5)
 
     # A head of one's own has the number of classes that it has.
     head = hubconf.hub.SegmentationHead(384, 7)

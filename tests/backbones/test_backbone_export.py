@@ -108,11 +108,18 @@ def test_the_card_of_a_run_comes_along(tmp_path):
 @pytest.mark.parametrize("line, words", [
     ("FILE --to hf --output out.safetensors", "--to hf writes a folder"),
     ("CONVNET --to hf --output out", "--to hf: expected a Vision Transformer.* conv1.weight"),
+    ("NARROW --to hf --output out",
+     "a feed-forward layer mlp of 2.5 times the width; dinov2 has"),
     ("FILE --to timm", "--to: invalid choice"),
     ("FILE --output /none/out.pth", "--output /none/out.pth: there is no folder /none")])
 def test_refusals(line, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     _, file = random_vit(KINDS[0], tmp_path)
+    if "NARROW" in line:
+        model = VisionTransformer(32, 8, embed_dim=64, depth=1, num_heads=1, layerscale=1.0,
+                                  mlp_ratio=2.5)
+        torch.save(model.state_dict(), tmp_path / "narrow.pth")
+        line = line.replace("NARROW", "narrow.pth")
     if "CONVNET" in line:
         torch.save(ConvNet("resnet50").state_dict(), tmp_path / "convnet.pth")
     with pytest.raises(SystemExit) as stop:
