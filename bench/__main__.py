@@ -12,6 +12,7 @@ Change   another benchmark is one function in a file of bench/ and one line in T
 Tests    pytest tests/bench
 """
 
+import time
 from pathlib import Path
 
 import torch
@@ -109,7 +110,8 @@ def main(argv):
     about = {
         "task": name, "preset": config.preset, "device": device_name(process),
         "precision": config.precision, "batch_size_per_gpu": config.batch_size_per_gpu,
-        "threads": torch.get_num_threads(), "torch": torch.__version__}
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "day": time.strftime("%b %d").replace(" 0", " ")}
     if not is_plan:
         print("  ".join(f"{key} {value}" for key, value in about.items()))
     run_task = TASKS[name][0]

@@ -379,7 +379,9 @@ def in_use(config: Config, process: Process) -> list[str]:
     # Ideas that are not listed here are in use in every configuration.
     has = {}
     has["packing"] = has_blocks and has_local_crops  # with one crop size nothing is packed
-    has["sdpa"] = has_blocks
+    # In bfloat16 on a CPU vit.attention writes the formula out by itself while training.
+    writes_out = process.device.type == "cpu" and config.precision == "bf16"
+    has["sdpa"] = has_blocks and not writes_out
     has["skipping"] = has_blocks and config.drop_path_rate > 0
     has["bf16"] = config.precision == "bf16"
     has["compile"] = compiled

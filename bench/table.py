@@ -10,7 +10,6 @@ Tests    pytest tests/bench/test_table.py
 """
 
 import json
-import time
 from pathlib import Path
 
 from machinery.flags import UsageError
@@ -26,13 +25,17 @@ def table(names: list[str]) -> str:
 
     lines = []
     for name in names:
-        # The file itself says what was measured on what; the day is that of the file.
+        # The file itself says what was measured, on what and when.
         path = Path(name)
         try:
             result = json.loads(path.read_text())
             task = result["task"]
+            rows = figures_of(result) if task == "step" else []
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UsageError(f"{name}: not a file of python -m bench --json ({error!r})")
+            # A UnicodeDecodeError would print the whole file.
+            reason = f"{type(error).__name__}: {error!s:.60}"
+            raise UsageError(
+                f"{name}: not a file of python -m bench --json ({reason})") from None
 
         # Other tasks measure something else in each, which has no common form of a row. Their
         # figures are copied by hand, so that a file is named and not passed over in silence.
@@ -40,10 +43,9 @@ def table(names: list[str]) -> str:
             lines.append(f"(no row for {name}: it is of the task {task})")
             continue
 
-        written = time.localtime(path.stat().st_mtime)
-        day = f"{time.strftime('%b', written)} {written.tm_mday}"
+        day = result["day"]
         command = path.stem.replace("-", " ")  # gpu-3.json is of "gpu 3"
-        for figure, value in figures_of(result):
+        for figure, value in rows:
             lines.append(f"| {figure} | {value} | {result['device']} | {day} | {command} |")
     return "\n".join(lines)
 

@@ -6,6 +6,7 @@
 4. The most memory is that since `begin`.
 5. A GPU is waited for after a block of steps, a CPU after each; the seconds are those of one step.
 6. A version that is out of memory is told as such, and the others keep their figures.
+7. Only what a step has can be taken out of it.
 
 Time is that of a clock which the work under test moves (bench_helpers.FakeClock), so each number
 is known exactly, and no test asks how fast or how large anything is on this machine.
@@ -24,7 +25,7 @@ import bench.step
 import machinery.clock
 import train
 from bench.__main__ import main
-from bench.step import Memory, Step, Stopwatch, made_up_batch, time_in_turns
+from bench.step import Memory, Step, Stopwatch, in_use, made_up_batch, time_in_turns
 from machinery.process import Process
 
 # -- 1
@@ -230,3 +231,10 @@ def test_our_version_out_of_memory_is_an_error(monkeypatch):
     monkeypatch.setattr(Step, "peak_gb", too_large)
     with pytest.raises(torch.OutOfMemoryError):
         main(["step", *TINY, "--plain", "--steps", "1"])
+
+
+def test_what_a_cpu_writes_out_by_itself_cannot_be_taken_out():
+    config = config_of(["shapes_dino", "--precision", "bf16"])
+    assert "sdpa" not in in_use(config, CPU)
+    config.precision = "fp32"
+    assert "sdpa" in in_use(config, CPU)
