@@ -1,7 +1,9 @@
 """Visualize: the pictures of the papers, each by one command.
 
     python visualize.py FIGURE ... --> figures/FIGURE.py --> a .png
-                                       attention  pca  similarity  match  curves  story
+        of photographs                 attention  pca  similarity  match  norms  views  video
+        of a set of images             neighbours  prototypes  embedding
+        of runs                        curves  story
 
 Idea     Many people meet a method through one figure, so each of them takes one command, works
          on any photograph with any weights, and is a function that other programs can call.

@@ -153,7 +153,10 @@ def networks(config: Config) -> dict[str, VisionTransformer]:
 
         # The last part of a path is enough, unless two of them end alike.
         name = Path(what).name or what
-        models[what if name in models else name] = model
+        name = what if name in models else name
+        if name in models:
+            raise UsageError(f"--weights {' '.join(config.weights)}: {what} is there twice")
+        models[name] = model
     return models
 
 

@@ -116,6 +116,12 @@ def pairs_of(model, images: list[Tensor], lines: int, block: int = -1):
     # light or in place, than the things in them differ from what is behind them.
     masks = [find_foreground([grid])[0] for grid in grids]
     places = [mask.nonzero() for mask in masks]  # (a, 2), (b, 2): rows and columns
+    for mask in masks:
+        if not mask.any():
+            height, width = mask.shape
+            raise ValueError(
+                f"no foreground was found on a grid of {height} x {width} patches; "
+                "give a larger --image_size")
     pairs, _ = mutual(grids[0][masks[0]], grids[1][masks[1]])
     first = places[0][pairs[:, 0]]  # (m, 2)
     second = places[1][pairs[:, 1]]

@@ -56,6 +56,8 @@ def photos_as_images(words: list[str], bank: Images) -> Images:
     # A wrong name is found before any feature is computed.
     files = [Path(word).expanduser() for word in words]
     for file in files:
+        if file.is_dir():
+            raise UsageError(f"{file} is a folder: expected photos, or folder:{file}")
         if not file.is_file():
             raise UsageError(
                 f"{file}: there is no such file{near_path(file)}; expected photos, "

@@ -38,16 +38,21 @@ from training.config import read_config
 # The teacher's answers
 
 
+def require_head(run: Path):
+    """UsageError for what is no directory of a run with its heads."""
+    if not (run / "heads.pt").exists() or not (run / "config.json").exists():
+        raise UsageError(
+            f"{run}: no heads.pt and config.json in it, expected the directory of a "
+            f"run{'' if run.exists() else near_path(run)}")
+
+
 def open_head(run: Path, width: int) -> tuple[DINOHead, Tensor]:
     """(head of the class tokens, its centre (K,)) of a run, for features of this width.
 
     The centre is zero where the run had none. UsageError if there is no such head.
     """
+    require_head(run)
     file = run / "heads.pt"
-    if not file.exists() or not (run / "config.json").exists():
-        raise UsageError(
-            f"{run}: no heads.pt and config.json in it, expected the directory of a "
-            f"run{'' if run.exists() else near_path(run)}")
 
     # The sizes of the head are in the configuration of the run, its weights beside it.
     config = read_config(run / "config.json")
@@ -144,6 +149,8 @@ def draw(arguments: list[str], config: Config) -> Path:
     run = Path(arguments[0]).expanduser()
     if not run.is_dir():
         raise UsageError(f"{run}: there is no such directory of a run{near_path(run)}")
+
+    require_head(run)
 
     # The features come as for every evaluation; only the head makes prototypes of them.
     extractor = Extractor(dataclasses.replace(config, weights=str(run)),

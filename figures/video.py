@@ -509,6 +509,7 @@ def draw(arguments: list[str], config: Config) -> Path:
     if len(arguments) > 1:
         raise UsageError(f"video draws one video, not {len(arguments)}: {' '.join(arguments)}")
     require(config, lambda x: x < 1, "below 1", "threshold")
+    require(config, lambda x: x == 0 or 0.01 <= x <= 1000, "0.01 to 1,000, or 0", "fps")
     if config.threshold and config.method != "attention":
         raise UsageError(
             f"--threshold is a share of attention, not of --method {config.method}")

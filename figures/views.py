@@ -28,7 +28,7 @@ from torch import Tensor
 from augment import COLUMNS, MultiCrop, crop_box, photometry
 from figures.inputs import enlarge
 from images.files import read_file
-from machinery.flags import UsageError
+from machinery.flags import UsageError, require
 from machinery.page import picture, pyplot, save
 from training.config import Config as TrainingConfig
 from training.recipes import PRESETS, auto_scale
@@ -224,6 +224,7 @@ def draw(arguments: list[str], config: Config) -> Path:
     """What teacher and student see of one photo: crops, colours, masks."""
     if len(arguments) > 1:
         raise UsageError(f"views draws one photo, not {len(arguments)}: {' '.join(arguments)}")
+    require(config, lambda x: x >= 1, "at least 1", "images")
     try:
         image = read_file(Path(arguments[0]))
     except (OSError, ValueError) as error:

@@ -109,6 +109,8 @@ def name_row(axis, name: str):
 def save(figure, path: Path, caption: str = "") -> Path:
     """Write the figure, with a caption below it, and close it; returns its path.
 
+    A path without an ending gets .png.
+
     The same input gives the same file: neither the date nor the version of matplotlib is in it.
     """
     # The caption hangs below the page, in lines of the page's width: in this size an inch holds
@@ -118,6 +120,8 @@ def save(figure, path: Path, caption: str = "") -> Path:
         figure.text(0.5, -0.1 / figure.get_figheight(), lines, fontsize=8, color="0.35",
                     ha="center", va="top")
     path = Path(path)
+    if not path.suffix:
+        path = path.with_suffix(".png")
     path.parent.mkdir(parents=True, exist_ok=True)
     nothing = {".png": {"Software": None}, ".pdf": {"CreationDate": None, "Creator": None}}
     figure.savefig(path, bbox_inches="tight", metadata=nothing.get(path.suffix.lower()))

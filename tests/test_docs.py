@@ -431,6 +431,22 @@ def test_four_student_tasks_stay_small():
     assert set(counted) == set(TASK_LIMITS) and not too_long, f"lines of code: {counted}"
 
 
+def test_files_that_can_be_copied():
+    """The list in the README is that of all files that need torch, torchvision and numpy only."""
+    alone = set()
+    for name, path in FILES.items():
+        modules = {
+            module.partition(".")[0]
+            for module, place in imports_of(path) if place == "top"}
+        ours = {module for module in modules if module in MODULES}
+        room = name.partition("/")[0]
+        if not ours and room not in ("machinery", "bench") and not name.endswith("__.py"):
+            alone.add(name)
+    text = (ROOT / "README.md").read_text().partition(
+        "These files import nothing")[2].partition("## Where to add")[0]
+    assert set(re.findall(r"`([\w/]+\.py)`", text)) == alone
+
+
 # -- 4
 
 SLOTS = ("Idea", "Paper", "Try", "Change", "Tests")
