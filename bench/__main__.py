@@ -71,7 +71,7 @@ def read_flags(name: str, argv: list[str]) -> Config:
     # measured by then would be lost.
     if config.json and not Path(config.json).parent.is_dir():
         raise UsageError(f"--json {config.json}: there is no folder {Path(config.json).parent}")
-    check(config)
+    check(config, is_plan=name == "plan")
     return config
 
 

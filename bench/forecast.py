@@ -275,7 +275,7 @@ NODE = 8  # how many of them one machine usually has
 #
 # These four were not derived, and not measured on any GPU. They were fitted to the runs on
 # A100s which DINOv2's authors published, and with them each of the three comes out within 15 %:
-# 0.94 days for "about a day" (ViT-L/16 on ImageNet), 2.96 for 3.3 (ViT-L/14), 3.84 for 3.6
+# 0.94 days for "about a day" (ViT-L/16 on ImageNet), 2.92 for 3.3 (ViT-L/14), 3.80 for 3.6
 # (ViT-g/14); see test_forecast.py. So that they agree is calibration and no validation. Nothing
 # here shows that a plan is right for another GPU or for a network of another kind.
 SHARE_OF_PEAK = 0.5  # reached by products: half of the operations that the maker states
@@ -309,7 +309,7 @@ def plan(config: PlanConfig, process: Process) -> dict:
 
     seconds of a step = operations / (share of peak) + bytes / (share of bandwidth). Example:
     ViT-S/16 with 512 images on a H100: 56e12 operations at half of 989e12 a second take 0.11
-    s, and 530e9 bytes at 85 % of 3.35e12 a second 0.19 s: 1,710 images a second, 19 % of the
+    s, and 511e9 bytes at 85 % of 3.35e12 a second 0.18 s: 1,750 images a second, 19 % of the
     peak. What GPUs send to each other, and waiting for images, is not counted.
     """
     # "auto" would look at this machine; the GPUs of the table multiply in 16 bits. Whether they
@@ -321,8 +321,11 @@ def plan(config: PlanConfig, process: Process) -> dict:
 
     # What a process of the planned run holds; one of several, since FSDP splits the weights
     # over all of them, and HSDP over those of a node.
-    one_of_them = Process(torch.device("cpu"), world_size=config.gpus,
-                          node_size=min(config.gpus, NODE))
+    node_size = min(config.gpus, NODE)
+    if config.parallel == "hsdp" and config.gpus % node_size:
+        raise UsageError(f"--parallel hsdp: --gpus {config.gpus} are no whole nodes of {NODE}; "
+                         f"give a multiple of {NODE}, or --parallel fsdp")
+    one_of_them = Process(torch.device("cpu"), world_size=config.gpus, node_size=node_size)
     parts = expected_memory(meta_student(config), config, one_of_them, on_gpu=True)
     memory = sum(parts.values())
 

@@ -16,7 +16,7 @@ attention() {
 }
 # A GPU of 80 GB holds 80e9 bytes, 74.5 times 2**30. What ours needs is estimated by, for example,
 # python -m bench plan dino_vits16 --batch_size_per_gpu 448 --gpus 1 --precision bf16
-# as 66 of them in call 2, 62 in call 4, 71 in call 6. The versions in calls 3 and 7 are counted
+# as 64 of them in call 2, 60 in call 4, 69 in call 6. The versions in calls 3 and 7 are counted
 # by tests/bench/test_table.py: 36 and 47 for the plain ones. Compiling saves some of all these;
 # buffers of single operations come to them.
 #

@@ -18,17 +18,17 @@ from machinery.flags import UsageError, require
 from training.config import Config
 
 
-def check(config: Config):
+def check(config: Config, is_plan: bool = False):
     """Refuse what cannot work: UsageError with one sentence that names the flag.
 
     Only what the settings alone can tell. What depends on the images or on a stored run is
-    refused where these are opened.
+    refused where these are opened. is_plan: the run is one of other processes, elsewhere.
     """
     check_sizes(config)
     check_pixels(config)
     check_ranges(config)
     check_losses(config)
-    check_parallel(config)
+    check_parallel(config, is_plan)
     check_schedule(config)
     check_evaluation(config)
 
@@ -155,7 +155,7 @@ def check_masks(config: Config):
                          f"{max(1, patches // 2)}, half of a global crop's {patches} patches")
 
 
-def check_parallel(config: Config):
+def check_parallel(config: Config, is_plan: bool):
     """Refuses networks that cannot be computed twice, or not be split over processes."""
     # Activation checkpointing computes a block a second time during the backward pass. Each
     # time BatchNorm would add the batch to its running mean and variance.
@@ -168,7 +168,7 @@ def check_parallel(config: Config):
     if config.parallel == "ddp":
         return
     given = f"--parallel {config.parallel}"
-    if "WORLD_SIZE" not in os.environ:
+    if "WORLD_SIZE" not in os.environ and not is_plan:
         raise UsageError(f"{given} splits a network over processes: start it with torchrun "
                          "--nproc_per_node=N train.py ...")
 

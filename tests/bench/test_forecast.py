@@ -1,6 +1,7 @@
 """Claims
 1. A plan adds up, and meets runs that were published, by an estimate of products and of memory
-   traffic, or by the share of the peak that is given.
+   traffic, or by the share of the peak that is given. It splits a network over the GPUs that
+   are planned for, without torchrun.
 2. Cost grows point by point: each point is the fastest of its steps, of the network it names;
    what the preset has none of grows, too.
 3. The processes that growth starts train what was asked, and their failure is told.
@@ -45,6 +46,28 @@ def test_plan_adds_up_and_meets_a_published_run(tmp_path, capsys):
     # DINOv2's README: 32 A100s, about a day, 93 images a second and GPU, at a third of the peak.
     assert 0.8 < result["days"] < 1.2
     assert "an estimate" in capsys.readouterr().out
+
+
+def test_a_plan_splits_what_it_is_told_to_split(monkeypatch):
+    """FSDP over all GPUs that are planned for, HSDP over the eight of a node."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    flags = "shapes --no_use_bn_in_head --gpus 16".split()
+    parts = {
+        name: main(["plan", *flags, "--parallel", name])["memory_parts"]
+        for name in ("ddp", "fsdp", "hsdp")}
+    assert parts["ddp"]["moments"] == pytest.approx(16 * parts["fsdp"]["moments"])
+    assert parts["ddp"]["moments"] == pytest.approx(8 * parts["hsdp"]["moments"])
+
+
+def test_a_plan_refuses_what_torchrun_would(monkeypatch, capsys):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for flags, said in (("plan shapes --gpus 12 --parallel hsdp --no_use_bn_in_head",
+                         "whole nodes"), ("plan shapes --parallel fsdp", "BatchNorm"),
+                        ("step shapes --parallel fsdp --no_use_bn_in_head", "torchrun")):
+        with pytest.raises(SystemExit) as stop:
+            main(flags.split())
+        printed = capsys.readouterr().err
+        assert stop.value.code == 2 and said in printed and printed.count("\n") == 1
 
 
 def days_of(flags):

@@ -4,7 +4,8 @@
    pass grows with the batch and shrinks with activation checkpointing.
 3. Crops, the teacher's logits and the gradient of the student's have the sizes of these
    tensors; a GPU holds the next batch as well, and what it takes to colour it.
-4. Batches of the workers that do not fit into shared memory are named, with the flags.
+4. A GPU never keeps the weights of attention, n x n for n tokens; a CPU does in bf16.
+5. Batches of the workers that do not fit into shared memory are named, with the flags.
 
 That it is what autograd really keeps is checked in tests/bench/test_count.py.
 """
@@ -17,6 +18,7 @@ import torch
 from conftest import same_tensors, tiny_config
 
 import train
+from bench.plain import without
 from machinery.process import Process, start_process
 from training.memory import expected_memory, shared_memory_warning
 
@@ -65,6 +67,28 @@ def test_crops_and_logits(tmp_path):
     assert on_gpu["crops"] == (2 * (large + small) + 3 * large) / 2**30
     assert on_cpu["teacher's logits"] == 4 * G * B * K / 2**30
     assert on_cpu["logits' gradient"] == 4 * (G + L) * B * K / 2**30
+
+
+def kept_by_tokens(tmp_path, on_gpu, precision):
+    """What the blocks keep for global crops of 10, 26 and 50 tokens, in GB, without others."""
+    process = start_process("cpu")
+    kept = []
+    for side in ("24", "40", "56"):  # patches of 8 pixels, and the class token
+        flags = [
+            "--global_crops_size", side, "--local_crops_number", "0", "--precision", precision]
+        config = tiny_config(tmp_path, *flags)
+        student, _ = train.build(config, process)
+        kept.append(expected_memory(student, config, process, on_gpu)["kept for backward"])
+    return kept
+
+
+@pytest.mark.parametrize("on_gpu, precision, ideas, is_linear",
+                         [(True, "bf16", [], True), (True, "fp32", [], True),
+                          (False, "bf16", [], False), (True, "bf16", ["sdpa"], False)])
+def test_attention_of_a_gpu_keeps_no_weights(on_gpu, precision, ideas, is_linear, tmp_path):
+    with without(ideas):
+        ten, some, fifty = kept_by_tokens(tmp_path, on_gpu, precision)
+    assert ((some - ten) / 16 == pytest.approx((fifty - some) / 24, rel=1e-6)) == is_linear
 
 
 @pytest.mark.parametrize("workers, is_enough", [(0, True), (2, True), (3, False)])
