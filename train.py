@@ -511,7 +511,9 @@ def run(config: Config, build=build, move_teacher=ema_update) -> dict:
     move_teacher(teacher, student, momentum, ok) that changes the second one after each step; ok
     is a tensor, and 0 must change nothing. distill.py brings both.
     """
-    # Imported here, because its rules matter only to who gives a setting that breaks one.
+    # Imported here: reading together matters to several processes only, and the rules of check
+    # to who gives a setting that breaks one.
+    from machinery.read_once import read_once
     from training.check import check
 
     # With --init the weights decide what the network is; `config` has to follow them first.
@@ -527,7 +529,7 @@ def run(config: Config, build=build, move_teacher=ema_update) -> dict:
     # Whatever can be refused is refused here, before the run directory is written. user_errors:
     # inside, a ValueError is about the user's input and becomes one line without a traceback.
     with user_errors():
-        images, val = open_data(config)
+        images, val = read_once(partial(open_data, config), process)
         config = match_stored_run(config, folder, process, len(images))
         if config.auto_scale:
             chosen = "  ".join(f"{name} {getattr(config, name)}" for name in SCALED)

@@ -18,6 +18,7 @@ Letters  n images, D width, b images of a batch on one process, C channels, H W 
 import copy
 import hashlib
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +33,7 @@ from machinery.checkpoints import save_tensors
 from machinery.clock import Progress
 from machinery.flags import UsageError, require
 from machinery.process import Process
+from machinery.read_once import read_once
 
 # ----------------------------------------------------------------------------------------------
 # Flags. A protocol's own dataclass is made of these and of what it alone uses
@@ -160,8 +162,10 @@ class Extractor:
         name = getattr(config, flag)
         if flag == "data":
             name = beside_validation(name, getattr(config, "val_data", ""))
-        return open_images(name, config.data_root, config.download, f"--{flag}",
-                           self.model.pixels)
+        # One process lists the files for all, also where there are millions of them.
+        listed = partial(open_images, name, config.data_root, config.download, f"--{flag}",
+                         self.model.pixels)
+        return read_once(listed, self.process)
 
     def hash_of(self, images: Images) -> str:
         """A hash of the names of the images, to recognise the same set again."""

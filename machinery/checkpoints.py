@@ -310,11 +310,14 @@ def load_checkpoint(path: Path, state: dict, process: Process):
     All processes have to call it. UsageError if the checkpoint lacks a tensor, or has it in
     another shape.
     """
+    from machinery.read_once import fill_once  # here, because a new run loads nothing
+
     # DCP's exception is a BaseException, which `except Exception` would let through. It holds
     # one failure for each process; the first one is told.
     try:
         with quiet():
-            dcp.load(state, storage_reader=Reader(path), no_dist=process.world_size == 1)
+            fill_once(lambda alone: dcp.load(state, storage_reader=Reader(path), no_dist=alone),
+                      state, process)
     except dcp.CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
         raise UsageError(f"{path} does not fit this run: {first!s:.300}") from None
