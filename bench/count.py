@@ -12,10 +12,7 @@ Change   another part of the work is one entry of `work` in count_work
 Tests    pytest tests/bench/test_count.py
 """
 
-from functools import partial
-
 import torch
-from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
@@ -52,29 +49,26 @@ def count_work(config: Config, masked: int | None = None, drop: bool = True) -> 
     """
     student = meta_student(config, drop)
     # --activation_checkpointing computes blocks a second time in the backward pass, which has
-    # not to be done. (It could not be run here, either: by then functional_call has put the
-    # weights without numbers back.)
+    # not to be done.
     student.backbone.activation_checkpointing = False
-    call = partial(torch.func.functional_call, student)
     work = {}
 
-    # The fake mode runs a step on shapes alone, and the counter adds up the products that pass.
-    # It does not know all kernels of SDPA. So attention is counted by the two products that its
-    # formula has (plain.py), which are what every kernel has to compute.
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    # On the device "meta" a step runs on shapes alone, and the counter adds up the products
+    # that pass. It does not know all kernels of SDPA. So attention is counted by the two
+    # products that its formula has (plain.py), which are what every kernel has to compute.
+    _, arguments = fake_step_inputs(student, config, torch.device("meta"), masked)
+    views, plan, masks, mask_indices = arguments
     counter = FlopCounterMode(display=False)
-    with fake, without(["sdpa"]), counter:
-        state, arguments = fake_step_inputs(student, config, torch.device("cpu"), masked)
-        views, plan, masks, mask_indices = arguments
+    with without(["sdpa"]), counter:
 
         # The teacher is as large as the student, sees the global crops alone, and drops
         # nothing.
         with torch.no_grad():
-            call(state, (views[:1],), dict(mask_indices=mask_indices))
+            student(views[:1], mask_indices=mask_indices)
         work["teacher"] = counter.get_total_flops()
 
         # The counter goes on from there: what is new is the total less the parts so far.
-        out = call(state, (views, plan, masks, mask_indices))
+        out = student(views, plan, masks, mask_indices)
         work["student"] = counter.get_total_flops() - sum(work.values())
 
         # The losses themselves have no matrix products that matter. A sum of all outputs sends

@@ -36,8 +36,9 @@ def fake_step_inputs(student: nn.Module, config: Config, device: torch.device,
     """The student's tensors, and the arguments of one forward pass, as shapes without data.
 
     To be called within FakeTensorMode, where tensors have a shape, a type and a device but no
-    memory, and operations on them take no time. masked: how many patches the heads are asked
-    about; None: as many as the masks can hide at most.
+    memory, and operations on them take no time; or for the device "meta", which is the same
+    without a device. masked: how many patches the heads are asked about; None: as many as the
+    masks can hide at most.
     """
     # The weights: autograd saves something for a layer only if its weights need a gradient.
     state = {}

@@ -118,6 +118,9 @@ def test_legends_of_two_objectives_stand_apart(run, tmp_path, monkeypatch):
     for row in rows:
         row |= {name.replace("dino", "ibot"): value for name, value in row.items()}
     (both / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # The pictures below the curves are no matter of this test.
+    monkeypatch.setattr("figures.story.draw_pictures", lambda *args: None)
+    monkeypatch.setattr("figures.story.what_it_sees", lambda *args: {})
     figure = kept_open(both, tmp_path / "page.png", monkeypatch)
     figure.canvas.draw()
     legends = [axis.get_legend() for axis in figure.axes if axis.get_legend()]
@@ -143,8 +146,8 @@ def test_the_maps_of_the_snapshots_differ(run):
 
 
 def test_a_convnet_has_no_attention(tmp_path, quick_runs):
-    flags = "--arch resnet18 --optimizer sgd --drop_path_rate 0 --epochs 1".split()
-    train.run(tiny_config(tmp_path / "run", *flags, "--global_crops_size", "32"))
+    flags = "--arch resnet18 --optimizer sgd --drop_path_rate 0 --global_crops_size 32".split()
+    train.run(tiny_config(tmp_path / "run", *flags, "--epochs", "1", "--epoch_length", "1"))
     images = tensors(tmp_path / "run/snapshots/images.pt")["images"][:1]
     seen = what_it_sees(snapshots(tmp_path / "run")[0], images, "cpu")
     assert list(seen) == ["PCA"] and seen["PCA"].shape == (1, 6, 6, 3)
