@@ -6,6 +6,8 @@
    and of the types that are meant.
 4. Clipping of a whole network and the teacher's average take no kernel for each single tensor;
    what is drawn on the CPU goes to the GPU from pinned memory, without a wait.
+5. What a step does beside its two networks (losses, clipping, optimizer, average) starts no more
+   kernels, and moves no more bytes for each weight and each logit, than its budget says.
 
 What only happens on GPUs is checked here without one: graphs are made, but not turned into
 kernels ("eager" runs them as they are), and tensors have a device but no numbers.
@@ -15,6 +17,7 @@ import contextlib
 import copy
 import functools
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -23,10 +26,12 @@ import torch.distributed as dist
 from torch._subclasses import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import losses
 import train
 import vit
+from bench import plain
 from bench.step import Step, StepConfig, made_up_batch
 from machinery.flags import parse
 from machinery.process import Process
@@ -199,8 +204,9 @@ def note_types(step, config):
     return seen
 
 
+@contextlib.contextmanager
 def step_on_cuda(config):
-    """(figures, learner, what went on) of one step on CUDA."""
+    """A Step on CUDA; inside the `with` block it can run."""
     G, B = config.global_crops_number, config.batch_size_per_gpu
     L = config.local_crops_number if config.dino_weight else 0
 
@@ -231,12 +237,8 @@ def step_on_cuda(config):
             for p in step.student.parameters():
                 p.grad = torch.empty_like(p) if p.requires_grad else None
 
-        step.seen = note_types(step, config)
-        with patch("torch.Tensor.backward", backward), step.step_figures:
-            operations = Operations()
-            with operations:
-                figures = step.run()
-    return figures, step, operations
+        with patch("torch.Tensor.backward", backward):
+            yield step
 
 
 @pytest.mark.parametrize("precision, preset", [
@@ -245,7 +247,10 @@ def test_a_step_on_cuda(preset, precision, monkeypatch):
     config = replace(small(preset, monkeypatch, compile=False), precision=precision)
     if config.optimizer == "sgd":  # whose fused kernel needs numbers
         config = replace(config, optimizer="lars")
-    figures, step, operations = step_on_cuda(config)
+    with step_on_cuda(config) as step:
+        step.seen = note_types(step, config)
+        with step.step_figures, Operations() as operations:
+            figures = step.run()
     assert all(value.device == CUDA.device for value in figures.values())
     # The table of types: logits come in the low precision, all that is made of them in float32.
     # Features come from a ViT's last norm, which autocast computes in float32, or a convnet.
@@ -272,3 +277,144 @@ def test_the_average_of_a_gpu_is_that_of_a_cpu(ok, monkeypatch):
     for p, q in zip(teacher.parameters(), expected.parameters()):
         torch.testing.assert_close(p, q)
         assert ok or torch.equal(p, q)
+
+
+# -- 5
+
+
+class Budget(TorchDispatchMode):
+    """Counts kernels, and the bytes that they read and write, where it is not told to rest."""
+
+    def __init__(self):
+        super().__init__()
+        self.rests = False
+        self.kernels = 0
+        self.bytes = 0
+
+    def resting(self, function):
+        """The function, with nothing counted inside of it."""
+
+        def rests(*args, **kwargs):
+            before, self.rests = self.rests, True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.rests = before
+
+        return rests
+
+    def compiled(self, function):
+        """In the place of torch.compile: all that is done in one pass over rows is one kernel."""
+
+        def one_kernel(*args):
+            out = self.resting(function)(*args)
+            # What returns nothing writes into its first argument.
+            self.note(args[1:], args[0]) if out is None else self.note(args, out)
+            return out
+
+        return one_kernel
+
+    def note(self, read, written):
+        moved = on_gpu(read) + on_gpu(written)
+        if moved and not self.rests:
+            self.kernels += 1
+            self.bytes += sum(x.nbytes for x in moved)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        # Views and new memory without content need no kernel.
+        name = str(func)
+        if func.is_view or "aten.empty" in name or not name.startswith("aten."):
+            return out
+        written = out
+        if out is None:  # lists of tensors that are changed in place
+            arguments = zip(args, func._schema.arguments)
+            written = [x for x, a in arguments if a.alias_info and a.alias_info.is_write]
+        self.note(args[1:] if name.startswith("aten.copy_") else (args, kwargs), written)
+        return out
+
+
+def on_gpu(things):
+    return [x for x in tree_leaves(things) if isinstance(x, torch.Tensor) and x.is_cuda]
+
+
+# What one number costs when it is passed over, in bytes. Logits have 2 of them, in bfloat16, and
+# targets 4. Clipping reads each gradient for its norm and then scales it (12), AdamW reads and
+# writes a weight, its gradient and two moments (32), and the average of the teacher is a
+# difference, a product and a sum of lists (12 + 8 + 12).
+OF_A_WEIGHT = 76
+# The student's: the loss reads target and logit (6); the backward pass does so once more, and
+# writes the gradient (8).
+OF_A_LOGIT = 14
+# The teacher's: targets are computed (6) and copied into their place (8), and two entropies read
+# them (8). The centre converts the logits (6) and reads the result in a product (4).
+# Sinkhorn-Knopp does this three times, and looks for the largest of each row before (2).
+OF_A_TEACHERS_LOGIT = {"ema": 22 + 10, "sinkhorn": 22 + 3 * 10 + 2}
+# Kernels: a dozen for each centering and loss; some for each group of parameters, of which
+# layerwise decay makes two for each block; and in ViT-L the plan of stochastic depth.
+KERNELS = {"shapes_dinov2": 195, "dinov2_vitl14": 506}
+
+
+def counted(preset, budget, monkeypatch):
+    """Runs two steps, of which the second is counted: the first one makes the moments.
+
+    Returns how many weights there are, and how many logits of student and teacher.
+    """
+    config = replace(parse(StepConfig, [preset], PRESETS), precision="bf16", auto_scale=False)
+    to_fill = []  # what the cross-entropies keep for the backward pass
+    forward = losses.CrossEntropies.forward
+
+    def noted(ctx, q, logits, temp, mass=1):
+        to_fill.append(SimpleNamespace(saved_tensors=(q, logits), temp=temp, mass=mass))
+        return forward(ctx, q, logits, temp, mass)
+
+    monkeypatch.setattr(losses.CrossEntropies, "forward", staticmethod(noted))
+    with step_on_cuda(config) as step, budget:
+        put_gradients = torch.Tensor.backward
+
+        def backward(loss):
+            for ctx in to_fill:
+                by_row = budget.resting(torch.empty)(len(ctx.saved_tensors[0]),
+                                                     device=CUDA.device)
+                losses.CrossEntropies.backward(ctx, by_row)
+            budget.resting(put_gradients)(loss)
+
+        step.student.forward = budget.resting(step.student.forward)
+        step.teacher.forward = budget.resting(step.teacher.forward)
+        with patch("torch.Tensor.backward", backward):
+            budget.resting(step.run)()
+            to_fill.clear()
+            step.run()
+
+    weights = sum(p.numel() for p in step.student.parameters())
+    of_student = sum(ctx.saved_tensors[1].numel() for ctx in to_fill)
+    # The teacher is asked about the class tokens of global crops only.
+    of_local_crops = config.local_crops_number * config.batch_size_per_gpu * config.n_prototypes
+    return weights, of_student, of_student - of_local_crops
+
+
+@pytest.mark.parametrize("preset, centering, wasted, of_waste",
+                         [("shapes_dinov2", "ema", "nothing", set()),
+                          ("dinov2_vitl14", "sinkhorn", "nothing", set()),
+                          ("shapes_dinov2", "ema", "lists", {"kernels"}),
+                          ("shapes_dinov2", "ema", "compiling", {"kernels", "bytes"})])
+def test_the_budget_of_a_step(preset, centering, wasted, of_waste, monkeypatch):
+    """Nothing exceeds it, but a step does that is not compiled, or works tensor by tensor."""
+    budget = Budget()
+    if wasted != "compiling":
+        monkeypatch.setattr(losses, "COMPILE", True)
+        monkeypatch.setattr(losses, "compiled", budget.compiled)
+    if wasted == "lists":
+        monkeypatch.setattr(train, "ema_update", plain.ema_one_by_one)
+    weights, of_student, of_teacher = counted(preset, budget, monkeypatch)
+    most = (OF_A_WEIGHT * weights + OF_A_LOGIT * of_student
+            + OF_A_TEACHERS_LOGIT[centering] * of_teacher)
+
+    # 5 % more bytes for what is computed of sums over rows, and for the targets of all teachers
+    # of a view; 5 % more kernels for another version of torch.
+    exceeded = set()
+    if budget.kernels > 1.05 * KERNELS[preset]:
+        exceeded.add("kernels")
+    if budget.bytes > 1.05 * most:
+        exceeded.add("bytes")
+    assert exceeded == of_waste, (budget.kernels, budget.bytes / most)
