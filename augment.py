@@ -506,7 +506,7 @@ def rotate_hue(images: Tensor, shift: Tensor) -> Tensor:
     # A channel is full within one sixth of its own hue, and empty two sixths away from it.
     shares = ((hue - 3).abs() - 1, 2 - (hue - 2).abs(), 2 - (hue - 4).abs())
     for channel, share in enumerate(shares):
-        torch.addcmul(low, spread, share.clamp_(0, 1), out=images[:, channel])
+        images[:, channel] = torch.addcmul(low, spread, share.clamp_(0, 1))
     return images
 
 
@@ -530,6 +530,7 @@ def rotate_hue(images: Tensor, shift: Tensor) -> Tensor:
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # as ORDERS counts them
 UNUSED = HUE  # in a slot, where hue itself never stands
 CACHED_NUMBERS = 6 * 2**18  # float32 numbers, 6 MB: what a processor's cache holds well
+COMPILE = False  # train.compile_blocks sets it where it compiles the networks
 
 
 def slots_of(order: tuple[int, ...]) -> list[int]:
@@ -571,9 +572,14 @@ def jitter(images: Tensor, params: Tensor) -> Tensor:
     on_device = send(torch.stack([factors, is_contrast, is_saturation]),
                      images.device)  # (3, n, 6)
 
+    # On a GPU each of the 34 operations of rotate_hue would read and write the whole images;
+    # compiled they are one kernel. It is compiled for any number of images ("dynamic"), because
+    # that changes from batch to batch.
+    turn_colours = torch.compile(rotate_hue, dynamic=True) if COMPILE else rotate_hue
+
     for i in range(6):
         if i == 3 and images.shape[1] == 3:
-            rotate_hue(images, send(column(params, "hue"), images.device)[:, None, None])
+            turn_colours(images, send(column(params, "hue"), images.device)[:, None, None])
         if (slots[:, i] == UNUSED).all():
             continue
         factor, contrast, saturation = on_device[:, :, i, None, None, None]  # (n, 1, 1, 1) each

@@ -41,6 +41,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import augment
 import losses
 from augment import MultiCrop, Pixels, photometry, send
 from backbones.convnet import ConvNet
@@ -230,7 +231,9 @@ def compile_blocks(networks, config: Config, process: Process):
     if wanted and not machine.has_compiler():
         process.print("no C compiler (gcc or clang): training runs without --compile, slower")
         wanted = False
-    losses.COMPILE = wanted  # the passes over (n, K) matrices in losses.py are compiled, too
+    # The passes over (n, K) matrices in losses.py are compiled, too, and the turn of all colours
+    # in augment.py.
+    losses.COMPILE = augment.COMPILE = wanted
     if not wanted:
         return
 

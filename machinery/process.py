@@ -335,15 +335,6 @@ def autocast(precision: str, device: torch.device):
     return torch.autocast(device.type, LOW.get(precision), enabled=precision in LOW)
 
 
-def memory_gb(device: torch.device) -> float:
-    """Memory of the GPU, or of this machine, in units of 2**30 bytes; NaN: not known."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory / 2**30
-    if not hasattr(os, "sysconf"):  # Windows
-        return math.nan
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-
-
 def peak_memory_gb(device: torch.device) -> float:
     """The most memory held at once so far, in units of 2**30 bytes.
 

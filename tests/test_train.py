@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from conftest import (EVERYTHING, TINY, killed_in_step, metrics_of, same_tensors, saved, start,
                       teacher_of, tiny_config, views_of, without_figures)
 
+import augment
 import losses
 import train
 from augment import Masking, MultiCrop, collate
@@ -397,15 +398,17 @@ def test_compiled_is_the_same(tmp_path, monkeypatch, backend):
     monkeypatch.setattr(torch.nn.Module, "compile", compile)
     compiled_pass = functools.cache(functools.partial(torch.compile, backend=backend))
     monkeypatch.setattr(losses, "compiled", compiled_pass)
-    monkeypatch.setattr(losses, "COMPILE", False)  # so that it is False again after this test
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    for concept in (losses, augment):
+        monkeypatch.setattr(concept, "COMPILE", False)  # so that it is False again afterwards
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(train, "train_step", counted)
     compiled = train.run(tiny_config(tmp_path / "compiled", *flags, "--compile"))
 
-    # There are at most 4 graphs of a block, and at most 3 of each of the losses' 4 passes.
-    # After the first step no new one is made.
-    assert len(set(graphs[1:])) == 1 and 4 < graphs[-1] <= 4 + 4 * 3, graphs
+    # There are at most 4 graphs of a block, at most 3 of each of the losses' 4 passes, and 2 of
+    # the turn of colours. After the first step no new one is made.
+    assert len(set(graphs[1:])) == 1 and 4 < graphs[-1] <= 4 + 4 * 3 + 2, graphs
     assert not torch._dynamo.utils.counters["graph_break"]
     assert abs(compiled["loss"] - plain["loss"]) < 1e-3
     a, b = teacher_of(tmp_path / "plain"), teacher_of(tmp_path / "compiled")

@@ -1,6 +1,7 @@
 """Claims
 1. Every preset can be compiled: no function needs more graphs than PyTorch keeps of one, also
-   where DDP wraps the student; a convnet is left as it is.
+   where DDP wraps the student; a convnet is left as it is. Colours take one graph for any number
+   of images, and stay the same.
 2. Without a C compiler a run says so and does not compile.
 3. A step of every preset runs on CUDA tensors in bf16 and in fp16: everything is on the GPU,
    and of the types that are meant.
@@ -20,6 +21,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,9 +30,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import augment
 import losses
 import train
 import vit
+from augment import draw_photometry
 from bench import plain
 from bench.step import Step, StepConfig, made_up_batch
 from machinery.flags import parse
@@ -85,7 +89,9 @@ def graphs(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", compile)
     one_pass = functools.cache(functools.partial(torch.compile, backend=count))
     monkeypatch.setattr(losses, "compiled", one_pass)
-    monkeypatch.setattr(losses, "COMPILE", False)  # so that it is False again after this test
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
+    for concept in (losses, augment):
+        monkeypatch.setattr(concept, "COMPILE", False)  # so that it is False again afterwards
     monkeypatch.setitem(losses.CHUNK, "cpu", 3 * 32)  # (n, K) in many chunks, of 3 rows
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -125,6 +131,21 @@ def test_ddp_cuts_no_block(graphs, monkeypatch):
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+def test_colours_take_one_graph(graphs, monkeypatch):
+    """Whatever the number of images and their size; a single image has one of its own."""
+    for n, side in ((12, 24), (9, 24), (30, 16), (1, 24), (5, 20)):
+        crops = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8)
+        rng = np.random.default_rng(n)
+        params = torch.from_numpy(np.stack([draw_photometry("dino", 1, rng) for _ in crops]))
+        params[:, 0] = torch.arange(n) % 24  # each is jittered, in another order
+        monkeypatch.setattr(augment, "COMPILE", False)
+        eager = augment.photometry(crops, params)
+        monkeypatch.setattr(augment, "COMPILE", True)
+        assert torch.equal(augment.photometry(crops, params), eager)
+    assert len(graphs) == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 # -- 2
 
 
@@ -134,7 +155,7 @@ def test_without_a_compiler_a_run_goes_on(graphs, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")
     student, _ = train.build(config, CPU)
     assert "no C compiler" in capsys.readouterr().out
-    assert not losses.COMPILE
+    assert not losses.COMPILE and not augment.COMPILE
     assert all(block._compiled_call_impl is None for block in student.backbone.blocks)
 
 

@@ -15,6 +15,7 @@ Letters  G global crops of an image, B images of a process, M masked patches, K 
 """
 
 import math
+import os
 import shutil
 from pathlib import Path
 from unittest.mock import patch
@@ -27,7 +28,7 @@ from torch._subclasses import FakeTensorMode
 import vit
 from images.data import PREFETCH
 from losses import patch_loss, view_pair_loss
-from machinery.process import Process, autocast, memory_gb
+from machinery.process import Process, autocast
 from training.config import Config
 
 
@@ -183,6 +184,15 @@ def shared_memory_warning(config: Config, process: Process) -> str:
         f"warning: {config.num_workers} workers hold {needed / 2**30:.2f} GB of batches in "
         f"/dev/shm, which has {free / 2**30:.2f} GB free: start the container with a larger "
         "--shm-size, or give a smaller --num_workers")
+
+
+def memory_gb(device: torch.device) -> float:
+    """Memory of the GPU, or of this machine, in units of 2**30 bytes; NaN: not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 2**30
+    if not hasattr(os, "sysconf"):  # Windows
+        return math.nan
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
 def memory_report(student: nn.Module, config: Config, process: Process) -> list[str]:

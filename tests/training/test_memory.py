@@ -5,11 +5,14 @@
 3. Crops, the teacher's logits and the gradient of the student's have the sizes of these
    tensors; a GPU holds the next batch as well, and what it takes to colour it.
 4. A GPU never keeps the weights of attention, n x n for n tokens; a CPU does in bf16.
-5. Batches of the workers that do not fit into shared memory are named, with the flags.
+5. A system that cannot tell how much memory it has is no reason to fail.
+6. Batches of the workers that do not fit into shared memory are named, with the flags.
 
 That it is what autograd really keeps is checked in tests/bench/test_count.py.
 """
 
+import math
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -20,7 +23,7 @@ from conftest import same_tensors, tiny_config
 import train
 from bench.plain import without
 from machinery.process import Process, start_process
-from training.memory import expected_memory, shared_memory_warning
+from training.memory import expected_memory, memory_gb, shared_memory_warning
 
 
 def test_expected_memory(tmp_path):
@@ -89,6 +92,13 @@ def test_attention_of_a_gpu_keeps_no_weights(on_gpu, precision, ideas, is_linear
     with without(ideas):
         ten, some, fifty = kept_by_tokens(tmp_path, on_gpu, precision)
     assert ((some - ten) / 16 == pytest.approx((fifty - some) / 24, rel=1e-6)) == is_linear
+
+
+def test_memory_that_is_not_known(monkeypatch):
+    process = start_process("cpu")
+    assert memory_gb(process.device) > 0
+    monkeypatch.delattr(os, "sysconf")  # as on Windows
+    assert math.isnan(memory_gb(process.device))
 
 
 @pytest.mark.parametrize("workers, is_enough", [(0, True), (2, True), (3, False)])
