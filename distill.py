@@ -43,7 +43,7 @@ from machinery.process import Process, start_process
 from train import Network
 from training.config import Config as TrainingConfig
 from training.check import check
-from training.config import read_config
+from training.stored import read_config
 from training.optim import ema_update
 from training.recipes import DISTILLATION
 from vit import ARCHS
@@ -241,12 +241,15 @@ def open_backbone(config: Config) -> nn.Module:
             f"--teacher {config.teacher} are of {teacher_patch} pixels; give the same, or do "
             "without patches: --ibot_weight 0 --patch_feature_weight 0")
 
-    # The teacher sees the global crops: each must be a whole number of its patches.
-    size = config.global_crops_size
-    if size % patch_size:
-        raise UsageError(
-            f"--global_crops_size {size} is not a multiple of the teacher's patches "
-            f"of {patch_size} pixels; try {max(size // patch_size, 1) * patch_size}")
+    # The teacher sees the global crops: each must be a whole number of its patches, at the size
+    # of the run and at those of --curriculum before it.
+    sizes = [stage.global_crops_size for _, stage in config.stages(1)]
+    for size in reversed(sizes):
+        if size % patch_size:
+            flag = "--global_crops_size" if size == sizes[-1] else "--curriculum: crops of"
+            raise UsageError(
+                f"{flag} {size} is not a multiple of the teacher's patches "
+                f"of {patch_size} pixels; try {max(size // patch_size, 1) * patch_size}")
     return backbone
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from machinery.flags import near_path
 from machinery.page import pyplot, save
-from training.config import read_config
+from training.stored import read_config
 from training.log import collapse
 
 # How the curves of a panel are told apart, the first, the second, ...: by dashes, because the

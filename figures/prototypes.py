@@ -32,7 +32,7 @@ from images.data import Images
 from machinery.flags import UsageError, near_path, require
 from machinery.page import name_row, picture, rows_of_pictures, save, show
 from machinery.process import start_process
-from training.config import read_config
+from training.stored import read_config
 
 # ----------------------------------------------------------------------------------------------
 # The teacher's answers

@@ -21,7 +21,7 @@ from pathlib import Path
 from machinery.checkpoints import write_json, write_text
 from machinery.flags import UsageError
 from machinery.process import Process, resolve_precision
-from training.config import NEUTRAL, Config, read_config
+from training.config import NEUTRAL, Config
 from training.recipes import SCALED, auto_scale
 
 # ----------------------------------------------------------------------------------------------
@@ -44,6 +44,8 @@ def match_stored_run(config: Config, folder: Path, process: Process, images: int
             config = auto_scale(config, images, global_batch)
         config.precision = resolve_precision(config.precision, process.device)
         return config
+
+    from training.stored import read_config  # here, because a new run has nothing to read
 
     # What was settled when the run began is not asked again: the machine may be another one.
     stored = read_config(stored_file, type(config))

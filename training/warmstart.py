@@ -21,7 +21,8 @@ from backbones.layouts import read_tensors
 from backbones.weights import (architecture, is_resnet50, load_strictly, read_backbone,
                                run_config_file, weights_file)
 from machinery.flags import UsageError
-from training.config import CROPS, HEADS, NETWORK, Config, read_config
+from training.config import CROPS, HEADS, NETWORK, Config
+from training.stored import read_config
 from training.recipes import DISTILLATION, PRESETS
 from vit import ARCHS, inflate, resize_pos_embed
 

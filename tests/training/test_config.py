@@ -2,7 +2,6 @@
 1. Every setting is explained by its help; what does not change a result is a setting.
 2. One table, one truth: a flag with choices takes exactly the names in the tables of the
    concept files, and an entry that is added to a table can be used at once, up to a whole run.
-3. config.json of a run comes back as it was; of a wrong type it is refused by file and field.
 """
 
 import dataclasses
@@ -10,7 +9,6 @@ import json
 import subprocess
 import sys
 import typing
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,7 @@ from augment import MASK_SHAPES, PHOTOMETRY
 from backbones.convnet import CONVNETS
 from losses import CENTERING
 from machinery.flags import UsageError, describe, parse
-from training.config import NEUTRAL, Config, read_config
+from training.config import NEUTRAL, Config
 from training.optim import OPTIMIZERS
 from vit import ARCHS, FFNS, POS_EMBED_RESIZE
 
@@ -120,38 +118,3 @@ def test_a_new_entry_can_be_used_at_once(tmp_path):
     stored = json.loads((tmp_path / "run/config.json").read_text())
     assert {stored[field] for field in TABLES} == {"new"}
     assert json.loads((tmp_path / "run/summary.json").read_text())["preset"] == "new"
-
-
-# ----------------------------------------------------------------------------------------------
-# config.json
-
-
-@pytest.mark.parametrize("text, words",
-                         [("{", "Expecting"), ("[]", "expected an object"),
-                          ("{}", "global_batch"), ('{"global_batch": true}', "global_batch"),
-                          ('{"global_batch": 8, "arch": "vgg"}', "arch is 'vgg'"),
-                          ('{"global_batch": 8, "patch_size": "__import__(1)"}', "patch_size"),
-                          ('{"global_batch": 8, "epochs": 1.5}', "epochs is 1.5"),
-                          ('{"global_batch": 8, "compile": 1}', "compile is 1"),
-                          ('{"global_batch": 8, "mask_ratio": [0.1]}', "mask_ratio"),
-                          ('{"global_batch": 8, "mask_ratio": [0.1, "x"]}', "mask_ratio"),
-                          ('{"global_batch": 8, "given": [5]}', "given"),
-                          ("[" * 100_000, "recursion")])
-def test_a_config_from_anywhere(text, words, tmp_path):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=f"config.json: not the config.*{words}"):
-        read_config(tmp_path / "config.json")
-
-
-def test_a_config_comes_back(tmp_path):
-    file = tmp_path / "config.json"
-    config = replace(Config(), compile=None, lr=1, mask_ratio=(0.2, 0.4), given=("lr",))
-    file.write_text(json.dumps(asdict(config) | {"global_batch": 64, "teacher": "a"}))
-    assert read_config(file) == asdict(config) | {"global_batch": 64, "teacher": "a"}
-
-
-def test_a_config_of_an_earlier_version_comes_back(tmp_path):
-    """It knew fewer settings: the others have their defaults."""
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps({"global_batch": 8, "epochs": 3}))
-    assert read_config(file) == asdict(replace(Config(), epochs=3)) | {"global_batch": 8}
