@@ -482,12 +482,27 @@ def open_data(config: Config) -> tuple[Images, Images]:
 
 
 def batches_from(step: int, total: int, images: Images, config: Config, process: Process):
-    """The loader of this process's batches, from step `step` to step `total`.
+    """This process's batches from step `step` to step `total`, whatever their crop sizes.
+
+    Without --curriculum the run is one stage. With it, each stage has a loader of its own.
+    """
+    for last, stage in config.stages(total):
+        if step >= last:  # a run that is continued may be beyond this stage
+            continue
+        if config.curriculum:
+            process.print(f"steps {step} to {last}: crops of {stage.global_crops_size} and "
+                          f"{stage.local_crops_size} pixels")
+        yield from stage_loader(step, last, images, stage, process)
+        step = last
+
+
+def stage_loader(step: int, last: int, images: Images, config: Config, process: Process):
+    """The loader of this process's batches with the crop sizes of `config`.
 
     Order and crops are functions of the seed, the epoch and the image; masks of the seed, the
     step and the rank. So a resumed run only has to start counting at a later step.
     """
-    sampler = Sampler(len(images), config.batch_size_per_gpu, total, step, config.seed,
+    sampler = Sampler(len(images), config.batch_size_per_gpu, last, step, config.seed,
                       process.rank, process.world_size, images.order)
     # Local crops serve the loss of the class tokens alone: without it none are cut.
     crops = MultiCrop(config.global_crops_size, config.local_crops_size,
@@ -701,7 +716,7 @@ class Run:
         """From the present step to the last one; SystemExit if a signal asks to stop."""
         config = self.config
         process = self.process
-        batches = iter(batches_from(self.step, self.total, self.images, config, process))
+        batches = batches_from(self.step, self.total, self.images, config, process)
         if config.profile:
             from machinery.trace import traced  # here, because few runs need it
 
@@ -713,11 +728,19 @@ class Run:
             wrapped = DistributedDataParallel(learner.student, gradient_as_bucket_view=True)
             learner = dataclasses.replace(learner, student=wrapped)
         self.clock = Clock(self.step, self.total)
+        switches = [last for last, _ in config.stages(self.total)]
         self.window = LogWindow(self.images, config)
         self.warned = set()
 
         with StopSignal(process) as stop_signal:
             while self.step < self.total:
+                # Crops of another size (--curriculum) take another time, so the clock starts
+                # anew. Each stage is compiled for its own sizes: without the reset, PyTorch
+                # would make one slower graph that takes any size.
+                if self.step in switches:
+                    self.clock = Clock(self.step, self.total)
+                    torch.compiler.reset()
+
                 # One training step. On a GPU the calls return before the work is done.
                 batch = self.clock.wait(batches)
                 schedule = schedules(self.step, self.epoch_steps, self.total, config, process)

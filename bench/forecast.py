@@ -317,7 +317,53 @@ def plan(config: PlanConfig, process: Process) -> dict:
     precision = "bf16" if config.precision == "auto" else config.precision
     config = replace(config, precision=precision)
     B = config.batch_size_per_gpu
-    peak, bandwidth, available = GPUS[config.kind]
+
+    # An epoch is --epoch_length steps, or one pass over the images, whose last, incomplete
+    # batch is left out.
+    batch = B * config.gpus
+    epoch_steps = config.epoch_length or max(images_of(config) // batch, 1)
+    steps = config.epochs * epoch_steps
+
+    # Each stage of --curriculum has a cost of its own; without it the run is one stage.
+    stages = []
+    done = 0
+    for last, stage in config.stages(steps):
+        cost = cost_of_stage(stage)
+        cost["steps"] = last - done
+        cost["days"] = cost["steps"] * batch / cost["images_per_second"] / 86400
+        stages.append(cost)
+        done = last
+
+    # The last stage has the largest crops, so it decides about memory. The other figures are
+    # means over all steps.
+    parts = stages[-1]["memory_parts"]
+    days = sum(cost["days"] for cost in stages)
+    rate = steps * batch / days / 86400
+    gflop = sum(cost["gflop_per_image"] * cost["steps"] for cost in stages) / steps
+    utilisation = rate * gflop * 1e9 / config.gpus / GPUS[config.kind][0]
+
+    # The assumptions are printed beside what follows from them.
+    print(f"{config.preset} on {config.gpus} {config.kind}, {B} images each: an estimate, "
+          "nothing here was measured\n")
+    print_cost(stages[-1], config)
+    print(f"{'images/s':20s} {rate:9.0f}, {rate / config.gpus:.0f} on each")
+    print(f"{'steps':20s} {steps:9,d} of {batch:,d} images")
+    print(f"{'days':20s} {days:9.2f}\n")
+    print_memory(parts, config)
+    if config.curriculum:
+        print("\nThe lines above the rate, and the memory, are those of the last stage of:")
+        print_stages(stages)
+
+    return {
+        "images_per_second": rate, "days": days, "memory_gb": sum(parts.values()),
+        "memory_parts": parts, "gflop_per_image": gflop, "steps": steps,
+        "utilisation": utilisation, "stages": stages}
+
+
+def cost_of_stage(config: PlanConfig) -> dict:
+    """Operations, seconds, rate and memory of steps with the crop sizes of `config`."""
+    B = config.batch_size_per_gpu
+    peak, bandwidth, _ = GPUS[config.kind]
 
     # What a process of the planned run holds; one of several, since FSDP splits the weights
     # over all of them, and HSDP over those of a node.
@@ -327,7 +373,6 @@ def plan(config: PlanConfig, process: Process) -> dict:
                          f"give a multiple of {NODE}, or --parallel fsdp")
     one_of_them = Process(torch.device("cpu"), world_size=config.gpus, node_size=node_size)
     parts = expected_memory(meta_student(config), config, one_of_them, on_gpu=True)
-    memory = sum(parts.values())
 
     # The seconds of one step, by the estimate or by the share of the peak that was given.
     work = count_work(config)
@@ -335,44 +380,50 @@ def plan(config: PlanConfig, process: Process) -> dict:
     seconds = {"products": operations / (SHARE_OF_PEAK * peak)}
     seconds["memory"] = traffic(parts, config) / (SHARE_OF_BANDWIDTH * bandwidth)
     utilisation = config.utilisation or operations / sum(seconds.values()) / peak
-    rate = config.gpus * B * utilisation * peak / operations
+    return {
+        "crops": (config.global_crops_size, config.local_crops_size), "work": work,
+        "seconds": seconds, "utilisation": utilisation,
+        "images_per_second": config.gpus * B * utilisation * peak / operations,
+        "memory_parts": parts, "gflop_per_image": operations / B / 1e9}
 
-    # An epoch is --epoch_length steps, or one pass over the images, whose last, incomplete
-    # batch is left out.
-    batch = B * config.gpus
-    epoch_steps = config.epoch_length or max(images_of(config) // batch, 1)
-    steps = config.epochs * epoch_steps
-    days = steps * batch / rate / 86400
 
-    # The assumptions are printed beside what follows from them.
-    print(f"{config.preset} on {config.gpus} {config.kind}, {B} images each: an estimate, "
-          "nothing here was measured\n")
-    for name, count in work.items():
-        print(f"{name:20s} {count / B / 1e9:9.1f} GFLOP an image")
+def print_cost(cost: dict, config: PlanConfig):
+    """What a step of a stage is made of, and the assumptions behind its seconds."""
+    peak, bandwidth, _ = GPUS[config.kind]
+    for name, count in cost["work"].items():
+        print(f"{name:20s} {count / config.batch_size_per_gpu / 1e9:9.1f} GFLOP an image")
     if not config.utilisation:
-        print(f"{'products':20s} {1e3 * seconds['products']:9.0f} ms a step, at "
+        print(f"{'products':20s} {1e3 * cost['seconds']['products']:9.0f} ms a step, at "
               f"{SHARE_OF_PEAK:.0%} of the peak")
-        print(f"{'memory traffic':20s} {1e3 * seconds['memory']:9.0f} ms a step, at "
+        print(f"{'memory traffic':20s} {1e3 * cost['seconds']['memory']:9.0f} ms a step, at "
               f"{SHARE_OF_BANDWIDTH:.0%} of {bandwidth / 1e12:.2f} TB/s")
-    print(f"{'peak':20s} {peak / 1e12:9.0f} TFLOP/s, of which {utilisation:.0%} are "
+    print(f"{'peak':20s} {peak / 1e12:9.0f} TFLOP/s, of which {cost['utilisation']:.0%} are "
           "reached, by these assumptions (--utilisation: by yours)")
-    print(f"{'images/s':20s} {rate:9.0f}, {rate / config.gpus:.0f} on each")
-    print(f"{'steps':20s} {steps:9,d} of {batch:,d} images")
-    print(f"{'days':20s} {days:9.2f}\n")
+
+
+def print_memory(parts: dict[str, float], config: PlanConfig):
+    """The memory of one GPU by part, and whether it has as much."""
     for name, size in parts.items():
         print(f"{name:20s} {size:9.2f} GB")
 
     # A data sheet's GB are 10**9 bytes, and all GB that we print are 2**30. Example: a GPU of
     # 80 GB holds 74.5 of ours. It may have a little more, which the libraries need.
-    room = available * 1e9 / 2**30
+    memory = sum(parts.values())
+    room = GPUS[config.kind][2] * 1e9 / 2**30
     advice = ""
     if memory > room:
         advice = ": too much; fewer images each, or --parallel fsdp"
     print(f"{'in all':20s} {memory:9.2f} GB of {room:.1f} a GPU{advice}")
 
-    return {
-        "images_per_second": rate, "days": days, "memory_gb": memory, "memory_parts": parts,
-        "gflop_per_image": operations / B / 1e9, "steps": steps, "utilisation": utilisation}
+
+def print_stages(stages: list[dict]):
+    """A line for each stage of --curriculum: its crops, and what they cost."""
+    print("  crops, px      steps  GFLOP an image   images/s      days        GB")
+    for cost in stages:
+        crops = " and ".join(map(str, cost["crops"]))
+        memory = sum(cost["memory_parts"].values())
+        print(f"  {crops:10s} {cost['steps']:9,d} {cost['gflop_per_image']:15.1f} "
+              f"{cost['images_per_second']:10.0f} {cost['days']:9.2f} {memory:9.2f}")
 
 
 def traffic(parts: dict[str, float], config: PlanConfig) -> float:

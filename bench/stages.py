@@ -128,7 +128,7 @@ def seconds_of_input(images: Images, size: int, config: InputConfig) -> dict[str
     # The loader of training brings the crops and masks that the flags ask for. Only its parts
     # are used, on the CPU and by one process; none of its workers is started.
     one_batch = replace(config, batch_size_per_gpu=size)
-    loader = train.batches_from(0, 1, images.subset(range(size)), one_batch,
+    loader = train.stage_loader(0, 1, images.subset(range(size)), one_batch,
                                 Process(torch.device("cpu")))
     multi_crop = loader.dataset.multi_crop
     stages = input_stages(images, multi_crop, loader.collate_fn, config)

@@ -180,7 +180,7 @@ def made_up_batch(config: Config, process: Process) -> dict:
     # No workers, which would only cost time to start, and no other processes.
     alone = replace(config, num_workers=0)
     images = noise(config.batch_size_per_gpu, config.in_chans)
-    loader = train.batches_from(0, 1, images, alone, Process(process.device))
+    loader = train.stage_loader(0, 1, images, alone, Process(process.device))
     batch = next(iter(loader))
 
     # The step shall be timed without the way to the device: that is the loader's business, and
@@ -542,7 +542,7 @@ def from_files(version: Step, config: Config, process: Process) -> dict:
     # ones, and neither says how fast they are in the long run.
     total = config.steps + FIRST_STEPS
     clock = Clock(0, total)
-    batches = iter(train.batches_from(0, total, images, config, process))
+    batches = iter(train.stage_loader(0, total, images, config, process))
     for _ in range(total):
         version.run(clock.wait(batches))
         time_when_done(process)

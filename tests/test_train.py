@@ -2,12 +2,14 @@
 1. One step equals DINO's Alg. 1 written out line by line: loss, gradients, teacher, centre; and
    one step equals DINOv2's three losses written out image by image (float32).
 2. Killed anywhere, or asked to stop, and run again: the same weights, bit for bit; also with
-   checkpoints of earlier versions, which called the centerings "makers".
+   checkpoints of earlier versions, which called the centerings "makers". So it is before, at
+   and after a switch of --curriculum, which gives each step the crops and masks of its stage.
 3. A step that is not finite stops the run, names step and images, and the checkpoint stays
    good. With fp16, a step that overflows is left out and the run goes on, bit for bit when
    resumed.
 4. Activation checkpointing changes no weight. Compiled, a run gives the same weights to
-   rounding, without a new graph after the first step.
+   rounding, without a new graph after the first step. With --curriculum each stage has the
+   graphs of a run at its sizes.
 5. Each ingredient can be left out by a flag: its term, and whatever only that term needs.
 6. Bad input is one line that names the flag, exit code 2, and leaves no run directory behind.
    A loader process that is killed ends a run with one such line.
@@ -271,6 +273,34 @@ def test_resumed_in_bfloat16(tmp_path):
     assert same_tensors(teacher_of(whole), teacher_of(broken))
 
 
+CURRICULUM = "--curriculum 0.6 0.5 --ibot_weight 1 --mask_min_patches 1 --save_every 2 --epochs 1"
+
+
+@pytest.mark.parametrize("step", [3, 6, 7])
+def test_resumed_across_a_switch(step, tmp_path, monkeypatch):
+    """Crops grow from 16 to 24 pixels after round(0.6 * 8) = 5 of 8 steps."""
+    sizes = []
+    train_step = train.train_step
+
+    def watched(learner, batch, *args):
+        sizes.append((batch["global_crops"].shape[-1], batch["masks"].shape[-1]))
+        return train_step(learner, batch, *args)
+
+    whole, broken = (tmp_path / name for name in ("whole", "broken"))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", watched)
+        train.run(tiny_config(whole, *CURRICULUM.split()))
+    # Masks are for the patches of the stage: 2 x 2 or 3 x 3 of 8 pixels each.
+    assert sizes == 5 * [(16, 4)] + 3 * [(24, 9)]
+
+    # Saved are steps 2, 4 and 6; so the runs go on with step 2 (before the switch), 4 (just
+    # before it) and 6 (after it).
+    with killed_in_step(step + 1):
+        train.run(tiny_config(broken, *CURRICULUM.split()))
+    train.run(tiny_config(broken, *CURRICULUM.split()))
+    assert same_tensors(*(saved(run / "checkpoint")[1] for run in (whole, broken)))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_saves_and_goes(number, whole, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
@@ -376,6 +406,29 @@ def test_activation_checkpointing_changes_no_weight(tmp_path):
     assert same_tensors(teacher_of(tmp_path / "false"), teacher_of(tmp_path / "true"))
 
 
+def counted_graphs(patch, backend="aot_eager") -> list[int]:
+    """Compile by this backend from now on; the list grows by the number of graphs at each step."""
+    graphs = []
+    train_step = train.train_step
+
+    def counted(*args):
+        figures = train_step(*args)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return figures
+
+    compile = functools.partialmethod(torch.nn.Module.compile, backend=backend)
+    patch.setattr(torch.nn.Module, "compile", compile)
+    compiled_pass = functools.cache(functools.partial(torch.compile, backend=backend))
+    patch.setattr(losses, "compiled", compiled_pass)
+    patch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    for concept in (losses, augment):
+        patch.setattr(concept, "COMPILE", False)  # so that it is False again after this test
+    patch.setattr(train, "train_step", counted)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return graphs
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", *os.environ.get("BACKENDS", "").split()])
 def test_compiled_is_the_same(tmp_path, monkeypatch, backend):
@@ -387,23 +440,7 @@ def test_compiled_is_the_same(tmp_path, monkeypatch, backend):
     """
     flags = "--ibot_weight 1 --num_register_tokens 1 --epochs 1".split()
     plain = train.run(tiny_config(tmp_path / "plain", *flags))
-    train_step, graphs = train.train_step, []
-
-    def counted(*args):
-        figures = train_step(*args)
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        return figures
-
-    compile = functools.partialmethod(torch.nn.Module.compile, backend=backend)
-    monkeypatch.setattr(torch.nn.Module, "compile", compile)
-    compiled_pass = functools.cache(functools.partial(torch.compile, backend=backend))
-    monkeypatch.setattr(losses, "compiled", compiled_pass)
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    for concept in (losses, augment):
-        monkeypatch.setattr(concept, "COMPILE", False)  # so that it is False again afterwards
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(train, "train_step", counted)
+    graphs = counted_graphs(monkeypatch, backend)
     compiled = train.run(tiny_config(tmp_path / "compiled", *flags, "--compile"))
 
     # There are at most 4 graphs of a block, at most 3 of each of the losses' 4 passes, and 2 of
@@ -418,6 +455,24 @@ def test_compiled_is_the_same(tmp_path, monkeypatch, backend):
     # differ by a step. Their mean shows that they are few.
     differences = torch.cat([(a[key] - b[key]).abs().flatten() for key in a])
     assert differences.mean() < 1e-5, differences.mean()
+
+
+@pytest.mark.slow
+def test_each_stage_is_compiled_for_its_sizes(tmp_path, monkeypatch):
+    """A stage makes its graphs in its first step: no more than a run of its sizes alone."""
+    flags = "--epochs 1 --compile --local_crops_number 0 --global_crops_size"
+    alone = []
+    for size in ("16", "24"):
+        with monkeypatch.context() as patch:
+            graphs = counted_graphs(patch)
+            train.run(tiny_config(tmp_path / size, *flags.split(), size))
+        alone.append(graphs[-1])
+
+    # Of 8 steps the first 4 have crops of 16 pixels.
+    graphs = counted_graphs(monkeypatch)
+    train.run(
+        tiny_config(tmp_path / "both", *flags.split(), "24", "--curriculum", "0.5", "0.67"))
+    assert graphs == 4 * [alone[0]] + 4 * [sum(alone)] and min(alone) > 0
 
 
 # ----------------------------------------------------------------------------------------------
@@ -466,6 +521,10 @@ def test_images_given_are_not_judged_by_the_presets():
     ("--local_crops_number 0 --global_crops_number 1", "at least two"),
     ("--keep 0", "--keep 0"), ("--val_share 0.7", "--val_share 0.7: expected at most 0.5"),
     ("--val_share -0.1", "--val_share"), ("--num_register_tokens -1", "--num_register_tokens"),
+    ("--curriculum 0.75", "expected pairs"), ("--curriculum 0.5 0.5 0.5 0.8", "less than 1"),
+    ("--curriculum 0 0.5", "above 0"),
+    ("--curriculum 0.75 2", "--curriculum 0.75 2: expected f"),
+    ("--curriculum 0.5 0.3 --ibot_weight 1", "crops of 10 pixels: --mask_min_patches 4"),
     ("--layerwise_decay 1.5", "--layerwise_decay"), ("--parallel fsdp", "torchrun"),
     ("--arch resnet18 --ibot_weight 1", "--arch resnet18"),
     ("--arch resnet18 --activation_checkpointing", "--activation_checkpointing")])

@@ -18,7 +18,7 @@ from pathlib import Path
 from augment import pixels_of
 from backbones.convnet import CONVNETS
 from machinery.checkpoints import write_text
-from training.config import NEUTRAL
+from training.config import NEUTRAL, Config
 
 
 def code_digest(folder: Path) -> str:
@@ -55,6 +55,16 @@ def network_text(config: dict) -> str:
         f"It takes images of {pixels.channels} channels with values from 0 to 1, from which "
         f"the mean {list(pixels.mean)} is subtracted and which are then divided by "
         f"{list(pixels.std)}.")
+
+
+def curriculum_text(config: dict, steps: int) -> str:
+    """When the crops became larger, for a run with --curriculum: "20 and 15 pixels until ..."."""
+    settings = {name: config[name] for name in Config.__dataclass_fields__ if name in config}
+    parts = []
+    for last, stage in Config(**settings).stages(steps):
+        parts.append(f"{stage.global_crops_size} and {stage.local_crops_size} pixels until "
+                     f"step {last:,d}")
+    return ", ".join(parts)
 
 
 def figures_table(summary: dict, rows: list[dict], start: str) -> list[str]:
@@ -99,6 +109,11 @@ def card_text(folder: Path) -> str:
     if config["init"]:
         start = f"{config['init']}, {start}"
 
+    # Stages of --curriculum are named with the steps in which they end.
+    stages = []
+    if config.get("curriculum"):  # runs of earlier versions do not know it
+        stages = [f"- Crops: {curriculum_text(config, summary['steps'])}."]
+
     # From what it is to what came of it; the version of the code stands at the end of the list.
     # TO ADD A LINE: one entry more, made of config, summary or rows.
     collapse = "collapsed" if summary["collapsed"] else "no collapse was found"
@@ -107,6 +122,7 @@ def card_text(folder: Path) -> str:
         network_text(config), "", f"- Data: `{config['data']}`, judged with {judged}.",
         f"- Recipe: preset `{config['preset']}`, {', '.join(flags) or 'no flags'}.",
         f"- Losses and their weights: {', '.join(weights)}; centering {config['centering']}.",
+        *stages,
         f"- Length: {summary['steps']:,d} steps of {config['global_batch']} images, seed "
         f"{config['seed']}, {summary['minutes']:.1f} minutes on {summary['device']} in "
         f"{summary['precision']}.", f"- At the end: loss {summary['loss']:.3f}, {collapse}; "

@@ -25,6 +25,7 @@ def check(config: Config, is_plan: bool = False):
     refused where these are opened. is_plan: the run is one of other processes, elsewhere.
     """
     check_sizes(config)
+    check_curriculum(config)
     check_pixels(config)
     check_ranges(config)
     check_losses(config)
@@ -60,6 +61,32 @@ def check_sizes(config: Config):
     require(config, lambda x: x <= 2**14, "at most 16,384", *sizes, "cache_side")
     require(config, lambda x: x <= 1000, "at most 1,000", "local_crops_number",
             "num_register_tokens", "num_workers")
+
+
+def check_curriculum(config: Config):
+    """Refuses stages of --curriculum that are no pairs, leave no step, or fit no mask."""
+    given = " ".join(f"{number:g}" for number in config.curriculum)
+    shares = config.curriculum[::2]
+    factors = config.curriculum[1::2]
+
+    # Crops larger than those of the last stage would need more memory than the run reports.
+    # That stage gives the features that are judged and kept, so it has to come.
+    if len(shares) != len(factors) or not all(shares) or sum(shares) >= 1:
+        raise UsageError(f"--curriculum {given}: expected pairs of a share of the steps and a "
+                         "factor of the crop sizes, with shares above 0 that add up to less "
+                         "than 1, as in 0.75 0.5")
+    if not all(0 < factor <= 1 for factor in factors):
+        raise UsageError(f"--curriculum {given}: expected factors of the crop sizes above 0, "
+                         "at most 1; --global_crops_size is the size at the end")
+
+    # A smaller crop has fewer patches to hide.
+    for _, stage in config.stages(1)[:-1]:
+        if stage.learns_patches and not stage.convnet:
+            try:
+                check_masks(stage)
+            except UsageError as error:
+                raise UsageError(f"--curriculum {given}: global crops of "
+                                 f"{stage.global_crops_size} pixels: {error}") from None
 
 
 def check_pixels(config: Config):

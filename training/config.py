@@ -12,7 +12,7 @@ Change   a new setting is one field of Config; a weight of a new loss is called 
 Tests    pytest tests/training/test_config.py
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from augment import MASK_SHAPES, PHOTOMETRY, Masking, Pixels, pixels_of
@@ -87,6 +87,10 @@ class Config:
     local_crops_size: int = 96  # side of a local crop in pixels
     local_crops_scale: Range = (0.05, 0.4)  # a local crop's share of the image: from, to
     photometry: Literal[*PHOTOMETRY] = "dino"  # table of colour changes for the crops
+    # Small crops first: pairs of a share of the steps and a factor on both crop sizes. With 0.75
+    # 0.5 the first three quarters of the steps have crops of half the size; the rest, as always,
+    # of the whole size.
+    curriculum: tuple[float, ...] = ()  # share and crop factor of each early stage; empty: none
     # -- masks
     mask_probability: float = 0.5  # share of the global crops with a mask (if --ibot_weight)
     mask_ratio: Range = (0.1, 0.5)  # a mask's share of the patches: from, to
@@ -184,6 +188,30 @@ class Config:
             own_head = self.separate_head
             prototypes["ibot"] = self.ibot_n_prototypes if own_head else self.n_prototypes
         return prototypes
+
+    def stages(self, total: int) -> list[tuple[int, "Config"]]:
+        """(step at which it ends, its Config) of each stage of a run of `total` steps, in order.
+
+        Stages differ in the crop sizes, which are whole numbers of patches, nearest to what
+        --curriculum says; without it there is one stage. FastDINOv2 (Zhang 2025) sec. 3.1.
+
+        Example: with 0.75 0.5, patches of 5 pixels and 2,500 steps, crops of 40 and 25 pixels
+        are of 20 and 15 pixels until step 1,875: half of 25 is 2.5 patches, made 3.
+        """
+        # A convnet has no patches: its crops are whole numbers of pixels.
+        p = 1 if self.convnet else self.patch_size
+        stages = []
+        done = 0.0  # share of the steps that earlier stages take
+
+        # The last stage has the sizes of this Config, and whatever is left of the steps.
+        for share, factor in zip(self.curriculum[::2], self.curriculum[1::2]):
+            done += share
+            sizes = {}
+            for name in ("global_crops_size", "local_crops_size"):
+                patches = int(getattr(self, name) * factor / p + 0.5)
+                sizes[name] = max(patches, 1) * p
+            stages.append((round(done * total), replace(self, **sizes)))
+        return [*stages, (total, self)]
 
     def masking(self, rank: int = 0) -> Masking | None:
         """What draws the masks of process `rank`; None where there is no iBOT loss."""

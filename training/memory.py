@@ -79,7 +79,8 @@ def expected_memory(student: nn.Module, config: Config, process: Process,
 
     Runs the student and the losses on fake tensors and adds up what autograd saves for the
     backward pass. Temporary buffers of single operations are not counted. Compiled blocks save
-    about a third less than this.
+    about a third less than this. With --curriculum these are the crops of the last stage, which
+    are the largest.
     """
     if on_gpu is None:
         on_gpu = process.device.type == "cuda"

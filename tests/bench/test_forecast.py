@@ -1,7 +1,8 @@
 """Claims
 1. A plan adds up, and meets runs that were published, by an estimate of products and of memory
    traffic, or by the share of the peak that is given. It splits a network over the GPUs that
-   are planned for, without torchrun.
+   are planned for, without torchrun. With --curriculum it is the sum of its stages, and its
+   memory that of the last.
 2. Cost grows point by point: each point is the fastest of its steps, of the network it names;
    what the preset has none of grows, too.
 3. The processes that growth starts train what was asked, and their failure is told.
@@ -105,6 +106,21 @@ def test_the_estimate_meets_published_runs(flags, published, factor):
     """The rates of bench/forecast.py were fitted to the three runs on A100s; they stay so."""
     days, _ = days_of(flags)
     assert published / factor < days < published * (1.15 if factor < 2 else 1)
+
+
+def test_a_plan_of_stages_adds_up(capsys):
+    """A stage costs what a run at its sizes costs, for its share of the steps."""
+    whole = main("plan dino_vits16 --gpus 8 --kind a100".split())
+    half = main("plan dino_vits16 --gpus 8 --kind a100 --global_crops_size 112 "
+                "--local_crops_size 48".split())
+    both = main("plan dino_vits16 --gpus 8 --kind a100 --curriculum 0.75 0.5".split())
+    assert both["days"] == pytest.approx(0.75 * half["days"] + 0.25 * whole["days"])
+    assert both["memory_gb"] == whole["memory_gb"] > 2 * half["memory_gb"]
+    assert both["gflop_per_image"] == pytest.approx(0.75 * half["gflop_per_image"]
+                                                    + 0.25 * whole["gflop_per_image"])
+    assert [cost["crops"] for cost in both["stages"]] == [(112, 48), (224, 96)]
+    assert [cost["steps"] for cost in both["stages"]] == [187_650, 62_550]
+    assert "112 and 48   187,650" in capsys.readouterr().out
 
 
 def test_the_estimate_follows_the_network():

@@ -62,7 +62,10 @@ def test_another_version_of_the_code_is_told(tmp_path):
     (dict(arch="resnet50"), "The convnet resnet50. It learned"),
     (dict(init="dinov2_vits14"), "| dinov2_vits14, before training | 28.1% |"),
     (dict(data="folder:a", val_data="folder:b"), "Data: `folder:a`, judged with `folder:b`."),
-    (dict(in_chans=1), "images of 1 channels")])
+    (dict(in_chans=1), "images of 1 channels"),
+    (dict(curriculum=(0.75, 0.5)),
+     "- Crops: 112 and 48 pixels until step 1,875, 224 and 96 pixels "
+     "until step 2,500.")])
 def test_runs_of_other_kinds(settings, words, tmp_path):
     write_run(tmp_path, **settings)
     assert words in card_text(tmp_path)

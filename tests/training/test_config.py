@@ -2,6 +2,8 @@
 1. Every setting is explained by its help; what does not change a result is a setting.
 2. One table, one truth: a flag with choices takes exactly the names in the tables of the
    concept files, and an entry that is added to a table can be used at once, up to a whole run.
+3. --curriculum divides a run into stages whose crops are whole numbers of patches; the last
+   stage has the sizes of the run, and no other is larger.
 """
 
 import dataclasses
@@ -118,3 +120,33 @@ def test_a_new_entry_can_be_used_at_once(tmp_path):
     stored = json.loads((tmp_path / "run/config.json").read_text())
     assert {stored[field] for field in TABLES} == {"new"}
     assert json.loads((tmp_path / "run/summary.json").read_text())["preset"] == "new"
+
+
+# ----------------------------------------------------------------------------------------------
+# Stages
+
+
+@pytest.mark.parametrize(
+    "flags, total, stages",
+    [
+        ("", 2500, [(2500, 40, 25)]),
+        # The example of Config.stages; and DINO's and DINOv2's crops at half their size.
+        ("--curriculum 0.75 0.5", 2500, [(1875, 20, 15), (2500, 40, 25)]),
+        ("--curriculum 0.5 0.5 0.25 0.8", 10, [(5, 20, 15), (8, 30, 20), (10, 40, 25)]),
+        ("--curriculum 0.5 0.01", 3, [(2, 5, 5), (3, 40, 25)]),  # one patch at least
+        ("--curriculum 0.5 0.5 --arch resnet18", 4, [(2, 20, 13), (4, 40, 25)])])
+def test_stages(flags, total, stages):
+    sizes = "--global_crops_size 40 --local_crops_size 25 --patch_size 5"
+    config = parse(Config, [*sizes.split(), *flags.split()])
+    found = config.stages(total)
+    assert [(last, c.global_crops_size, c.local_crops_size) for last, c in found] == stages
+    assert found[-1][1] is config
+    for _, stage in found:  # nothing else differs
+        assert dataclasses.replace(stage, global_crops_size=40, local_crops_size=25) == config
+
+
+def test_half_of_the_papers_crops():
+    for patch_size, local, half in ((16, 96, (112, 48)), (14, 98, (112, 56))):
+        config = Config(patch_size=patch_size, local_crops_size=local, curriculum=(0.75, 0.5))
+        stage = config.stages(100)[0][1]
+        assert (stage.global_crops_size, stage.local_crops_size) == half
