@@ -800,14 +800,15 @@ class Run:
         # The same figures go to the terminal and to metrics.jsonl, which visualize.py draws.
         process.print(log_line(self.last_row, self.total, config, self.clock))
         record(self.folder, self.last_row, process)
+        self.warn(diagnose(self.last_row, config))
 
-        # While the learning rate still rises, the figures look like a collapse in healthy runs,
-        # too. After that each kind of collapse is named once.
-        illness = diagnose(self.last_row, config)
-        warm = self.step > config.warmup_epochs * self.epoch_steps
+    def warn(self, illness: tuple[str, str] | None):
+        """Print what `diagnose` or the judge's `diagnose` found; each illness is named once."""
+        # While the learning rate still rises, the figures look ill in healthy runs, too.
+        warm = self.step > self.config.warmup_epochs * self.epoch_steps
         if illness and warm and illness[0] not in self.warned:
             self.warned.add(illness[0])
-            process.print(f"warning: {illness[1]}")
+            self.process.print(f"warning: {illness[1]}")
 
     def keep_snapshot(self):
         """Keep the teacher's backbone as it is now, for the page that tells the run."""
@@ -830,10 +831,9 @@ class Run:
         process.print(f"epoch {self.step // self.epoch_steps}: {self.judge.protocol} "
                       f"{figures['knn']:.1%} ({self.started_from} {figures['untrained']:.1%}, "
                       f"pixels {figures['pixels']:.1%})")
-        record(self.folder, dict(step=self.step, knn=figures["knn"]), process)
-        if self.config.init and figures["knn"] < figures["untrained"]:
-            process.print("warning: below the weights that it began with; lower --lr, raise "
-                          "--freeze_backbone_epochs, or stop")
+        row = dict(step=self.step, knn=figures["knn"], feature_rank=self.judge.rank)
+        record(self.folder, row, process)
+        self.warn(self.judge.diagnose(figures))
 
     def save(self):
         """A checkpoint to continue from, and beside it the weights for evaluation."""

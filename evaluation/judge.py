@@ -9,7 +9,7 @@ Idea     The loss of self-distillation says little: one that collapses to one pr
          neighbours in feature space belong together can be compared between all runs.
 Paper    DINO F (k-NN); the question about the other view is ours
 Try      python train.py --knn_every 1 --dense_every 1
-Change   which question is asked: Judge.__call__
+Change   which question is asked: Judge.__call__; what is warned of: Judge.diagnose
 Tests    pytest tests/evaluation/test_judge.py
 
 Letters  n images, B of them in a batch, C channels, s pixels, D width.
@@ -21,12 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from augment import MultiCrop, photometry
 from evaluation.extract import extract, gather, same_labels, spread
 from evaluation.knn import knn_accuracy, top_neighbours
 from images.data import Images, Views, training_loader
+from losses import effective_rank
 from machinery.process import Process, autocast
 from training.config import Config
 from training.rundir import record
@@ -36,7 +37,8 @@ class Judge:
     """k-NN(20) of the teacher's class token: 10,000 images at most vote on 5,000 at most.
 
     Without labels: how often an image's other random view is its nearest neighbour. `protocol`
-    says in words which of the two it is.
+    says in words which of the two it is. `rank` tells in how many directions the features of
+    the last call vary, `largest_rank` in how many they could.
     """
 
     def __init__(self, train: Images, val: Images, config: Config, process: Process):
@@ -46,6 +48,8 @@ class Judge:
         self.queries = readable(evenly_spaced(val, 5_000))
         self.config = config
         self.process = process
+        self.rank = 0.0
+        self.largest_rank = 0
 
         # Classes that do not match are refused here, before any training: same_labels raises.
         self.labelled = bool(train.labels and val.labels)
@@ -79,6 +83,7 @@ class Judge:
         # show whether their features tell classes apart all the same.
         bank = features(self.bank)
         queries = features(self.queries)
+        self.measure_rank(bank)
         labels = same_labels(self.bank, self.queries)
         k = min(20, len(bank))
         return knn_accuracy(bank, self.bank.labels, queries, labels, (k,))[k]
@@ -124,8 +129,47 @@ class Judge:
 
         # All first views look for their neighbour among all second views.
         first, second = torch.cat(features).unbind(1)  # (n, D) each
+        self.measure_rank(first)
         nearest = top_neighbours(first, second, 1)[1][:, 0]
         return (nearest == torch.arange(len(nearest))).float().mean().item()
+
+    def measure_rank(self, features: Tensor):
+        """Keep the effective rank of the variances of (n, D) features, from 1 to n - 1 or D.
+
+        One batch of training, of which the log tells the rank, has too few images for this. The
+        mean of all features is no difference between images, so it is taken away. Example:
+        variances of 10, 10 and 0 give 2; those of 19, 1 and 0 give exp(.199) = 1.2.
+        """
+        # The neighbours are found by the cosine, for which only directions count.
+        x = nn.functional.normalize(features, dim=1)
+        x = x - x.mean(0)
+
+        # The singular values of x'x are the variances along its principal directions, times n.
+        self.rank = effective_rank(x.T @ x).item()
+        self.largest_rank = min(len(x) - 1, x.shape[1])
+
+    def diagnose(self, figures: dict) -> tuple[str, str] | None:
+        """(name, sentence with a remedy) if the features of the last call are poor, else None.
+
+        figures: their `knn`, and `untrained`, what it was before training.
+        """
+        # Weights of --init can be spoilt. Of random ones nothing can be lost.
+        worse = figures["knn"] < figures["untrained"]
+        if worse and self.config.init:
+            return "worse than --init", ("below the weights that it began with; lower --lr, "
+                                         "raise --freeze_backbone_epochs, or stop")
+
+        # The targets can look healthy, and yet images differ in so few directions that their
+        # neighbours say less than those of a random network do. Features near a line are warned
+        # of at once. Example: features of 128 numbers for 5,000 images could have a rank of 128.
+        # A run of `shapes` that learns well has 2.6, with 95 % of the variance in two directions.
+        if worse or self.rank < 0.015 * self.largest_rank:
+            return "dimensional collapse", (
+                f"dimensional collapse: features vary in {self.rank:.1f} directions of "
+                f"{self.largest_rank}, {self.protocol} is {figures['knn']:.1%} "
+                f"({figures['untrained']:.1%} before training); use --koleo_weight 0.1, "
+                "--local_crops_number 4 and --global_crops_scale 0.3 1.0")
+        return None
 
 
 def readable(images: Images) -> Images:

@@ -11,7 +11,8 @@ Idea     The loss alone cannot tell learning from collapse. A cross-entropy is t
          the student has not learned yet what it says.
 Paper    DINO sec. 5.3 and fig. 7 (collapse); RankMe (Garrido 2023) for the effective rank
 Try      python train.py --epochs 1 --warmup_epochs 0 --log_every 5
-Change   another illness is one more branch in `diagnose`
+Change   another illness is one more branch in `diagnose`; one of the features in
+         evaluation/judge.py (Judge.diagnose)
 Tests    pytest tests/training/test_log.py
 
 Letters  n rows (views times images), K prototypes, M masked patches.

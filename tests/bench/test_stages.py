@@ -34,7 +34,7 @@ def input_clock(monkeypatch):
     monkeypatch.setattr(MultiCrop, "__call__", clock.takes(2, MultiCrop.__call__))
     monkeypatch.setattr(train, "to_device", clock.takes(40, train.to_device))
     open_images = bench.stages.open_images
-    batches_from = train.batches_from
+    stage_loader = train.stage_loader
     crop_by_crop = bench.stages.crop_by_crop
 
     def open_slowly(*args):
@@ -43,7 +43,7 @@ def input_clock(monkeypatch):
         return images
 
     def collate_slowly(*args):
-        loader = batches_from(*args)
+        loader = stage_loader(*args)
         # A DataLoader refuses some assignments once it is made; its __dict__ does not.
         vars(loader)["collate_fn"] = clock.takes(24, loader.collate_fn)
         return loader
@@ -52,7 +52,7 @@ def input_clock(monkeypatch):
         return clock.takes(16, crop_by_crop(*args))
 
     monkeypatch.setattr(bench.stages, "open_images", open_slowly)
-    monkeypatch.setattr(train, "batches_from", collate_slowly)
+    monkeypatch.setattr(train, "stage_loader", collate_slowly)
     monkeypatch.setattr(bench.stages, "crop_by_crop", crop_slowly)
     return clock
 

@@ -3,6 +3,8 @@
    is how often an image's other view is the nearest of all: for any number of workers and of
    processes what a loop over single images gives.
 2. The same network gets the same figure again, and is left in the mode that it was in.
+   It tells in how many directions the features vary. Features that are worse than before
+   training, or lie near a line, are named with a remedy; a run says so, once.
 3. Large sets are thinned out evenly; two images are needed; classes have to match.
 4. A run on photographs without labels is judged.
 5. With --dense_every the patch tokens are judged, too: as `patch_knn` does, alike on every process;
@@ -10,6 +12,8 @@
    it says nothing of it. Convnets and classes that do not match are refused.
 """
 
+import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -123,6 +127,54 @@ def test_the_same_figure_again(tmp_path):
         backbone.eval()
         judge(backbone)
         assert not backbone.training
+
+
+@pytest.mark.parametrize("variances, rank", [((1, 1), 2), ((19, 1), 1.2196), ((1, 0), 1)])
+def test_rank_of_features(variances, rank, tmp_path):
+    """Against the variances that the features were made with; a shift of all of them is none."""
+    images = open_images("shapes:32")
+    judge = Judge(images, images, tiny_config(tmp_path), ALONE)
+    angles = torch.arange(8) * math.pi / 4
+    circle = torch.stack([angles.cos(), angles.sin()], 1)  # each axis has the same variance
+    features = torch.zeros(8, 5)
+    features[:, :2] = 1e-4 * circle * torch.tensor(variances).sqrt()
+    features[:, 2] = 1.0  # so long that normalising changes nothing else
+    judge.measure_rank(features.double())
+    assert judge.rank == pytest.approx(rank, rel=1e-3) and judge.largest_rank == 5
+
+
+@pytest.mark.parametrize("knn, rank, init, name",
+                         [(0.20, 5.0, "", "dimensional collapse"),
+                          (0.80, 1.5, "", "dimensional collapse"), (0.80, 2.6, "", None),
+                          (0.30, 5.0, "", None), (0.20, 5.0, "runs/a", "worse than --init"),
+                          (0.80, 1.5, "runs/a", "dimensional collapse")])
+def test_diagnosis_of_features(knn, rank, init, name, tmp_path):
+    """Before training k-NN was 30 %; features of 128 numbers."""
+    images = open_images("shapes:32")
+    judge = Judge(images, images, tiny_config(tmp_path, "--init", init), ALONE)
+    judge.rank, judge.largest_rank = rank, 128
+    illness = judge.diagnose(dict(knn=knn, untrained=0.3))
+    assert illness is None if name is None else illness[0] == name
+    if name == "dimensional collapse":
+        assert f"{rank} directions of 128" in illness[1]
+        for flag in re.findall(r"--(\w+)", illness[1]):  # the flags of the remedy are flags
+            assert hasattr(judge.config, flag)
+
+    # Of four images the features can vary in three directions only: that is no illness.
+    judge.rank, judge.largest_rank = 1.2, 3
+    assert judge.diagnose(dict(knn=0.5, untrained=0.3)) is None
+
+
+def test_a_run_warns_of_dimensional_collapse(tmp_path, capsys, quick_runs, monkeypatch):
+    """It gets worse in each of three epochs; only after the one of warm-up is it said, once."""
+    figures = iter((0.5, 0.5, 0.4, 0.3, 0.2))  # pixels, before training, three epochs
+    monkeypatch.setattr(Judge, "__call__", lambda self, _: next(figures))
+    train.run(tiny_config(tmp_path / "run", "--epochs", "3", "--warmup_epochs", "1"))
+    before, _, after = capsys.readouterr().out.partition("warning: dimensional collapse")
+    assert "epoch 2" in before and "epoch 3" not in before and "--koleo_weight 0.1" in after
+    assert "dimensional collapse" not in after
+    rows = metrics_of(tmp_path / "run")
+    assert [row["feature_rank"] for row in rows if "feature_rank" in row] == [0, 0, 0]
 
 
 def test_what_there_is_to_judge_with(tmp_path, capsys):
