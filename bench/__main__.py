@@ -1,7 +1,7 @@
 """Bench: python -m bench TASK [PRESET] [--flag value ...]
 
-    TASK: step | data | photometry | eval | attention | probes | growth | plan
-                                                            --> a table, and --json FILE
+    TASK: step | data | photometry | eval | attention | probes | growth | plan | speedrun
+          | ablate                                          --> a table, and --json FILE
 
 Idea     One command for every question about cost. This file reads the flags and chooses the
          device; how something is measured is told in the file of its task.
@@ -17,7 +17,9 @@ from pathlib import Path
 
 import torch
 
+from bench.ablate import AblateConfig, ablate
 from bench.forecast import PlanConfig, growth, images_of, plan
+from bench.speedrun import SpeedrunConfig, speedrun
 from bench.stages import (EvaluationConfig, InputConfig, ProbesConfig, time_attention,
                           time_evaluation, time_input, time_photometry, time_probes)
 from bench.step import Config, StepConfig, time_step
@@ -35,7 +37,8 @@ TASKS = {
     "step": (time_step, StepConfig), "data": (time_input, InputConfig),
     "eval": (time_evaluation, EvaluationConfig), "attention": (time_attention, Config),
     "photometry": (time_photometry, Config), "probes": (time_probes, ProbesConfig),
-    "growth": (growth, Config), "plan": (plan, PlanConfig)}
+    "growth": (growth, Config), "plan": (plan, PlanConfig),
+    "speedrun": (speedrun, SpeedrunConfig), "ablate": (ablate, AblateConfig)}
 USAGE = "python -m bench TASK [PRESET] [--flag value ...]"
 
 
