@@ -1,9 +1,9 @@
 """Claims
 1. One step equals DINO's Alg. 1 written out line by line: loss, gradients, teacher, centre; and
    one step equals DINOv2's three losses written out image by image (float32).
-2. Killed anywhere, or asked to stop, and run again: the same weights, bit for bit; also with
-   checkpoints of earlier versions, which called the centerings "makers". So it is before, at
-   and after a switch of --curriculum, which gives each step the crops and masks of its stage.
+2. Killed anywhere, or asked to stop, and run again: the same weights, bit for bit; also
+   before, at and after a switch of --curriculum, which gives each step the crops and masks of
+   its stage.
 3. A step that is not finite stops the run, names step and images, and the checkpoint stays
    good. With fp16, a step that overflows is left out and the run goes on, bit for bit when
    resumed.
