@@ -129,7 +129,7 @@ class Speedrun(MeasuredRun):
 
     def train(self):
         self.passed = None  # what it has cost by then
-        self.history = []  # (step, accuracy in per cent)
+        self.history = []  # of each evaluation what it had cost until then, and the accuracy
         super().train()
 
     def due(self, epochs: int) -> bool:
@@ -143,7 +143,7 @@ class Speedrun(MeasuredRun):
         cost = self.cost()
         self.take_off(super().evaluate)
         accuracy = 100 * self.figures["knn"]
-        self.history.append((self.step, accuracy))
+        self.history.append(cost | {"accuracy": accuracy})
 
         # The loop of train.Run goes on while there are steps left.
         if accuracy >= self.target:
@@ -154,14 +154,15 @@ class Speedrun(MeasuredRun):
         """A row of the table: the cost until the target, or of the whole run."""
         return {
             "seed": self.config.seed, "passed": self.passed is not None,
-            "accuracy": self.history[-1][1], "history": self.history,
+            "accuracy": self.history[-1]["accuracy"], "history": self.history,
             "untrained": 100 * self.figures["untrained"]} | (self.passed or self.cost())
 
 
 def speedrun(config: SpeedrunConfig, process: Process) -> dict:
     """Seconds, images and operations until the teacher's k-NN reaches --target, for some seeds.
 
-    Each seed is a run of train.py of its own, which ends there. No checkpoint is kept.
+    Each seed is a run of train.py of its own, which ends there. No checkpoint is kept. With
+    --target 100 no run ends early, and --json has what every accuracy on the way has cost.
     """
     require(config, lambda x: x <= 100, "per cent, 0 to 100", "target")
     # The folder of a run has to be there while it trains, for its log; nothing of it is kept.

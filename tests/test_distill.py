@@ -448,6 +448,8 @@ def test_the_student_is_shown_what_its_teacher_wants(tmp_path):
     ("--patch_size 4 --mask_min_patches 1", "--patch_size 4"),
     ("--patch_size 4 --ibot_weight 0 --global_crops_size 20", "--global_crops_size 20"),
     ("--global_crops_size 25", "--global_crops_size 25"),
+    ("--patch_size 4 --ibot_weight 0 --curriculum 0.5 0.5",
+     "--curriculum: crops of 12 is not a"),
     ("--arch resnet18 --ibot_weight 0 --patch_feature_weight 1", "--patch_feature_weight 0"),
     ("--dino_weight 0 --ibot_weight 0", "nothing to learn"),
     ("--patch_tokens some", "--patch_tokens"), ("--in_chans 1", "leave them to --teacher"),

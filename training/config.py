@@ -193,7 +193,7 @@ class Config:
         """(step at which it ends, its Config) of each stage of a run of `total` steps, in order.
 
         Stages differ in the crop sizes, which are whole numbers of patches, nearest to what
-        --curriculum says; without it there is one stage. FastDINOv2 (Zhang 2025) sec. 3.1.
+        --curriculum says; without it there is one stage. FastDINOv2 (Zhang 2025) fig. 1.
 
         Example: with 0.75 0.5, patches of 5 pixels and 2,500 steps, crops of 40 and 25 pixels
         are of 20 and 15 pixels until step 1,875: half of 25 is 2.5 patches, made 3.

@@ -44,11 +44,11 @@ def test_it_ends_at_the_target(flags, steps, tmp_path, monkeypatch, capsys):
     flags = [*flags.split(), "--target", "70", "--seeds", "4", "5"]
     first, second = speedrun(*flags, json_file=tmp_path / "out.json")
     assert first["seed"] == 4 and first["passed"] and first["step"] == steps[-1]
-    assert [step for step, _ in first["history"]] == steps
+    assert [row["step"] for row in first["history"]] == steps
     assert first["accuracy"] == pytest.approx(70) and first["untrained"] == pytest.approx(10)
 
     assert second["seed"] == 5 and not second["passed"]
-    assert second["step"] == 16 == second["history"][-1][0]
+    assert second["step"] == 16 == second["history"][-1]["step"]
     printed = capsys.readouterr().out
     assert "1 of 2 seeds reached it" in printed and "median of these" in printed
 
@@ -59,8 +59,9 @@ def test_it_is_the_run_of_train(tmp_path):
     rows = [row for row in metrics_of(tmp_path / "run") if "knn" in row]
     found, = speedrun(*flags, "--target", "100", "--seeds", "0",
                       json_file=tmp_path / "out.json")
-    expected = [[row["step"], pytest.approx(100 * row["knn"])] for row in rows]
-    assert [[0, found["untrained"]], *found["history"]] == expected
+    expected = [(row["step"], pytest.approx(100 * row["knn"])) for row in rows]
+    judged = [(row["step"], row["accuracy"]) for row in found["history"]]
+    assert [(0, found["untrained"]), *judged] == expected
 
 
 def test_what_it_costs(tmp_path, monkeypatch):
@@ -75,6 +76,7 @@ def test_what_it_costs(tmp_path, monkeypatch):
     found, = speedrun(*flags, json_file=tmp_path / "out.json")
     assert found["step"] == found["seconds"] == found["cpu_seconds"] == 12
     assert found["images"] == 12 * 8
+    assert [row["seconds"] for row in found["history"]] == [4, 8, 12]
 
     small, large = (sum(
         count_work(
