@@ -680,8 +680,8 @@ class Run:
             return
         self.process.print(f"{self.judge.protocol}: raw pixels {figures['pixels']:.1%}, "
                            f"{self.started_from} network {figures['untrained']:.1%}")
-        row = dict(step=0, knn=figures["untrained"], pixels=figures["pixels"],
-                   protocol=self.judge.protocol)
+        row = dict(step=0, knn=figures["untrained"], feature_rank=self.judge.rank,
+                   pixels=figures["pixels"], protocol=self.judge.protocol)
         record(self.folder, row, self.process)
 
     @property

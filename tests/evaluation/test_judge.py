@@ -174,7 +174,7 @@ def test_a_run_warns_of_dimensional_collapse(tmp_path, capsys, quick_runs, monke
     assert "epoch 2" in before and "epoch 3" not in before and "--koleo_weight 0.1" in after
     assert "dimensional collapse" not in after
     rows = metrics_of(tmp_path / "run")
-    assert [row["feature_rank"] for row in rows if "feature_rank" in row] == [0, 0, 0]
+    assert [row["feature_rank"] for row in rows if "feature_rank" in row] == [0, 0, 0, 0]
 
 
 def test_what_there_is_to_judge_with(tmp_path, capsys):
