@@ -207,10 +207,10 @@ PANELS = {
     "healthy": ("learns", "dimensional collapse"),
     "all prototypes alike": ("uniform collapse",), "one prototype for all": ("one prototype",)}
 CAPTION = (
-    "Targets of the teacher over the steps of short runs, in shares of ln K, the entropy of "
-    "a target that says nothing. Healthy: a target is sharp (H low) and targets differ "
-    "(their mean is not). All prototypes alike: H stays at 1, and there is nothing to learn "
-    "(KL is 0). One prototype for all: both entropies are 0.")
+    "Targets of the teacher over the steps of short runs, in shares of ln K, the entropy of a "
+    "target that says nothing. Healthy: a target says more (H) than the mean of all, so targets "
+    "differ. All prototypes alike: H stays at 1, and there is nothing to learn (KL is 0). One "
+    "prototype for all: both entropies are 0.")
 
 
 def draw(rows: list[dict], curves: dict[str, list[dict]], path: Path) -> Path:
@@ -240,5 +240,9 @@ def draw(rows: list[dict], curves: dict[str, list[dict]], path: Path) -> Path:
         axis.set_title(f"{title}\n({chosen['run']}: k-NN {100 * (chosen['knn'] or 0):.0f} %)")
         axis.set_xlabel("step")
     axes[0].set_ylabel("share of ln K")
-    axes[0].legend()
+
+    # One legend for all panels, from the first that has curves.
+    drawn = next((axis for axis in axes if axis.lines), None)
+    if drawn:
+        fig.legend(*drawn.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return save(fig, path, CAPTION)
