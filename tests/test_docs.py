@@ -32,6 +32,7 @@ import backbones.__main__
 import backbones.weights
 import bench.__main__
 import distill
+import docs.exercise
 import evaluate
 import train
 import visualize
@@ -46,7 +47,8 @@ DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 CONCEPTS = {"vit", "heads", "losses", "augment"}
 PROGRAMS = {"train", "distill", "evaluate", "visualize", "hubconf"}
-ROOMS = ["machinery", "images", "backbones", "training", "evaluation", "figures", "bench"]
+ROOMS = [
+    "machinery", "images", "backbones", "training", "evaluation", "figures", "bench", "docs"]
 
 # The name of a module, such as training.optim -> its file. All the code of the house but tests.
 MODULES = {path.stem: path for path in ROOT.glob("*.py")}
@@ -136,6 +138,11 @@ def understand_backbones(argv):
         assert not any(word.startswith("-") for word in argv)
 
 
+def understand_exercise(argv):
+    if argv:
+        docs.exercise.read_flags(argv)
+
+
 def understand_evaluate(argv):
     _, flags_of_this_task, _ = evaluate.choose_task(argv)
     parse(flags_of_this_task, argv[1:])
@@ -151,7 +158,7 @@ PARSERS = {
     "train.py": train.read_flags, "distill.py": lambda argv: train.read_flags(
         argv, distill.Config, DISTILLATION, "distill.py"), "evaluate.py": understand_evaluate,
     "visualize.py": understand_visualize, "bench": understand_bench,
-    "backbones": understand_backbones}
+    "backbones": understand_backbones, "docs.exercise": understand_exercise}
 # What prose writes in the place of a word of a certain kind -> such a word.
 PLACEHOLDERS = {"PRESET": "shapes", "TASK": "knn", "N": "1", "W": "1"}
 
@@ -258,7 +265,7 @@ MAY_IMPORT = {
     "training": CONCEPTS | {"images", "backbones"} | MACHINERY, "evaluation": BELOW_EVALUATION,
     "figures": BELOW_FIGURES, "train": BELOW_PROGRAMS, "distill": BELOW_PROGRAMS | {"train"},
     "evaluate": BELOW_PROGRAMS, "visualize": BELOW_PROGRAMS, "hubconf": {"backbones"},
-    "bench": BELOW_PROGRAMS | {"train", "distill", "evaluate", "visualize"}}
+    "bench": BELOW_PROGRAMS | {"train", "distill", "evaluate", "visualize"}, "docs": MACHINERY}
 
 
 def imports_of(path):

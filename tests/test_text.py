@@ -14,6 +14,7 @@ import pytest
 import backbones.__main__
 import bench.__main__
 import distill
+import docs.exercise
 import evaluate
 import visualize
 from machinery.flags import describe
@@ -65,6 +66,7 @@ def test_the_book_is_explained(name):
 
 CONFIGS = {
     "train": Config, "distill": distill.Config, "backbones": backbones.__main__.Config,
+    "docs.exercise": docs.exercise.Config,
     **{f"evaluate {name}": task.Config
        for name, task in evaluate.TASKS.items()},
     **{f"visualize {name}": figure.Config
