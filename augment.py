@@ -12,7 +12,7 @@ Idea     A network that gives two crops of one image the same answer, whatever t
          has to represent what they share: what the image shows. Small crops must be recognised
          as parts of it. Masks hide patches of the large crops from the student.
 Paper    SwAV (Caron 2020) multi-crop; BYOL (Grill 2020) appendix B photometry; DINO sec. 3.1
-         and A; masks: BEiT (Bao 2021) Alg. 1, iBOT sec. 3.1, DINOv2 sec. 4
+         and 3.2; masks: BEiT (Bao 2021) Alg. 1, iBOT sec. 3.1, DINOv2 sec. 4
 Try      python augment.py [PHOTO]      draws the ten views of an image into views.png
 Change   the chances of each operation: an entry of PHOTOMETRY; another shape of masks:
          MASK_SHAPES; a new operation: a column in COLUMNS, its draw in draw_photometry, a line
@@ -62,7 +62,7 @@ def pixels_of(
 
 
 # Chances for (first global, second global, local) crops, and the strengths of the colour
-# jitter. DINO appendix A; the same as BYOL's.
+# jitter. DINO sec. 3.2; the same as BYOL's.
 PHOTOMETRY = {
     "dino": dict(jitter=(0.8, 0.8, 0.8), gray=(0.2, 0.2, 0.2), blur=(1.0, 0.1, 0.5),
                  solarize=(0.0, 0.2, 0.0), strength=(0.4, 0.4, 0.2, 0.1)),

@@ -7,7 +7,7 @@
 
 Idea     A network is judged by what can be read off its features without changing them. So the
          figures say what was learned without labels, and not what labels taught it afterwards.
-Paper    DINO sec. 4 and F; DINOv2 sec. 7; each file of evaluation/ names its place
+Paper    DINO sec. 4 and appendix F; DINOv2 sec. 7; each file of evaluation/ names its place
 Try      python evaluate.py knn --weights RUN
          python evaluate.py all --weights RUN        one report card
          python evaluate.py features --weights RUN --data folder:PATH --output features.npy

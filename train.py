@@ -71,7 +71,7 @@ from vit import ARCHS, VisionTransformer
 # tokens, and a head (heads.py), which turns a token into logits over K prototypes. Training
 # needs the head; for most uses the backbone alone is kept. The teacher is not trained: its
 # weights are an average of the student's past ones. Such an average usually has better features
-# than the student at the same step (DINO sec. 5.3), so there is something to learn from it.
+# than the student at the same step (DINO sec. 5.2), so there is something to learn from it.
 
 
 def new_backbone(config: Config, drop_path_rate: float) -> nn.Module:
@@ -437,7 +437,7 @@ def schedules(step: int, epoch_steps: int, total: int, config: Config,
     # A generator of its own for each (seed, step, rank): a run that is resumed draws the same.
     seed = np.random.SeedSequence([config.seed, step, process.rank]).generate_state(1)[0]
 
-    # The prototypes are frozen for a while (DINO appendix A), so that the first, noisy targets
+    # The prototypes are frozen for a while, as in DINO's code, so that the first, noisy targets
     # do not move them all to one side. With --init the backbone may be frozen while new heads
     # learn.
     last_layer_frozen = step < config.freeze_last_layer_epochs * epoch_steps

@@ -119,8 +119,7 @@ Groups = tuple[tuple[int, int], ...]  # one (b, n) per crop size; the sum of b*n
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: each token becomes a weighted mean of all. ViT sec. 3.1, eq.
-    2.
+    """Multi-head self-attention: each token becomes a weighted mean of all. ViT appendix A.
 
     Each image of each group attends to itself only.
     """
@@ -178,7 +177,7 @@ class Mlp(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """silu(gate) * value, then Linear. DINOv2 sec. 5; Shazeer 2020.
+    """silu(gate) * value, then Linear. DINOv2 table 17; Shazeer 2020.
 
     With gate, value and output it has three matrices where the MLP has two: two thirds of the
     width keep the cost the same.
@@ -623,7 +622,7 @@ ARCHS = {
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k' / sqrt(hd)) v: three times (b, nh, n, hd) -> one. ViT sec. 3.1.
+    """softmax(q k' / sqrt(hd)) v: three times (b, nh, n, hd) -> one. ViT eq. 6 and 7.
 
     PyTorch's scaled_dot_product_attention works tile by tile and does not store the weights.
     """

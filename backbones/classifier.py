@@ -6,7 +6,7 @@
 Idea     Meta released linear classifiers for its backbones, each on another choice of tokens.
          Which choice it was follows from the width of its weight. So any of them can be put in
          place, and nobody has to say what it reads.
-Paper    DINO sec. 4.1 and F; DINOv2 sec. 7.1 and appendix B
+Paper    DINO sec. 4.1 and appendix F.2; DINOv2 sec. 7.1 and appendix B.3
 Try      python evaluate.py linear --weights dinov2_vits14 --head dinov2_vits14_lc
 Change   another choice of tokens is one more range of columns in kinds_of_input
 Tests    pytest tests/backbones/test_classifier.py

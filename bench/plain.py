@@ -100,7 +100,7 @@ def own_part(keep: Keep, i: int, start: int) -> Keep:
 
 
 def stored_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k' / sqrt(hd)) v as the formula stands, from (b, nh, n, hd). ViT sec. 3.1.
+    """softmax(q k' / sqrt(hd)) v as the formula stands, from (b, nh, n, hd). ViT eq. 6 and 7.
 
     All scores are in memory at once, and the weights stay there until the backward pass.
     """
@@ -283,7 +283,7 @@ def blurred(image: Image.Image) -> Image.Image:
 
 
 def crop_by_crop(views: list[tuple[int, tuple[float, float], int]], kind: str, pixels: Pixels):
-    """A function from a PIL image to its crops, floats (3, s, s) each. DINO appendix A.
+    """A function from a PIL image to its crops, floats (3, s, s) each. DINO sec. 3.2.
 
     views: (size, scale, column of chances) of each crop, as MultiCrop has them; kind: a name of
     PHOTOMETRY. Operations and order are those of main_dino.py, lines 419-464.

@@ -4,7 +4,7 @@
 
 Idea     Each process takes every W-th image, and the rows are put together again in order: a
          table of features does not depend on how many processes made it.
-Paper    DINO sec. 4.1 and F: the features that every protocol starts from
+Paper    DINO sec. 4.1 and appendix F: the features that every protocol starts from
 Try      python evaluate.py features --weights dino_vits16 --data folder:PHOTOS
 Change   another reading of the network: any module that maps images to (B, D), as Blocks does
          in backbones/classifier.py

@@ -7,7 +7,7 @@
 Idea     The loss of self-distillation says little: one that collapses to one prototype has a
          low loss, and losses with other temperatures or prototypes cannot be compared. Whether
          neighbours in feature space belong together can be compared between all runs.
-Paper    DINO F (k-NN); the question about the other view is ours
+Paper    DINO appendix F.1 (k-NN); the question about the other view is ours
 Try      python train.py --knn_every 1 --dense_every 1
 Change   which question is asked: Judge.__call__; what is warned of: Judge.diagnose
 Tests    pytest tests/evaluation/test_judge.py

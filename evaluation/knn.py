@@ -5,7 +5,7 @@
 Idea     If images whose features are close share a label that training never saw, then the
          network has found the classes by itself. There is no learning rate, no number of epochs
          and nothing else to choose but k.
-Paper    DINO sec. 4.1 and F ("k-NN"); Wu 2018 sec. 3.4 for the weighted vote
+Paper    DINO sec. 4.1 and appendix F.1 ("k-NN"); Wu 2018 sec. 3.4 for the weighted vote
 Try      python -m evaluation.knn               the vote on four clouds of points
          python evaluate.py knn --weights RUN
 Change   another vote is another function of (similarities, labels); see knn_vote
@@ -123,7 +123,7 @@ class Config(protocol.Labelled, protocol.Config):
 
 
 def run(extractor: Extractor) -> dict:
-    """Weighted k-NN vote on the class token. DINO F; few-shot as in DINOv2's code."""
+    """Weighted k-NN vote on the class token. DINO appendix F.1; few-shot as in DINOv2's code."""
     config = extractor.config
     process = extractor.process
     train = open_labelled(extractor)

@@ -7,7 +7,7 @@
 Idea     Which learning rate and which tokens suit a network is not known beforehand. The pass
          through the network costs far more than a linear layer on its result. So a classifier
          for every combination (a probe) is trained on the same pass, and the best is reported.
-Paper    DINO sec. 4.1 and F; DINOv2 sec. 7.1 and appendix B
+Paper    DINO sec. 4.1 and appendix F.2; DINOv2 sec. 7.1 and appendix B.3
 Try      python -m evaluation.linear            52 probes on clouds of points
          python evaluate.py linear --weights RUN --epochs 2
 Change   another grid of learning rates: LRS
@@ -215,7 +215,7 @@ class Config(protocol.Labelled, protocol.Config):
 
 
 def run(extractor: Extractor) -> dict:
-    """Linear classifiers on random crops, judged on centre crops. DINO F; DINOv2 sec. 7.1.
+    """Linear classifiers on random crops, judged on centre crops. DINO appendix F.2; DINOv2 sec. 7.1.
 
     --protocol dinov2: 13 learning rates x {1, 4} blocks x {without, with} mean patch at once,
     the best of them on --val_data. dino: one rate; 4 blocks for ViT-S and smaller, else 1 block

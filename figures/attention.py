@@ -8,7 +8,7 @@
 Idea     The class token collects what it needs by attending to patches. No label ever told the
          network where objects are; the maps of a trained network show them nevertheless, and
          that made DINO famous.
-Paper    DINO fig. 1 and 3, sec. 4.2.2 and H (mass threshold)
+Paper    DINO fig. 1 and 3, sec. 4.2.2 (mass threshold), appendix G (a patch that looks)
 Try      python visualize.py attention PHOTO --weights RUN_OR_FILE_OR_NAME
 Change   the page of a photograph: draw_attention; of several: draw_attention_sheet
 Tests    pytest tests/figures/test_attention.py

@@ -7,7 +7,7 @@ Idea     A feature has hundreds of numbers, a page has two directions. PCA keeps
          directions of the largest spread, and all else falls together. t-SNE gives up distances
          and keeps neighbours: groups that the network sees become islands, but how large an
          island is, and how far from the next one, means nothing.
-Paper    van der Maaten and Hinton 2008 (t-SNE)
+Paper    t-SNE (van der Maaten and Hinton 2008); DINO appendix H and fig. 11
 Try      python visualize.py embedding shapes:500 --weights RUN
 Change   another way to two dimensions is a function and one line in METHODS
 Tests    pytest tests/figures/test_embedding.py

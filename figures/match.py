@@ -7,7 +7,7 @@
 Idea     A feature that means "the left wing" is found again in another bird, in another pose,
          even in a drawing of one. A patch of A whose nearest patch in B has, in turn, that
          patch of A as its nearest is such a pair: nobody marked any point.
-Paper    DINOv2 fig. 10, sec. 7.5
+Paper    DINOv2 fig. 10, sec. 7.5 (there by distance and an assignment of all patches)
 Try      python visualize.py match PHOTO PHOTO --weights RUN_OR_FILE_OR_NAME
 Change   which pairs are kept: mutual; which of them are drawn: spread_out
 Tests    pytest tests/figures/test_match.py

@@ -7,7 +7,7 @@
 Idea     k-NN says how often the neighbours have the right class. The neighbours themselves say
          why: whether the network compares things, or colours, or backgrounds, and which of its
          mistakes a person would make, too.
-Paper    DINO sec. 4.1 (k-NN) and 4.2.1 (retrieval); DINOv2 fig. 8
+Paper    DINO sec. 4.1 (k-NN) and 4.2.1 (retrieval); DINOv2 sec. 7.3
 Try      python visualize.py neighbours shapes:val --data shapes:1000 --weights RUN
 Change   which images are shown for a query: `nearest`
 Tests    pytest tests/figures/test_neighbours.py

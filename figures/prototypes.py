@@ -7,7 +7,7 @@
 Idea     Training never says what a prototype stands for. What the network has made of it can be
          seen in the images that it likes best: a kind of thing, a colour, a background, or, in a
          collapse, nothing at all.
-Paper    iBOT fig. 4 and appendix (there for the prototypes of patches)
+Paper    iBOT fig. 4 and appendix G.1 (there for the prototypes of patches)
 Try      python visualize.py prototypes RUN --data shapes:1000
 Change   which prototypes are drawn: most_used
 Tests    pytest tests/figures/test_prototypes.py

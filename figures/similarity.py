@@ -6,7 +6,7 @@
 
 Idea     What belongs together has similar features: the other eye, the rest of the wing, the
          same part of another animal. One patch is enough to ask for it.
-Paper    DINOv2 sec. 7.5 (the similarity that fig. 10 matches by)
+Paper    DINOv2 sec. 7.5 and fig. 10 match by distance; a cosine map is ours
 Try      python visualize.py similarity PHOTO PHOTO --weights RUN_OR_FILE_OR_NAME
 Change   another measure of similarity: cosine_map
 Tests    pytest tests/figures/test_similarity.py

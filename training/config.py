@@ -6,7 +6,7 @@
 Idea     One flat list, in the order of the method: data, network, head, crops, masks, losses,
          optimisation, machine. Choices are taken from the tables of the concept files, so that
          a new entry there is a new choice here.
-Paper    DINO A, iBOT 4.1, DINOv2 table 16: the names are those of the papers' code
+Paper    DINO sec. 3.2, iBOT sec. 3.2, DINOv2 table 16: the names are those of the papers' code
 Try      python train.py --help
 Change   a new setting is one field of Config; a weight of a new loss is called NAME_weight
 Tests    pytest tests/training/test_config.py

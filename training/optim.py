@@ -8,7 +8,7 @@
 Idea     The teacher is no second model to train: it is the average of the student's past
          weights. Such an average is better than each of the networks that it is made of, so the
          student always has something to learn from it.
-Paper    DINO sec. 3.1 (EMA teacher) and A (schedules); LARS (You 2017) for convnets
+Paper    DINO sec. 3.1 (EMA teacher) and 3.2 (schedules); LARS (You 2017) for convnets
 Try      python -m training.optim  the schedules of a run, drawn as text
 Change   a new optimizer is one line in OPTIMIZERS; it has to leave out the steps that LARS does
 Tests    pytest tests/training/test_optim.py
@@ -101,8 +101,8 @@ def rate_of(name: str) -> str:
 
 def parameter_groups(model: nn.Module, layerwise_decay: float = 1.0,
                      patch_embed_lr_mult: float = 1.0) -> list[dict]:
-    """Parameters that share a learning rate, a weight decay and a schedule. DINO A; DINOv2's
-    code.
+    """Parameters that share a learning rate, a weight decay and a schedule, as in DINO's and
+    DINOv2's code.
 
     Returns groups for a torch optimizer. In each: params; lr_mult, a factor on the learning
     rate; decay, 1 or 0, a factor on the weight decay; rate, the name of its learning rate in
@@ -222,7 +222,7 @@ def set_schedule(optimizer: torch.optim.Optimizer, schedule: dict[str, float]):
     """Give each of the parameter_groups this step's learning rate and weight decay.
 
     schedule: lr and weight_decay, and last_layer_lr and backbone_lr where those differ from lr.
-    last_layer_lr 0 keeps the prototypes where they are (DINO A), backbone_lr 0 the backbone.
+    last_layer_lr 0 keeps the prototypes where they are, backbone_lr 0 the backbone.
     """
     for group in optimizer.param_groups:
         rate = schedule.get(group["rate"], schedule["lr"])

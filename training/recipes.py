@@ -6,7 +6,7 @@
 Idea     A recipe is written as its difference from another one. Read side by side, the presets
          show what each paper changed. The comment above each tells the hardware, the time and
          the result, and who has measured them.
-Paper    DINO A, iBOT 4.1, DINOv2 table 16; the READMEs and configurations of their code
+Paper    DINO sec. 3.2, iBOT sec. 3.2, DINOv2 table 16; the READMEs of their code
 Try      python -m training.recipes      the presets, side by side
 Change   a new recipe is one entry in PRESETS
 Tests    pytest tests/training/test_recipes.py
@@ -225,10 +225,10 @@ PRESETS = {
     # DINOv2's README: 96 A100 GPUs with 32 images each, 3.3 days on ImageNet-22k; k-NN 82.0 %,
     # linear 84.5 %.
     "dinov2_vitl14": DINOV2 | DINOV2_LONG,
-    # DINOv2 sec. 5: 256 A100 GPUs with 12 images each, 22,000 GPU hours on LVD-142M, 142
+    # DINOv2 table 14 and 16: 256 A100 GPUs with 12 images each, 22,000 hours on LVD-142M, 142
     # million curated images.
     "dinov2_vitg14": dict(DINOV2 | DINOV2_LONG, arch="vit_giant2", batch_size_per_gpu=12),
-    # DINOv2 sec. 4 and B.2, "adapting the resolution": 10,000 more steps with large images,
+    # DINOv2 sec. 4 and appendix B.2, "adapting the resolution": 10,000 more steps with large images,
     # after the 625,000, in which every schedule runs once more, compressed. So an epoch has 20
     # steps here, and the 500 epochs of DINOV2_LONG are 10,000 steps: 1,600 of warm-up, 600 in
     # which the temperature rises, 20 in which the prototypes rest. The paper says that the
