@@ -43,7 +43,7 @@ from training.recipes import DISTILLATION
 from vit import VisionTransformer
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [ROOT / "README.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 CONCEPTS = {"vit", "heads", "losses", "augment"}
 PROGRAMS = {"train", "distill", "evaluate", "visualize", "hubconf"}

@@ -108,8 +108,9 @@ def test_a_step_is_algorithm_1(tmp_path):
         t = F.softmax((t - C) / tpt, dim=1)  # center + sharpen
         return -(t * F.log_softmax(s / tps, dim=1)).sum(dim=1).mean()
 
-    # 5. "loss = H(t1, s2)/2 + H(t2, s1)/2", in eq. 3 the mean over all pairs of different
-    # views: each of the two teacher views meets the three student views that are not itself.
+    # 5. "loss = H(t1, s2)/2 + H(t2, s1)/2", in DINO eq. 3 the mean over all pairs of
+    # different views: each of the two teacher views meets the three student views that are
+    # not itself.
     pairs = [H(teacher_out[i], student_out[v]) for i in range(2) for v in range(4) if v != i]
     assert len(pairs) == 6
     loss = sum(pairs) / len(pairs)
@@ -144,8 +145,8 @@ def test_a_step_of_dinov2(separate, tmp_path):
     """The three losses of DINOv2 sec. 4, image by image and view by view.
 
     iBOT Alg. 1 is the frame: the student sees masked crops and the teacher whole ones. Each
-    numbered paragraph begins with the line of that algorithm, or the heading in sec. 4 of
-    DINOv2, that it does. Learning rate and momentum are such that neither network moves in this
+    numbered paragraph begins with the line of that algorithm, or the heading in DINOv2
+    sec. 4, that it does. Learning rate and momentum are such that neither network moves in this
     step, so that both can be asked again afterwards.
     """
     flags = f"--separate_head {separate} --drop_path_rate 0 --clip_grad 0 --mask_ratio 0.2 0.7"
