@@ -229,9 +229,9 @@ PRESETS = {
     # million curated images.
     "dinov2_vitg14": dict(DINOV2 | DINOV2_LONG, arch="vit_giant2", batch_size_per_gpu=12),
     # DINOv2 sec. 4 and appendix B.2, "adapting the resolution": 10,000 more steps with large
-    # images, after the 625,000, in which every schedule runs once more, compressed. So an epoch has 20
-    # steps here, and the 500 epochs of DINOV2_LONG are 10,000 steps: 1,600 of warm-up, 600 in
-    # which the temperature rises, 20 in which the prototypes rest. The paper says that the
+    # images, after the 625,000, in which every schedule runs once more, compressed. So an epoch
+    # has 20 steps here, and the 500 epochs of DINOV2_LONG are 10,000 steps: 1,600 of warm-up, 600
+    # in which the temperature rises, 20 in which the prototypes rest. The paper says that the
     # learning rate is lower, not how low; this one and the number of images are ours.
     "hires": DINOV2
     | DINOV2_LONG
