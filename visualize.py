@@ -18,8 +18,8 @@ Tests    pytest tests/test_visualize.py
 
 from itertools import takewhile
 
-from figures import (attention, curves, embedding, match, neighbours, norms, pca, prototypes,
-                     similarity, story, video, views)
+from figures import (attention, curves, embedding, lecture, match, neighbours, norms, pca,
+                     prototypes, similarity, story, video, views)
 from machinery.flags import UsageError, command, did_you_mean, parse, user_errors
 
 # Each of these modules has ARGUMENTS, what has to be typed after the name of the figure, a
@@ -28,7 +28,7 @@ from machinery.flags import UsageError, command, did_you_mean, parse, user_error
 FIGURES = {
     "attention": attention, "curves": curves, "story": story, "pca": pca, "match": match,
     "similarity": similarity, "video": video, "views": views, "neighbours": neighbours,
-    "norms": norms, "prototypes": prototypes, "embedding": embedding}
+    "norms": norms, "prototypes": prototypes, "embedding": embedding, "lecture": lecture}
 
 USAGE = f"python visualize.py {' | '.join(FIGURES)} ..."
 

@@ -219,7 +219,8 @@ def run(extractor: Extractor) -> dict:
 
     --protocol dinov2 (DINOv2 sec. 7.1): 13 learning rates x {1, 4} blocks x {without, with} mean
     patch at once, the best of them on --val_data. dino: one rate; 4 blocks for ViT-S and
-    smaller, else 1 block with the mean patch. --n_last_blocks, --avgpool_patchtokens and --lr narrow the grid.
+    smaller, else 1 block with the mean patch. --n_last_blocks, --avgpool_patchtokens and --lr
+    narrow the grid.
     """
     config = extractor.config
     process = extractor.process

@@ -29,14 +29,13 @@ from augment import COLUMNS, MultiCrop, crop_box, photometry
 from figures.inputs import enlarge
 from images.files import read_file
 from machinery.flags import UsageError, require
-from machinery.page import picture, pyplot, save
+from machinery.page import COLOURS, picture, pyplot, save
 from training.config import Config as TrainingConfig
 from training.recipes import PRESETS, auto_scale
 
-# The colours of the first, second, ... global crop, and of all local ones. People who are
-# colour-blind can tell them apart (Okabe and Ito 2008).
-BOX_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-LOCAL_COLOUR = "#F0E442"
+# The colours of the first, second, ... global crop, and of all local ones.
+BOX_COLOURS = COLOURS[:4]
+LOCAL_COLOUR = COLOURS[4]
 
 
 class Box(NamedTuple):

@@ -9,7 +9,7 @@ Idea     There are ten kinds of things. A kind is a silhouette *and* a texture; 
          image. So pixels and colour histograms say little of the kind, and a network has to
          find out what stays the same.
 Paper    none: the world is ours. The tests hold it to that: simple statistics must fail on it
-Try      python -m images.shapes  draws a page of the world into shapes.png
+Try      python -m images.shapes  a page of the world in shapes.png, ten pictures in drawings/
 Change   a silhouette is one line in SILHOUETTES, a texture one in TEXTURES, a kind one in KINDS
 Tests    pytest tests/images/test_shapes.py
 
@@ -19,6 +19,7 @@ Letters  S side of the image in pixels; u v coordinates of the thing itself: its
 
 import colorsys
 import math
+from pathlib import Path
 
 import numpy as np
 
@@ -295,3 +296,12 @@ if __name__ == "__main__":
         axis.axis("off")
     fig.savefig("shapes.png", dpi=110, bbox_inches="tight")
     print("wrote shapes.png: four rows of images, their masks and depths (of the first row)")
+
+    # One picture of each kind as a file of its own, for the figures of visualize.py. No run is
+    # trained on them: they are scenes of the validation split, drawn larger.
+    folder = Path("drawings")
+    folder.mkdir(exist_ok=True)
+    large = Shapes("val", size=480)
+    for i, (silhouette, _, _) in enumerate(KINDS):
+        plt.imsave(folder / f"{silhouette}.png", large[i][0].transpose(1, 2, 0))
+    print(f"wrote {len(KINDS)} pictures of {large.size} pixels into {folder}")

@@ -8,7 +8,7 @@ Idea     A figure is looked at on a screen, in a paper and from the last row of 
          can read.
 Paper    none
 Try      python -m machinery.page      the sizes and colours
-Change   another look for every figure: STYLE and MAPS
+Change   another look for every figure: STYLE, COLOURS and MAPS; for slides: SLIDE
 Tests    pytest tests/machinery/test_page.py
 
 Letters  C channels, H W pixels.
@@ -18,6 +18,7 @@ import textwrap
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 # What matplotlib is told before a figure is drawn. Sizes are in points, 1/72 of an inch.
@@ -26,12 +27,23 @@ STYLE = {
     "xtick.labelsize": 9, "ytick.labelsize": 9, "figure.dpi": 120, "savefig.dpi": 120,
     "axes.spines.top": False, "axes.spines.right": False}
 
+# What is larger on a slide, so that it can be read from the last row of a lecture hall.
+SLIDE = {
+    "font.size": 17, "axes.titlesize": 18, "axes.labelsize": 17, "legend.fontsize": 16,
+    "xtick.labelsize": 15, "ytick.labelsize": 15}
+SLIDE_SIZE = (12.0, 6.75)  # inches: the shape of a screen, 16 to 9
+
 # What a colour map is for -> its name. All but one are perceptual: a step of the value is a
 # step of brightness that looks equally large everywhere. A direction has no smallest value, so
 # its colours have to go round.
 MAPS = {
     "attention": "viridis", "overlay": "inferno", "similarity": "viridis", "direction": "hsv",
     "distance": "viridis_r", "error": "magma", "video": "inferno"}
+
+# Colours for things of different kinds, which people who are colour-blind can tell apart
+# (Okabe and Ito 2008): blue, vermilion, green, purple, yellow.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#F0E442")
+
 PICTURE = 1.9  # inches: the width of one picture among others
 PAGE = 13.0  # inches: the width of a whole page, at most
 GAP = 0.08  # inches between two pictures
@@ -48,6 +60,17 @@ def pyplot():
 
     plt.rcParams.update(STYLE)
     return plt
+
+
+def slide(title: str):
+    """An empty slide for a lecture with a title at its top: the figure of matplotlib."""
+    # The next call of pyplot() brings back the sizes of a page; what is made until then, and
+    # all text on it, keeps those of a slide.
+    plt = pyplot()
+    plt.rcParams.update(SLIDE)
+    figure = plt.figure(figsize=SLIDE_SIZE)
+    figure.text(0.02, 0.97, title, fontsize=24, fontweight="bold", va="top")
+    return figure
 
 
 def picture(image: Tensor) -> Tensor:
@@ -106,12 +129,13 @@ def name_row(axis, name: str):
                   textcoords="offset points", rotation=90, ha="right", va="center", fontsize=9)
 
 
-def save(figure, path: Path, caption: str = "") -> Path:
+def save(figure, path: Path, caption: str = "", colours: int = 0) -> Path:
     """Write the figure, with a caption below it, and close it; returns its path.
 
     A path without an ending gets .png.
 
     The same input gives the same file: neither the date nor the version of matplotlib is in it.
+    colours: of a PNG, at most 256; with 128 of them it is a third as large. 0: all.
     """
     # The caption hangs below the page, in lines of the page's width: in this size an inch holds
     # about 15 letters.
@@ -126,6 +150,10 @@ def save(figure, path: Path, caption: str = "") -> Path:
     nothing = {".png": {"Software": None}, ".pdf": {"CreationDate": None, "Creator": None}}
     figure.savefig(path, bbox_inches="tight", metadata=nothing.get(path.suffix.lower()))
     pyplot().close(figure)
+    if colours:
+        with Image.open(path) as image:
+            few = image.convert("RGB").quantize(colours, dither=Image.Dither.NONE)
+        few.save(path, optimize=True)
     return path
 
 
