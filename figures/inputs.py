@@ -27,9 +27,10 @@ from evaluation.masks import untrained_like
 from images.files import EXTENSIONS, read_file
 from images.names import list_files
 from machinery.flags import UsageError, near_path, require
-from machinery.page import picture, rows_of_pictures, show
+from machinery.page import GAP, PAGE, name_row, picture, rows_of_pictures, show
 from vit import VisionTransformer
 
+COLUMNS = 8  # photographs side by side on a sheet, at most
 LONGEST = 4  # the long side of a photograph is at most so many times --image_size
 
 
@@ -197,17 +198,33 @@ def sheet(images: list[Tensor], files: list[Path], rows: int) -> tuple:
     """A page of photographs and `rows` rows of maps: (figure, axes of the rows, empty yet).
 
     The photographs, with their names, stand in a row above the maps. Of a single photograph all
-    stands in one row, and each row of maps has one place in it.
+    stands in one row, and each row of maps has one place in it. More photographs than COLUMNS
+    are parted into bands below each other, each with its own rows of maps; a row of axes goes on
+    through all bands.
     """
     shapes = [image.shape[2] / image.shape[1] for image in images]
-    alone = len(files) == 1
-    layout = [shapes * (1 + rows)] if alone else [shapes] * (1 + rows)
-    figure, axes = rows_of_pictures(layout, titled=1)
-    if alone:
-        axes = [[axis] for axis in axes[0]]
-    for axis, image, file in zip(axes[0], images, files):
+    if len(files) == 1:
+        figure, [[photo, *maps]] = rows_of_pictures([shapes * (1 + rows)])
+        show(photo, picture(images[0]), short(files[0]))
+        return figure, [[axis] for axis in maps]
+
+    # The pictures of the last band are as large as those of the others, though it has fewer.
+    bands = [shapes[i:i + COLUMNS] for i in range(0, len(shapes), COLUMNS)]
+    tallest = min(3.2, (PAGE - GAP * COLUMNS) / max(sum(band) for band in bands))
+    layout = [band for band in bands for _ in range(1 + rows)]
+    figure, axes = rows_of_pictures(layout, tallest, titled=range(0, len(layout), 1 + rows))
+
+    # Of each band the first row is for the photographs, the others for the maps.
+    photos, *maps = [sum(axes[i::1 + rows], []) for i in range(1 + rows)]
+    for axis, image, file in zip(photos, images, files):
         show(axis, picture(image), short(file))
-    return figure, axes[1:]
+    return figure, maps
+
+
+def name_rows(row: list, name: str):
+    """Write a name at the left of a row of a sheet, in every band."""
+    for axis in row[::COLUMNS]:
+        name_row(axis, name)
 
 
 def mark(axis, row: int, column: int, patch: int, colour: str = "#ff3d7f"):

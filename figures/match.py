@@ -96,7 +96,7 @@ def draw(arguments: list[str], config: Config) -> Path:
 
     # Between the two photographs is room for the lines to be told apart.
     shapes = [image.shape[2] / image.shape[1] for image in images]
-    figure, axes = rows_of_pictures([[shapes[0], 0.15, shapes[1]]] * len(rows), 4.5, titled=1)
+    figure, axes = rows_of_pictures([[shapes[0], 0.15, shapes[1]]] * len(rows), 4.5, range(1))
     for (left, middle, right), (name, patch, images, masks, pairs, total) in zip(axes, rows):
         middle.axis("off")
         draw_pairs(figure, left, right, images, masks, pairs, patch)

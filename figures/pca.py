@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from figures import inputs
-from figures.inputs import (about, enlarge, fit, networks, patch_features, photographs, read,
-                            sheet)
-from machinery.page import name_row, save, show
+from figures.inputs import (about, enlarge, fit, name_rows, networks, patch_features,
+                            photographs, read, sheet)
+from machinery.page import save, show
 
 # ----------------------------------------------------------------------------------------------
 # From features to colours
@@ -170,7 +170,7 @@ def draw(arguments: list[str], config: Config) -> Path:
         for axis, colour in zip(row, row_of_pictures):
             show(axis, colour, name if alone else "")
         if not alone:
-            name_row(row[0], name)
+            name_rows(row, name)
     caption = ("The first three principal components of the patch features, one basis for all "
                "photographs of a row, as red, green and blue. ")
     return save(figure, Path(config.output or "pca.png"), caption + about(models, config))

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from figures import inputs
-from figures.inputs import (about, enlarge, fit, mark, networks, patch_at, patch_features,
-                            photographs, read, sheet)
-from machinery.page import MAPS, name_row, save, show
+from figures.inputs import (about, enlarge, fit, mark, name_rows, networks, patch_at,
+                            patch_features, photographs, read, sheet)
+from machinery.page import MAPS, save, show
 
 
 def cosine_map(feature: Tensor, grid: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def draw(arguments: list[str], config: Config) -> Path:
         if alone:
             row_axes[0].set_title(title, fontsize=9)
         else:
-            name_row(row_axes[0], title)
+            name_rows(row_axes, title)
     caption = "Cosine of the features with that of the ringed patch, dark to bright. "
     caption += about(models, config)
     return save(figure, Path(config.output or "similarity.png"), caption)

@@ -9,7 +9,7 @@ Idea     There are ten kinds of things. A kind is a silhouette *and* a texture; 
          image. So pixels and colour histograms say little of the kind, and a network has to
          find out what stays the same.
 Paper    none: the world is ours. The tests hold it to that: simple statistics must fail on it
-Try      python -m images.shapes  a page of the world in shapes.png, ten pictures in drawings/
+Try      python -m images.shapes  a page of the world in shapes.png, pictures in drawings/
 Change   a silhouette is one line in SILHOUETTES, a texture one in TEXTURES, a kind one in KINDS
 Tests    pytest tests/images/test_shapes.py
 
@@ -297,11 +297,14 @@ if __name__ == "__main__":
     fig.savefig("shapes.png", dpi=110, bbox_inches="tight")
     print("wrote shapes.png: four rows of images, their masks and depths (of the first row)")
 
-    # One picture of each kind as a file of its own, for the figures of visualize.py. No run is
-    # trained on them: they are scenes of the validation split, drawn larger.
-    folder = Path("drawings")
-    folder.mkdir(exist_ok=True)
-    large = Shapes("val", size=480)
+    # Files for the figures of visualize.py: a picture of each kind, and the frames of a video. No
+    # run is trained on them: the pictures are scenes of the validation split, drawn larger.
+    pictures = {}
     for i, (silhouette, _, _) in enumerate(KINDS):
-        plt.imsave(folder / f"{silhouette}.png", large[i][0].transpose(1, 2, 0))
-    print(f"wrote {len(KINDS)} pictures of {large.size} pixels into {folder}")
+        pictures[f"drawings/{silhouette}.png"] = Shapes("val", size=480)[i][0]
+    for i, frame in enumerate(video(1, 12, 240)[0]):
+        pictures[f"drawn_video/{i:02d}.png"] = frame
+    for name, pixels in pictures.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        plt.imsave(name, pixels.transpose(1, 2, 0))
+    print(f"wrote {len(KINDS)} pictures into drawings/, and a video into drawn_video/")

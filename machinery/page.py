@@ -89,11 +89,12 @@ def show(axis, picture: Tensor, title: str = "", **options):
     axis.axis("off")
 
 
-def rows_of_pictures(rows: list[list[float]], tallest: float = 3.2, titled: int = 99):
+def rows_of_pictures(rows: list[list[float]], tallest: float = 3.2, titled: range = range(99)):
     """A page on which each row of pictures fills the width: (figure, axes of each row).
 
     rows: for each picture of a row its width divided by its height; all pictures of a row get
-    one height, of `tallest` inches at most. Only the first `titled` rows have room for titles.
+    one height, of `tallest` inches at most. titled: the numbers of the rows that have room for
+    titles.
     Example: [[1, 1], [1, 1, 1, 1]] has two large squares above four small ones.
     """
     # A very narrow picture gets a wider place, in whose middle it stands, so that titles beside
@@ -104,14 +105,15 @@ def rows_of_pictures(rows: list[list[float]], tallest: float = 3.2, titled: int 
     gaps = [GAP * (len(shapes) - 1) for shapes in rows]
     width = min(PAGE, max(tallest * sum(shapes) + gap for shapes, gap in zip(rows, gaps)))
     heights = [min(tallest, (width - gap) / sum(shapes)) for shapes, gap in zip(rows, gaps)]
-    height = sum(heights) + GAP * len(rows) + TITLE * min(titled, len(rows))
+    height = sum(heights) + GAP * len(rows)
+    height += TITLE * sum(i in titled for i in range(len(rows)))
     figure = pyplot().figure(figsize=(width, height))
 
     # From the top down. matplotlib wants left, bottom, width and height as shares of the page.
     axes = []
     top = height
     for i, (shapes, tall) in enumerate(zip(rows, heights)):
-        bottom = top - tall - (TITLE if i < titled else 0)
+        bottom = top - tall - (TITLE if i in titled else 0)
         left = 0.0
         axes.append([])
         for shape in shapes:

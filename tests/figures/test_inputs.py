@@ -2,8 +2,11 @@
 1. Photographs are files, or some of a folder, spread evenly over it.
 2. Every odd image comes through every figure: grey, tiny, wide, turned, transparent, 16 bits.
 3. Every network does: one head and twelve, patches of 8, 14 and 16 pixels, registers.
-4. Bad input is one line: no file, a convnet, a place outside the image, a missing block.
+4. A sheet of many photographs has bands of COLUMNS of them, all of one size, none over another.
+5. Bad input is one line: no file, a convnet, a place outside the image, a missing block.
 """
+
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +15,10 @@ from PIL import Image
 
 import visualize
 from backbones.convnet import ConvNet
-from figures.inputs import Config, fit, networks, patch_at, photographs, read
+from figures.inputs import COLUMNS, Config, fit, networks, patch_at, photographs, read, sheet
 from images.files import read_file
 from machinery.flags import UsageError
+from machinery.page import pyplot
 from vit import VisionTransformer
 
 OF_PHOTOS = ["attention", "pca", "similarity", "match"]
@@ -155,3 +159,21 @@ def test_read_names_what_is_near(photos, network):
     model = networks(Config(weights=(network(),)))["a.pth"]
     with pytest.raises(UsageError, match="did you mean .*01.png"):
         read(photos / "cats/001.png", model)
+
+
+def test_many_photographs_stand_in_bands():
+    count = 2 * COLUMNS + 3
+    images = [torch.zeros(3, 8, 8, dtype=torch.uint8)] * count
+    figure, maps = sheet(images, [Path(f"photo{i}.png") for i in range(count)], 2)
+    assert [len(row) for row in maps] == [count, count]
+    assert len(figure.axes) == 3 * count
+    titles = [axis.get_title() for axis in figure.axes]
+    assert [title for title in titles if title] == [f"photo{i}" for i in range(count)]
+
+    boxes = [axis.get_position() for axis in figure.axes]
+    assert len({round(box.width, 6) for box in boxes}) == 1
+    overlaps = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+    assert not overlaps
+    # The first map of a band is below the first photograph of it.
+    assert maps[0][COLUMNS].get_position().y1 < figure.axes[3 * COLUMNS].get_position().y0
+    pyplot().close(figure)
