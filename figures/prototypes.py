@@ -111,7 +111,7 @@ def draw_prototypes(images: Images, logits: Tensor, prototypes: list[int], uses:
     for row, k in zip(axes, prototypes):
         best = logits[:, k].topk(columns)
         for axis, logit, i in zip(row, best.values.tolist(), best.indices.tolist()):
-            name = f"{class_name(images, i)[:9]} " if images.labels else ""
+            name = f"{class_name(images, i)[:15]} " if images.labels else ""
             show(axis, picture(shown(images, i)), f"{name}{logit:.2f}")
 
         name_row(row[0], f"prototype {k}\n{int(uses[k]):,d} images")
@@ -128,7 +128,7 @@ ARGUMENTS = "RUN --data DATA"
 class Config(protocol.Config):
     # -- prototypes
     prototypes: int = 6  # how many prototypes are drawn: those that most images choose
-    columns: int = 9  # images of each
+    columns: int = 8  # images of each
     output: str = ""  # the picture to write; empty: prototypes.png in this folder
     # The network is that of the run, and a figure has --output in place of a folder.
     weights: str = dataclasses.field(default="", metadata={"no_flag": True})  # not a flag

@@ -14,10 +14,10 @@ NUMBER = r"(?<![\w.])\d[\d,]*\.\d+(?!\w|\.\d)"
 
 # Figures of the README that are no measurements of ours: what they are -> the figures.
 NOT_MEASURED = {
-    "the version of Python": {"3.11"},
-    "flags": {"0.5", "0.4", "0.3"},
+    "the version of Python": {"3.11"}, "flags": {"0.5", "0.4", "0.3"},
     "DINO's and DINOv2's authors": {"1.75", "60.2"},
-    "ln K": {f"{math.log(K):.2f}" for K in (65536, 8192, 256)}}
+    "ln K": {f"{math.log(K):.2f}"
+             for K in (65536, 8192, 256)}}
 
 
 def prose():
@@ -55,10 +55,11 @@ def test_nothing_is_excused_in_vain():
 
 def test_the_log_lines_are_of_one_run():
     after_epoch = re.search(r"epoch 1: k-NN\(20\) ([\d.]+)% \(untrained ([\d.]+)%", README)
-    later = re.search(r"after the others: ([\d.]+), ([\d.]+) and ([\d.]+) %", " ".join(
-        README.split()))
+    later = re.search(r"after the others: ([\d.]+), ([\d.]+) and ([\d.]+) %",
+                      " ".join(README.split()))
     results = (ROOT / "docs/results.md").read_text()
-    row = re.search(r"\| the run of the README's log.*? \| ([\d., ]+); ([\d.]+) minutes", results)
+    row = re.search(r"\| the run of the README's log.*? \| ([\d., ]+); ([\d.]+) minutes",
+                    results)
     assert row[1].split(", ") == [after_epoch[1], *later.groups()]
     assert f"took {row[2]} minutes" in README.replace("\n", " ")
     assert f"| the same, untrained; the loss at step 220; at step 500 | {after_epoch[2]};" in results
