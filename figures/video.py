@@ -25,6 +25,7 @@ import importlib.util
 import itertools
 import re
 import struct
+import textwrap
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -303,14 +304,21 @@ def frames_and_maps(frames: Frames, method, side: int, device: torch.device,
 
 @functools.cache
 def caption_strip(text: str, width: int) -> Tensor:
-    """A white strip (height, width, 3) uint8 with a line of grey text in its middle."""
-    # The text is as large as the width allows, from 14 pixels down to 8.
-    for size in range(14, 7, -1):
+    """A white strip (height, width, 3) uint8 with grey text in its middle."""
+    # One line, as large as the width allows, from 14 pixels down to 10. Below a small video there
+    # are several lines of 10 pixels.
+    for size in range(14, 9, -1):
         font = ImageFont.load_default(size)
         if font.getlength(text) <= width - 8:
             break
-    strip = Image.new("RGB", (width, 2 * size), "white")
-    ImageDraw.Draw(strip).text((width // 2, size), text, (90, 90, 90), font, anchor="mm")
+    letters = max(1, int(len(text) * (width - 8) / font.getlength(text)) - 2)
+    lines = textwrap.wrap(text, letters) if font.getlength(text) > width - 8 else [text]
+
+    # A line takes one and a half times the size of its letters.
+    strip = Image.new("RGB", (width, int(1.5 * size * len(lines)) + size // 2), "white")
+    for i, line in enumerate(lines):
+        place = (width // 2, size + int(1.5 * size * i))
+        ImageDraw.Draw(strip).text(place, line, (90, 90, 90), font, anchor="mm")
     return torch.from_numpy(np.array(strip))
 
 

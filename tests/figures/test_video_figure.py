@@ -18,8 +18,9 @@ from PIL import Image, ImageSequence
 from augment import normalise
 from backbones.convnet import ConvNet
 from backbones.weights import load_backbone
-from figures.video import (METHODS, WRITERS, AttentionMaps, Config, Frames, PCAMaps, draw,
-                           file_to_write, frames_and_maps, open_frames, pages, side_by_side)
+from figures.video import (METHODS, WRITERS, AttentionMaps, Config, Frames, PCAMaps,
+                           caption_strip, draw, file_to_write, frames_and_maps, open_frames,
+                           pages, side_by_side)
 from images.files import read_file
 from machinery.flags import UsageError, parse
 
@@ -180,6 +181,12 @@ def test_the_caption_and_even_sides():
     page = side_by_side([torch.zeros(31, 33, 3, dtype=torch.uint8)], "block 12 of 12")
     assert page.shape[0] % 2 == page.shape[1] % 2 == 0
     assert page[:31, :33].max() == 0 and page[31:].min() < 200 and page[:, -1].min() == 255
+
+
+def test_a_long_caption_below_a_small_video():
+    strip = caption_strip("attention of the class token, mean of 2 heads, block 3 of 0 to 3", 120)
+    assert strip.shape[0] > 3 * 15 and strip.shape[1] == 120
+    assert strip[:, :2].min() == strip[:, -2:].min() == 255 and strip.min() < 200
 
 
 def test_the_ending_decides(tmp_path):
