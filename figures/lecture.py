@@ -59,7 +59,7 @@ def drawing(kind: int = 1, size: int = 320) -> Tensor:
     return F.avg_pool2d(torch.from_numpy(large).float(), 4).round().byte()
 
 
-def box(axis, left, bottom, width, height, colour, text="", **style):
+def draw_box(axis, left, bottom, width, height, colour, text="", **style):
     """A filled rectangle on a canvas, with text in its middle."""
     # Imported here, as all of matplotlib is: most programs draw nothing.
     from matplotlib.patches import Rectangle
@@ -98,7 +98,7 @@ def architecture():
     axis.axis("off")
     draw_image(axis, settings.global_crops_size, settings.patch_size)
     draw_tokens(axis, 33)
-    box(axis, 44, 14, 16, 34, "0.92", f"{model.depth}\nblocks of\nattention\nand MLP")
+    draw_box(axis, 44, 14, 16, 34, "0.92", f"{model.depth}\nblocks of\nattention\nand MLP")
     draw_tokens(axis, 67)
     for start, end in ((26, 32), (38, 43), (61, 66)):
         arrow(axis, start, end, 32)
@@ -117,7 +117,7 @@ def architecture():
 
     # The class token goes on through the head, which compares it with K prototypes.
     arrow(axis, 72, 78, 46)
-    box(axis, 79, 39, 16, 14, "0.92", "head: MLP,\nlength 1,\nprototypes")
+    draw_box(axis, 79, 39, 16, 14, "0.92", "head: MLP,\nlength 1,\nprototypes")
     below(axis, 87, 36.5, f"{millions(head)} million\nweights")
     arrow(axis, 96, 100, 46)
     draw_answer(axis, settings.warmup_teacher_temp)
@@ -150,9 +150,9 @@ def draw_image(axis, size: int, patch: int):
 
 def draw_tokens(axis, left: float):
     """A column of tokens: that of the class at the top, a few of the patches below it."""
-    box(axis, left, 44, 4, 3.4, ORANGE)
+    draw_box(axis, left, 44, 4, 3.4, ORANGE)
     for i in range(6):
-        box(axis, left, 38.3 - 4.2 * i, 4, 3.4, BLUE)
+        draw_box(axis, left, 38.3 - 4.2 * i, 4, 3.4, BLUE)
     axis.text(left + 2, 10.8, "...", ha="center", color=BLUE, fontweight="bold")
 
 
@@ -161,7 +161,7 @@ def draw_answer(axis, temp: float):
     logits = 0.06 * torch.randn(1, 14, generator=torch.Generator().manual_seed(3))
     answer = make_targets(logits, temp, torch.zeros(14))[0]
     for i, share in enumerate((answer / answer.max()).tolist()):
-        box(axis, 101.5 + 1.25 * i, 40, 0.9, 0.2 + 12 * share, GREEN)
+        draw_box(axis, 101.5 + 1.25 * i, 40, 0.9, 0.2 + 12 * share, GREEN)
 
 
 def reach(groups: tuple[tuple[int, int], ...]) -> Tensor:
@@ -327,9 +327,9 @@ def pairs():
             place = (v - 0.46, i - 0.46, 0.92, 0.92)
             if weights[i, v] > 0:
                 text = f"1/{round(1 / float(weights[i, v]))}"
-                box(axis, *place, BLUE, text, color="white", fontsize=19)
+                draw_box(axis, *place, BLUE, text, color="white", fontsize=19)
             else:
-                box(axis, *place, "0.88", "same\nview", fontsize=SMALL)
+                draw_box(axis, *place, "0.88", "same\nview", fontsize=SMALL)
 
     # The views by name: of the student above, of the teacher at the left.
     names = [f"global\n{i + 1}" for i in range(G)]

@@ -11,7 +11,8 @@ from test_docs import DOCS, ROOT
 import visualize
 from figures.lecture import SLIDES
 
-PICTURES = [path for path in (ROOT / "docs").rglob("*") if path.suffix in (".png", ".jpg", ".gif")]
+PICTURES = [
+    path for path in (ROOT / "docs").rglob("*") if path.suffix in (".png", ".jpg", ".gif")]
 
 
 def shown_by(doc):

@@ -184,7 +184,8 @@ def test_the_caption_and_even_sides():
 
 
 def test_a_long_caption_below_a_small_video():
-    strip = caption_strip("attention of the class token, mean of 2 heads, block 3 of 0 to 3", 120)
+    strip = caption_strip("attention of the class token, mean of 2 heads, block 3 of 0 to 3",
+                          120)
     assert strip.shape[0] > 3 * 15 and strip.shape[1] == 120
     assert strip[:, :2].min() == strip[:, -2:].min() == 255 and strip.min() < 200
 
