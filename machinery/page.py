@@ -154,7 +154,7 @@ def save(figure, path: Path, caption: str = "", colours: int = 0) -> Path:
     pyplot().close(figure)
     if colours:
         with Image.open(path) as image:
-            few = image.convert("RGB").quantize(colours, dither=Image.Dither.NONE)
+            few = image.convert("RGB").quantize(colours, kmeans=2, dither=Image.Dither.NONE)
         few.save(path, optimize=True)
     return path
 

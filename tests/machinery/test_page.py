@@ -1,11 +1,13 @@
 """Claims
-1. The same figure gives the same file, with its caption in it, as PNG and as PDF.
+1. The same figure gives the same file, with its caption in it, as PNG and as PDF; a PNG of few
+   colours has no more than was said.
 2. Pictures of any channels are shown as colours from 0 to 1.
 3. Rows of pictures fill the page, do not overlap, and keep the shapes of the pictures.
 """
 
 import pytest
 import torch
+from PIL import Image
 
 from machinery.page import PAGE, picture, pyplot, rows_of_pictures, save, show
 
@@ -21,6 +23,13 @@ def test_the_same_file(ending, tmp_path):
     first = draw("first", "a network at 48 px")
     assert first == draw("second", "a network at 48 px")
     assert first != draw("third", "another network")
+
+
+def test_few_colours(tmp_path):
+    figure, axes = pyplot().subplots(1, 1, squeeze=False)
+    show(axes[0, 0], torch.linspace(0, 1, 3 * 40 * 40).view(40, 40, 3))
+    with Image.open(save(figure, tmp_path / "few.png", colours=16)) as image:
+        assert 8 < len(image.convert("RGB").getcolors()) <= 16
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
