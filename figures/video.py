@@ -311,8 +311,11 @@ def caption_strip(text: str, width: int) -> Tensor:
         font = ImageFont.load_default(size)
         if font.getlength(text) <= width - 8:
             break
-    letters = max(1, int(len(text) * (width - 8) / font.getlength(text)) - 2)
-    lines = textwrap.wrap(text, letters) if font.getlength(text) > width - 8 else [text]
+    lines = [text]
+    length = font.getlength(text)
+    if length > width - 8:
+        letters = int(len(text) * (width - 8) / length) - 2  # of a line, with some to spare
+        lines = textwrap.wrap(text, max(1, letters))
 
     # A line takes one and a half times the size of its letters.
     strip = Image.new("RGB", (width, int(1.5 * size * len(lines)) + size // 2), "white")

@@ -93,6 +93,7 @@ def test_there_is_a_command_of_every_kind():
     assert len(COMMANDS) >= 20
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # by the tests
 @pytest.mark.parametrize("start, words", COMMANDS, ids=[" ".join(c) for c in COMMANDS])
 def test_commands_run(start, words, desk, monkeypatch, capsys):
