@@ -22,7 +22,7 @@ ITEM = r"(?:[A-H](?:\.\d+)*|\d+(?:\.\d+)*)\b"
 PLACE = re.compile(
     rf"\b(sec\.|eq\.|fig\.|table|Alg\.|appendix) ({ITEM}(?:(?:, | and |-){ITEM})*)")
 SURNAME = r"(?:van der )?[A-Z][a-z]+(?:-[A-Z][a-z]+)?"
-AUTHOR = re.compile(rf"({SURNAME})(?: and {SURNAME}| et al\.)?,? \(?((?:19|20)\d\d)\b")
+AUTHOR = re.compile(rf"({SURNAME})(?: and {SURNAME}| et al\.)?,? \(?((?:19|20)\d\d)\b(?!-)")
 NOT_AUTHORS = {"November", "October", "Nov"}
 
 
