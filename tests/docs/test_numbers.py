@@ -14,8 +14,8 @@ NUMBER = r"(?<![\w.])\d[\d,]*\.\d+(?!\w|\.\d)"
 
 # Figures of the README that are no measurements of ours: what they are -> the figures.
 NOT_MEASURED = {
-    "the version of Python": {"3.11"}, "flags": {"0.5", "0.4", "0.3"},
-    "DINO's and DINOv2's authors": {"1.75", "60.2"},
+    "the version of Python": {"3.11"}, "flags": {"0.5", "0.4", "0.3", "0.75"},
+    "the number of a paper": {"2507.03779"}, "DINO's and DINOv2's authors": {"1.75", "60.2"},
     "ln K": {f"{math.log(K):.2f}"
              for K in (65536, 8192, 256)}}
 
