@@ -1,6 +1,6 @@
 """Data: images by name, in an order that can be taken up again at any step.
 
-    "shapes" | "folder:PATH" | "shards:PATTERN" | a torchvision class   (--cache: decoded once)
+  "shapes" | "folder:PATH" | "list:FILE" | "shards:PATTERN" | a torchvision class   (or --cache)
                                    |
                   Images: read(i) -> (C, H, W), labels, names
                                    |
@@ -69,6 +69,7 @@ class Images:
     # Where images are drawn: (number, side) -> the same picture, drawn with `side` pixels.
     draw: Callable[[int, int], Tensor] | None = None
     split: str = ""  # train or val, if the set itself is divided so; empty: it is not
+    root: Path | None = None  # where names are files: the folder that they are relative to
 
     def __len__(self) -> int:
         return len(self.names)
@@ -83,10 +84,8 @@ class Images:
         indices = np.fromiter(indices, np.int64)
         read = partial(_read_part, self.read, indices)
         draw = self.draw and partial(_draw_part, self.draw, indices)
-        if isinstance(self.names, list):
-            names = [self.names[i] for i in indices]
-        else:
-            names = self.names[indices]
+        in_a_list = isinstance(self.names, list)
+        names = [self.names[i] for i in indices] if in_a_list else self.names[indices]
         labels = self.labels and [self.labels[i] for i in indices]
         order = self.order and partial(_order_of_part, self.order, indices)
         return replace(self, read=read, names=names, labels=labels, order=order, draw=draw)
@@ -130,7 +129,7 @@ def open_folder(argument: str, split: str, root: str, download: bool, channels: 
     """
     # Imported here, because drawn images have no files.
     from images.files import ARRAYS, EXTENSIONS
-    from images.names import Names, list_files
+    from images.names import Names, list_files, numbered
 
     path = Path(argument).expanduser()
     if not argument or not path.is_dir():
@@ -151,13 +150,20 @@ def open_folder(argument: str, split: str, root: str, download: bool, channels: 
     read = partial(_read_path, path, names, channels)
 
     # The first part of cats/07.jpg is the class cats; the first part of 07.jpg is the file.
-    flat = any("/" not in name for name in names)
-    classes = [] if flat else sorted({name.split("/")[0] for name in names})
-    if len(classes) < 2:
-        return Images("folder", read, names, split=divided)
-    number = {name: i for i, name in enumerate(classes)}
-    labels = [number[name.split("/")[0]] for name in names]
-    return Images("folder", read, names, labels, classes, split=divided)
+    labels = classes = None
+    if all("/" in name for name in names):
+        labels, classes = numbered(name.split("/")[0] for name in names)
+    return Images("folder", read, names, labels, classes, split=divided, root=path)
+
+
+def open_list(argument: str, split: str, root: str, download: bool, channels: int) -> Images:
+    """list:FILE, one path in each line, relative to the file's folder; a label behind a tab."""
+    from images.names import read_list
+
+    path = Path(argument).expanduser()
+    names, labels, classes = read_list(path)
+    read = partial(_read_path, path.parent, names, channels)
+    return Images("list", read, names, labels, classes, root=path.parent)
 
 
 def _part_of_folder(path: Path, split: str) -> tuple[Path, str]:
@@ -257,7 +263,8 @@ def _read_shards(shards, channels: int, i: int) -> Tensor:
     return read_file(io.BytesIO(shards.read_bytes(i)), channels)
 
 
-DATASETS = {"shapes": open_shapes, "folder": open_folder, "shards": open_shards}
+DATASETS = {
+    "shapes": open_shapes, "folder": open_folder, "list": open_list, "shards": open_shards}
 
 
 def open_images(spec: str, root: str = "data", download: bool = False, flag: str = "--data",
@@ -351,8 +358,7 @@ def held_out(name: str, share: float = 0.05) -> bool:
 
 def part_by_name(images: Images, split: str, share: float = 0.05) -> Images:
     """The part "val" of a set that is not divided: what held_out says; "train": all others."""
-    wanted = split == "val"
-    chosen = (held_out(name, share) == wanted for name in images.names)
+    chosen = (held_out(name, share) == (split == "val") for name in images.names)
     return images.subset(np.fromiter(chosen, bool, len(images)).nonzero()[0])
 
 

@@ -9,12 +9,13 @@ Idea     A string of Python takes about 50 bytes beside its letters, and a list 
          end. Here the names are three long arrays, into which nobody writes.
 Paper    none
 Try      python -m images.names      how many bytes a name takes
-Change   which files are listed: list_files; how names are kept: Names
+Change   which files are listed: list_files; a line of a list: read_list; how names are kept: Names
 Tests    pytest tests/images/test_names.py
 """
 
 import copy
 import os
+import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -92,8 +93,63 @@ def list_files(folder: Path, prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
+def numbered(labels: Iterable[str]) -> tuple[list[int], list[str]] | tuple[None, None]:
+    """The label of each image -> (its number, the names of the classes, sorted).
+
+    A single label for all images tells nothing apart: then both are None.
+    """
+    # The labels may come one by one. So each gets the next free number when it is met first,
+    # and another one when all are known. Example: dog cat dog is 0 1 0, and then 1 0 1, because
+    # cat comes before dog.
+    as_met = {}
+    numbers = [as_met.setdefault(label, len(as_met)) for label in labels]
+    if len(as_met) < 2:
+        return None, None
+    classes = sorted(as_met)
+    place = {as_met[name]: i for i, name in enumerate(classes)}
+    return [place[number] for number in numbers], classes
+
+
+def read_list(path: Path) -> tuple[Names, list[int] | None, list[str] | None]:
+    """A file of one path in each line, behind a tab its label -> (paths, labels, classes).
+
+    Either all lines have a label or none. Empty lines are skipped. ValueError for a file that
+    is no such list, and where the first image is not there.
+    """
+    labels = []
+
+    def paths():
+        with open(path, encoding="utf-8", errors="surrogateescape") as lines:
+            for number, line in enumerate(lines, 1):
+                name, *label = line.rstrip("\n").split("\t")
+                if not name and not label:
+                    continue
+                if len(label) > 1 or not name:
+                    raise ValueError(f"list:{path}: line {number} is not a path, or a path, "
+                                     f"a tab and a label: {line.strip()!r:.80}")
+                labels.append(sys.intern(label[0]) if label else None)
+                yield name
+
+    if not path.is_file():
+        raise ValueError(f"list:{path}: there is no such file")
+    names = Names(paths())
+    if not len(names):
+        raise ValueError(f"list:{path}: found 0 images in it; expected one path in each line")
+
+    # Where the first path leads nowhere, the list has most likely been moved away from its
+    # images, and no path of it is right. To look for each of millions would take long.
+    if not (path.parent / names[0]).exists():
+        raise ValueError(f"list:{path}: there is no {path.parent / names[0]}; paths are "
+                         "absolute, or relative to the folder of the list")
+    unlabelled = labels.count(None)
+    if 0 < unlabelled < len(labels):
+        raise ValueError(
+            f"list:{path}: {unlabelled} of {len(labels)} lines have no label; give "
+            "one to all of them, or to none")
+    return names, *((None, None) if unlabelled else numbered(labels))
+
+
 if __name__ == "__main__":
-    import sys
 
     # Names as in ImageNet, in folders of 1,300 images each.
     strings = [f"n{i // 1300:08d}/n{i // 1300:08d}_{i % 1300}.JPEG" for i in range(100_000)]

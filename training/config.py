@@ -39,7 +39,7 @@ class Config:
     given: tuple[str, ...] = ()  # names of the flags on the command line, set by flags.parse
     taken_over: tuple[str, ...] = ()  # settings that other weights have decided
     # -- data
-    data: str = "shapes"  # shapes | folder:PATH | shards:PATTERN | a torchvision class
+    data: str = "shapes"  # shapes | folder:PATH | list:FILE | shards:PATTERN | CIFAR10
     val_data: str = ""  # labelled images to judge with; empty: --val_share of --data
     val_share: float = 0.05  # share of --data held out by name without --val_data; 0: none
     auto_scale: bool = False  # set recipes.SCALED by the number of images and the batch

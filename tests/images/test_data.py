@@ -9,6 +9,7 @@
 6. Where a set is not divided, :val are the images that are held out by name and :train all
    others; a folder is divided by its folders train and val. Nothing is held out twice.
 7. A folder that is divided has to be told which part is meant.
+8. A list of files is a set like any other: its labels, its parts by name, and what cannot be read.
 """
 
 import json
@@ -64,7 +65,7 @@ def test_a_line_in_datasets_is_a_name_for_data(small_backbone, tmp_path, monkeyp
         calls.append((argument, split, channels))
         return open_shapes(argument, split, root, download, channels)
 
-    with pytest.raises(ValueError, match="choose from shapes, folder, shards"):
+    with pytest.raises(ValueError, match="choose from shapes, folder, list, shards"):
         open_images("new:12")
     monkeypatch.setitem(DATASETS, "new", open_new)
     assert len(open_images("new:12")) == 12 and calls == [("12", "", 3)]
@@ -73,8 +74,26 @@ def test_a_line_in_datasets_is_a_name_for_data(small_backbone, tmp_path, monkeyp
     evaluate.main(flags.split())
     assert calls[1:] == [("20", "", 3), ("10", "val", 3)]
     assert json.loads((tmp_path / "results.json").read_text())["data"] == "new:20"
-    with pytest.raises(ValueError, match="choose from shapes, folder, shards, new"):
+    with pytest.raises(ValueError, match="choose from shapes, folder, list, shards, new"):
         open_images("nothing")
+
+
+def test_a_list_of_files(photos, tmp_path):
+    whole = open_images(f"folder:{photos}")
+    lines = [f"photos/{name}\t{name.split('/')[0]}\n" for name in reversed(list(whole.names))]
+    (tmp_path / "list.txt").write_text("".join(lines))
+    listed = open_images(f"list:{tmp_path}/list.txt")
+    assert len(listed) == 24 and listed.classes == whole.classes
+    assert listed.labels == whole.labels[::-1]
+    assert torch.equal(listed.read(5), whole.read(18))
+    assert listed.root / listed.names[5] == whole.root / whole.names[18]
+    part = open_images(f"list:{tmp_path}/list.txt:train")
+    assert list(part.names) == [name for name in listed.names if not held_out(name)]
+    with pytest.raises(ValueError, match="--val_data list:.*no such file"):
+        open_images("list:nothing.txt", flag="--val_data")
+    (tmp_path / "list.txt").write_text("photos\n")  # a folder is no image
+    with pytest.raises(OSError):
+        open_images(f"list:{tmp_path}/list.txt").read(0)
 
 
 def test_two_classes_of_one_name_are_refused(monkeypatch):

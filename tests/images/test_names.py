@@ -2,7 +2,9 @@
 1. Names are the strings that they were made from, in any language and of any bytes, one by one,
    in parts, and after a pickle.
 2. The files of a folder come in the order of their whole names, without the hidden ones.
-3. What a set of files keeps for each image is little more than the letters of its name, and so is
+3. A list gives its paths in order, and labels by the sorted names of the classes; a line, a label
+   or a file that is not as it should be is named.
+4. What a set of files keeps for each image is little more than the letters of its name, and so is
    what it takes while it is listed: a folder, tar files, and parts of them.
 """
 
@@ -17,7 +19,7 @@ import images.names
 from images import store
 from images.data import open_images, part_by_name
 from images.files import EXTENSIONS
-from images.names import Names, list_files
+from images.names import Names, list_files, numbered, read_list
 from images.store import Shards
 
 STRINGS = ["", "a.png", "b/ä-日本.jpg", "b/\udcff.png",
@@ -59,6 +61,38 @@ def test_files_of_a_folder(tmp_path):
 
 
 # -- 3
+
+
+def test_a_list_of_paths_and_labels(tmp_path):
+    for name in ("a b.jpg", "\udcff.jpg"):
+        (tmp_path / name).touch()
+    file = tmp_path / "list.txt"
+    lines = "a b.jpg\tdog\n\n\udcff.jpg\tcat\na b.jpg\tdog\n"
+    file.write_text(lines, errors="surrogateescape")
+    names, labels, classes = read_list(file)
+    assert names == ["a b.jpg", "\udcff.jpg", "a b.jpg"]
+    assert labels == [1, 0, 1] and classes == ["cat", "dog"]
+    file.write_text("a b.jpg\n/else/where.png\n")
+    assert read_list(file) == (["a b.jpg", "/else/where.png"], None, None)
+    assert numbered(iter(["x", "x"])) == (None, None)  # tells nothing apart
+
+
+@pytest.mark.parametrize("text, words", [
+    ("a.jpg\ta\nb.jpg\n", "1 of 2 lines have no label"),
+    ("a.jpg\n\tb\n", "line 2 is not a path"),
+    ("a.jpg\tb\tc\n", "line 1 is not a path"),
+    ("\n\n", "found 0 images"),
+    ("b.jpg\n", "there is no .*b.jpg; paths are absolute, or relative"),
+    (None, "no such file")])  # yapf: disable
+def test_a_list_that_is_none(text, words, tmp_path):
+    (tmp_path / "a.jpg").touch()
+    if text is not None:
+        (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        read_list(tmp_path / "list.txt")
+
+
+# -- 4
 
 COUNT = 2_000
 
