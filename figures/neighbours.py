@@ -33,7 +33,7 @@ from evaluation.protocol import Extractor
 from images.data import Images, beside_validation, open_images
 from images.files import read_file
 from machinery.flags import UsageError, near_path, require
-from machinery.page import picture, pyplot, rows_of_pictures, save, show
+from machinery.page import draw_frame, picture, pyplot, rows_of_pictures, save, show
 from machinery.process import start_process
 
 RIGHT = "#0072B2"  # blue and vermilion: people who are colour-blind can tell them apart
@@ -132,14 +132,6 @@ def nearest(features: Tensor, bank_features: Tensor, queries: Images, bank: Imag
 
 # ----------------------------------------------------------------------------------------------
 # The page
-
-
-def draw_frame(axis, colour: str):
-    """A thick line around a picture."""
-    from matplotlib.patches import Rectangle
-
-    axis.add_patch(
-        Rectangle((0, 0), 1, 1, transform=axis.transAxes, fill=False, ec=colour, lw=4))
 
 
 def class_name(images: Images, i: int) -> str:

@@ -131,6 +131,14 @@ def name_row(axis, name: str):
                   textcoords="offset points", rotation=90, ha="right", va="center", fontsize=9)
 
 
+def draw_frame(axis, colour: str):
+    """A thick line around a picture."""
+    from matplotlib.patches import Rectangle
+
+    axis.add_patch(
+        Rectangle((0, 0), 1, 1, transform=axis.transAxes, fill=False, ec=colour, lw=4))
+
+
 def save(figure, path: Path, caption: str = "", colours: int = 0) -> Path:
     """Write the figure, with a caption below it, and close it; returns its path.
 

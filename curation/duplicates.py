@@ -1,0 +1,235 @@
+"""Duplicates: of images that are copies of each other one stays, and of those in a test none.
+
+    k nearest of each image --> edges above the threshold --> components --> their first image
+                                                                 |
+    images to be judged with --> near images of the pool --> components that go as a whole
+
+Idea     A picture that is on a thousand pages counts a thousand times in training, and one that
+         is in a test, too, makes its figures worthless. Being a copy is taken to be transitive:
+         if b is a crop of a and c a crop of b, all three belong together, however little c is
+         like a. So what is looked for are the connected components of a graph.
+Paper    DINOv2 sec. 3 and App. A: k = 64; .6 among the pool, .45 beside the evaluation sets
+Try      python -m curation.duplicates      components of a small graph
+Change   which image of a component stays: `representatives`
+Tests    pytest tests/curation/test_duplicates.py
+
+Letters  n images, e edges.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from curation.pieces import Table, claim, save_array
+from curation.pool import Pool, finish, open_pool, same_embedding
+from curation.report import draw_groups, write_report
+from curation.search import SearchConfig, edges, neighbours, search_facts
+from evaluation.retrieval import read_groups
+from machinery.flags import UsageError, require
+from machinery.process import Process
+
+# ----------------------------------------------------------------------------------------------
+# Connected components
+
+
+class DisjointSets:
+    """Which of n nodes are connected, by edges that come in any order (union-find).
+
+    Each node points to a node of its set with a smaller number, or to itself if it is the first
+    one: the root. Two nodes are connected if their pointers lead to the same root. Example: the
+    edges 4-2 and 2-0 make the pointers 0 1 0 3 2, and from 4 the way leads over 2 to 0.
+    """
+
+    def __init__(self, n: int):
+        self.parent = np.arange(n)
+
+    def roots(self, nodes: np.ndarray) -> np.ndarray:
+        """The first node of the set of each of these nodes."""
+        # All follow their pointers at the same time, one step in each turn. Then each points to
+        # its root directly, so that the next way is short.
+        roots = self.parent[nodes]
+        while True:
+            above = self.parent[roots]
+            if np.array_equal(above, roots):
+                break
+            roots = above
+        self.parent[nodes] = roots
+        return roots
+
+    def join(self, a: np.ndarray, b: np.ndarray):
+        """Connect a[i] with b[i] for all i."""
+        # The larger root of each edge points to the smaller one. A root that several edges want
+        # to point elsewhere obeys one of them; the others still connect two sets, and have
+        # their turn again. A pointer always leads to a smaller number, so none goes in a circle.
+        while len(a):
+            root_a = self.roots(a)
+            root_b = self.roots(b)
+            open_edges = root_a != root_b
+            a = np.minimum(root_a, root_b)[open_edges]
+            b = np.maximum(root_a, root_b)[open_edges]
+            self.parent[b] = a
+
+
+def components(n: int, graph: Table, pool: Pool, threshold: float) -> np.ndarray:
+    """The first row of the component of each row (n,), joined by edges above the threshold."""
+    # One piece of the graph at a time: memory is n numbers, however many edges there are.
+    sets = DisjointSets(n)
+    for a, b in edges(graph, pool, threshold):
+        sets.join(a, b)
+    return sets.roots(np.arange(n))
+
+
+def representatives(roots: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The rows that stay: of each component the first."""
+    return rows[roots[rows] == rows]
+
+
+# ----------------------------------------------------------------------------------------------
+# How well it goes, where the truth is known
+
+
+def score(roots: np.ndarray, rows: np.ndarray, groups: np.ndarray) -> dict[str, float]:
+    """Precision and recall of what is removed. groups (n,): images of a group are copies.
+
+    An image is removed rightly if the one that stays for it is of its group. Precision is the
+    share of removed images that are removed rightly. Recall is their number divided by that of
+    all images that are too many, one of each group being enough. Example: of the groups aaa, b
+    and c, the components {a, a, b} and {a} and {c} remove an a and the b: precision 1/2, and
+    recall 1/2, because two a are too many.
+    """
+    removed = rows[roots[rows] != rows]
+    right = int((groups[removed] == groups[roots[removed]]).sum())
+    too_many = len(rows) - len(np.unique(groups[rows]))
+    precision = right / len(removed) if len(removed) else 1.0
+    recall = right / too_many if too_many else 1.0
+    return {"precision": precision, "recall": recall}
+
+
+THRESHOLDS = np.arange(0.3, 0.995, 0.025).round(3).tolist()
+
+
+def try_thresholds(pool: Pool, graph: Table, groups: np.ndarray, process: Process) -> dict:
+    """The table of all THRESHOLDS, and the best of them: the one of the highest F1."""
+    process.print("  threshold  removed  precision  recall")
+    best = {"f1": -1.0}
+    for threshold in THRESHOLDS:
+        roots = components(len(pool.images), graph, pool, threshold)
+        figures = score(roots, pool.rows, groups)
+        removed = int((roots[pool.rows] != pool.rows).sum())
+        process.print(f"  {threshold:9.3f} {removed:8,d} {figures['precision']:10.3f} "
+                      f"{figures['recall']:7.3f}")
+
+        # F1 is the harmonic mean of the two: high only where both are. Of equal ones the last,
+        # because to keep a copy does less harm than to lose an image.
+        both = figures["precision"] + figures["recall"]
+        f1 = 2 * figures["precision"] * figures["recall"] / both if both else 0.0
+        if f1 >= best["f1"]:
+            best = {"threshold": threshold, "f1": f1, **figures}
+    process.print(f"  the highest F1, {best['f1']:.3f}, is at --threshold {best['threshold']}")
+    return best
+
+
+# ----------------------------------------------------------------------------------------------
+# The stage
+
+ARGUMENTS = "FOLDER"
+
+
+@dataclass
+class Config(SearchConfig):
+    # -- duplicates
+    threshold: float = 0.6  # images whose cosine is above it are copies; the paper's, for SSCD
+    against: tuple[str, ...] = ()  # folders of embed: images that no training may have seen
+    relative_threshold: float = 0.45  # the same for copies of --against, stricter
+    k: int = 64  # how many nearest images of each are looked at
+    groups: str = ""  # a .csv with the columns path,group: known copies, to find a threshold by
+
+    def check(self):
+        super().check()
+        require(self, lambda x: x <= 1, "at most 1, as a cosine is", "threshold",
+                "relative_threshold")
+        require(self, lambda x: x >= 1, "at least 1", "k")
+        if self.against and self.relative_threshold > self.threshold:
+            raise UsageError(
+                f"--relative_threshold {self.relative_threshold}: expected at most "
+                f"--threshold {self.threshold}; to be in a test is the worse case")
+
+
+def run(words: list[str], config: Config, process: Process) -> dict:
+    """One image of each group of copies, and none that is like one of --against."""
+    pool = open_pool(words[0])
+    references = [open_pool(folder, "--against") for folder in config.against]
+    for reference in references:
+        same_embedding(pool, reference, "--against")
+    groups = known_groups(config, pool)
+    folder = Path(config.output_dir or "curations/dedup")
+    claim(folder, {"pool": pool.sha256, "k": config.k, **search_facts(config)}, process)
+
+    # The graph is by far the longest part of the work. It holds all neighbours, whatever their
+    # cosine: with another threshold it is not made again.
+    graph = neighbours(folder / "graph", pool, pool, config.k, config, process)
+    n = len(pool.images)
+    roots = components(n, graph, pool, config.threshold)
+    kept = representatives(roots, pool.rows)
+
+    # The same graph with the lower threshold: of its components go those that a reference
+    # touches, from the first image to the last.
+    touched = np.zeros(n, bool)  # by the root of a component
+    wide_roots = components(n, graph, pool, config.relative_threshold) if references else roots
+    hits = []
+    for number, reference in enumerate(references):
+        table = neighbours(folder / f"against-{number}", reference, pool, config.k, config,
+                           process)
+        for query_rows, rows in edges(table, reference, config.relative_threshold):
+            touched[wide_roots[rows]] = True
+            hits += [(reference, *pair) for pair in zip(query_rows, rows)][:100 - len(hits)]
+    in_a_test = touched[wide_roots]
+    left = kept[~in_a_test[kept]]
+
+    facts = {
+        "threshold": config.threshold, "k": config.k,
+        **search_facts(config), "against": [reference.sha256 for reference in references],
+        "relative_threshold": config.relative_threshold if references else None, "counts": {
+            "pool": len(pool.rows), "components": len(kept),
+            "copies removed": len(pool.rows) - len(kept),
+            "representatives removed as like --against": len(kept) - len(left)}}
+    process.print(f"dedup: {len(pool.rows):,d} images, {len(pool.rows) - len(kept):,d} copies "
+                  f"above {config.threshold} removed" +
+                  (f", {len(kept) - len(left):,d} more as like --against" if references else "")
+                  + f": {len(left):,d} are left")
+    if groups is not None:
+        figures = score(roots, pool.rows, groups)
+        process.print(f"  by --groups at {config.threshold}: precision "
+                      f"{figures['precision']:.3f}, recall {figures['recall']:.3f}")
+        best = try_thresholds(pool, graph, groups, process)
+        facts["by_groups"] = figures | {"best": best}
+
+    if process.main:
+        save_array(folder / "components.npy", roots)
+    content = finish(folder, "dedup", pool, left, facts, process)
+    if process.main:
+        draw_groups(folder, pool, roots, hits)
+        write_report(folder)
+    return content
+
+
+def known_groups(config: Config, pool: Pool) -> np.ndarray | None:
+    """A number for the group of each image, by --groups; None without it."""
+    if not config.groups:
+        return None
+    try:
+        names = read_groups(config.groups, list(pool.images.names))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return np.unique(names, return_inverse=True)[1]
+
+
+if __name__ == "__main__":
+    sets = DisjointSets(8)
+    for edge in ((4, 2), (2, 0), (7, 6), (5, 7)):
+        sets.join(np.array(edge[:1]), np.array(edge[1:]))
+        print(f"edge {edge[0]}-{edge[1]}: roots {sets.roots(np.arange(8)).tolist()}")
+    truth = np.array(list("aaaabcdd"))
+    figures = score(sets.roots(np.arange(8)), np.arange(8), truth)
+    print(f"of the groups {''.join(truth)}: {figures}")

@@ -1,0 +1,159 @@
+"""Pool: the images that a stage works on, and what it leaves for the next one.
+
+    embed/  stage.json  names.txt  features/    -->  Pool: names, features, rows that are in
+    dedup/  stage.json  rows.npy   list.txt     -->  the same Pool, with fewer rows
+    ...
+
+Idea     Every stage chooses among the images of a pool. So what it leaves is a list of rows,
+         and the folder in which the pool's features are. A stage notes the hash of what it
+         started from: when that has been made anew since, what follows is refused.
+Paper    DINOv2 sec. 3 and fig. 3 name the stages
+Try      python curate.py embed folder:PHOTOS --weights dino_vits16 --output_dir curations/pool
+Change   what a stage leaves: finish; what the next one takes up: open_pool
+Tests    pytest tests/curation/test_pool.py
+
+Letters  n images of the pool, D width.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from curation.pieces import Table, save_array
+from images.data import Images, open_images, read_file
+from images.names import Names
+from machinery.checkpoints import digest, write_json
+from machinery.flags import UsageError
+from machinery.process import Process
+
+
+@dataclass
+class Pool:
+    """Images with a feature for each, and which of them are still in."""
+
+    images: Images  # all that were embedded
+    features: Table  # (n, D) float16 of unit length; zeros where an image did not decode
+    rows: np.ndarray  # the numbers of the images that are in, ascending
+    facts: dict  # what stage.json of `embed` says
+    history: list[tuple[Path, dict]]  # folder and stage.json of every stage, from embed on
+
+    @property
+    def sha256(self) -> str:
+        """The hash of what the last stage has noted: it identifies these images and features."""
+        return digest(self.history[-1][0] / "stage.json")
+
+    def path(self, row: int) -> str:
+        """The file of an image. UsageError where the images are no files of their own."""
+        if self.images.root is None:
+            raise UsageError(f"{self.facts['data']}: its images are no files that a list could "
+                             "name; write them to files by curate.py plant --share 0")
+        return os.path.abspath(self.images.root / self.images.names[row])
+
+    def label(self, row: int) -> str | None:
+        """The name of the class of an image, None where there are no classes."""
+        return self.images.classes[self.images.labels[row]] if self.images.labels else None
+
+
+def read_stage(folder: Path, flag: str) -> dict:
+    """stage.json of a folder; UsageError if no stage has finished there."""
+    try:
+        return json.loads((folder / "stage.json").read_text())
+    except (OSError, ValueError):
+        begun = folder.is_dir() and any(folder.iterdir())
+        state = "its stage has not finished: start it again" if begun else (
+            "expected the folder of a stage, such as python curate.py embed leaves")
+        raise UsageError(f"{flag} {folder}: {state}") from None
+
+
+def open_pool(folder: str, flag: str = "POOL") -> Pool:
+    """What the stage of this folder has left. UsageError if it is not there, or out of date."""
+    # From the last stage back to `embed`. On the way every hash is compared: a stage that was
+    # run again, with other flags or on other images, makes what was built on it meaningless.
+    path = Path(folder).absolute()
+    history = [(path, read_stage(path, flag))]
+    while history[0][1]["stage"] != "embed":
+        source = history[0][1]["source"]
+        earlier = Path(os.path.normpath(history[0][0] / source["folder"]))
+        facts = read_stage(earlier, flag)
+        if digest(earlier / "stage.json") != source["sha256"]:
+            raise UsageError(f"{flag} {folder}: {earlier} has been made anew since "
+                             f"{history[0][0].name} was; run {history[0][1]['stage']} again")
+        history.insert(0, (earlier, facts))
+
+    embedded, facts = history[0]
+    files = sorted((embedded / "features").glob("*.npy"))
+    return Pool(stored_images(embedded, facts), Table(files, facts["shard_size"]),
+                np.load(path / "rows.npy"), facts, history)
+
+
+def stored_images(folder: Path, facts: dict) -> Images:
+    """The images that `embed` saw, by what it noted of them."""
+    # Of files the names are enough: the folder or list need not be gone through again. What is
+    # no file, as a drawn picture, is opened by the name of the data set.
+    if not facts["root"]:
+        return open_images(facts["data"], facts["data_root"])
+    root = Path(facts["root"])
+    with open(folder / "names.txt", encoding="utf-8", errors="surrogateescape") as lines:
+        names = Names(line.rstrip("\n") for line in lines)
+    labels = None
+    if facts["classes"]:
+        labels = np.load(folder / "labels.npy").tolist()
+    return Images("pool", partial(_read_stored, root, names), names, labels, facts["classes"],
+                  root=root)
+
+
+def _read_stored(root: Path, names: Names, i: int) -> Tensor:
+    return read_file(root / names[i])
+
+
+def same_embedding(pool: Pool, other: Pool, flag: str):
+    """UsageError unless the features of both came about in the same way."""
+    # A cosine between features of two networks is a number, but it means nothing.
+    for key, value in pool.facts["embedding"].items():
+        other_value = other.facts["embedding"].get(key)
+        if other_value != value:
+            raise UsageError(
+                f"{flag} {other.history[0][0]}: its features have another {key} "
+                f"({other_value!s:.16}, those of the pool {value!s:.16}); embed it with the "
+                "flags of the pool")
+
+
+def finish(folder: Path, stage: str, pool: Pool, rows: np.ndarray, facts: dict,
+           process: Process, curated: Pool | None = None) -> dict:
+    """Write what the next stage takes up, stage.json last -> the content of stage.json.
+
+    rows: the images that are left, ascending. UsageError if none is. Their paths and labels go
+    into list.txt, on which `--data list:FILE` trains, and those of `curated` behind them.
+    """
+    if not len(rows):
+        raise UsageError(f"{stage}: of the {len(pool.rows):,d} images of the pool none is left")
+
+    # The folder of the stage before is noted as seen from this one, so that all of them can be
+    # moved together.
+    earlier = os.path.relpath(pool.history[-1][0], folder.absolute())
+    source = {"folder": earlier, "sha256": pool.sha256}
+    content = {"stage": stage, "source": source, "images": len(rows), **facts}
+    if process.main:
+        save_array(folder / "rows.npy", rows)
+        write_list(folder / "list.txt", pool, rows, curated)
+        write_json(folder / "stage.json", content)
+    process.barrier()
+    return content
+
+
+def write_list(path: Path, pool: Pool, rows: np.ndarray, curated: Pool | None = None):
+    """The list of these images of the pool, and behind them the curated ones, if there are."""
+    # Either all lines of a list have a label, or none: see images/names.py.
+    parts = [(pool, rows)] + ([(curated, curated.rows)] if curated else [])
+    labelled = all(part.images.labels for part, _ in parts)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
+        for part, numbers in parts:
+            for row in numbers.tolist():
+                file.write(part.path(row) + (f"\t{part.label(row)}" if labelled else "") + "\n")
+    os.replace(temporary, path)
