@@ -64,7 +64,7 @@ def sums_of_clusters(pool: Pool, centroids: Tensor, process: Process) -> tuple[T
     for turn, (_, chunk) in enumerate(pool.features.chunks(pool.rows)):
         if turn % process.world_size != process.rank:
             continue
-        clusters = nearest_centroids(np.ascontiguousarray(chunk), centroids)
+        clusters = nearest_centroids(np.array(chunk), centroids)
         whole = torch.from_numpy(chunk.astype(np.float64) * FIXED_POINT).long()
         sums.index_add_(0, clusters, whole.to(process.device))
         counts += clusters.bincount(minlength=len(centroids))

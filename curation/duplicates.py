@@ -106,7 +106,8 @@ def score(roots: np.ndarray, rows: np.ndarray, groups: np.ndarray) -> dict[str, 
     return {"precision": precision, "recall": recall}
 
 
-THRESHOLDS = np.arange(0.3, 0.995, 0.025).round(3).tolist()
+THRESHOLDS = np.arange(0.3, 0.975, 0.025).round(3).tolist()
+THRESHOLDS += [0.975, 0.98, 0.985, 0.99, 0.995]  # features that are not whitened lie close
 
 
 def try_thresholds(pool: Pool, graph: Table, groups: np.ndarray, process: Process) -> dict:

@@ -12,6 +12,7 @@ Change   what stands in the report: write_report; how many pictures: ROWS, COLUM
 Tests    pytest tests/curation/test_report.py
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,8 @@ def write_report(folder: Path):
     pool = open_pool(str(folder))
     text = ["# How list.txt came about", ""]
     for path, facts in pool.history:
-        text += [f"## {facts['stage']} ({path.name})", "", *lines_of(facts), ""]
+        where = os.path.relpath(path, folder.absolute())  # this folder itself is "."
+        text += [f"## {facts['stage']} ({where})", "", *lines_of(facts), ""]
 
     # With the hash whoever has a list can see whether it is this one.
     text += [

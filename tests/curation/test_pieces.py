@@ -1,0 +1,89 @@
+"""Claims
+1. Pieces put together are the whole, whatever their size and the number of processes; a piece that
+   is there is not made again, one that is missing is.
+2. A folder of pieces is for one set of inputs; others are refused by the name of what differs.
+3. A table gives any rows in any order, and all chosen ones in order, part by part.
+4. A file that is being written when the process ends is not taken for a piece.
+"""
+
+import numpy as np
+import pytest
+import torch
+from curation_helpers import CPU
+
+import curation.pieces
+from curation.pieces import Table, claim, make_pieces, save_array
+from machinery.flags import UsageError
+from machinery.process import Process
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 50])
+def test_pieces_are_the_whole(size, tmp_path):
+    whole = np.random.default_rng(0).normal(size=(22, 3)).astype(np.float16)
+    made = []
+
+    def make(start, end):
+        made.append(start)
+        return whole[start:end]
+
+    table = make_pieces(tmp_path, 22, size, make, CPU)
+    assert len(table) == 22 and table.width == 3
+    assert np.array_equal(table[np.arange(22)], whole)
+    assert made == list(range(0, 22, size))
+    table.files[-1].unlink()
+    made.clear()
+    make_pieces(tmp_path, 22, size, make, CPU)
+    assert made == [(len(table.files) - 1) * size]
+
+
+def test_shares_of_the_processes(tmp_path, monkeypatch):
+    """Two processes, one after the other here: each makes every other piece."""
+    monkeypatch.setattr(Process, "barrier", lambda self: None)
+    monkeypatch.setattr(Process, "broadcast", lambda self, value: list(range(5)))
+    made = {}
+    for rank in (0, 1):
+        process = Process(torch.device("cpu"), rank, 2)
+        made[rank] = []
+
+        def make(start, end, rank=rank):
+            made[rank].append(start)
+            return np.zeros((end - start, 1))
+
+        try:
+            make_pieces(tmp_path, 9, 2, make, process)
+        except FileNotFoundError:
+            assert rank == 0  # it does not wait for the other one, whose last piece is missing
+    assert made == {0: [0, 4, 8], 1: [2, 6]}
+
+
+def test_a_folder_is_for_one_set_of_inputs(tmp_path):
+    claim(tmp_path / "a", {"k": 4, "edits": ("x", "y")}, CPU)
+    claim(tmp_path / "a", {"k": 4, "edits": ("x", "y")}, CPU)
+    with pytest.raises(UsageError, match="other inputs: k 4, here 5; delete it, or .*--output"):
+        claim(tmp_path / "a", {"k": 5, "edits": ("x", "y")}, CPU)
+
+
+def test_rows_of_a_table(tmp_path, monkeypatch):
+    whole = np.arange(40, dtype=np.float32).reshape(20, 2)
+    table = make_pieces(tmp_path, 20, 6, lambda start, end: whole[start:end], CPU)
+    rows = np.array([19, 0, 7, 7, 12])
+    assert np.array_equal(table[rows], whole[rows])
+    monkeypatch.setattr(curation.pieces, "CHUNK", 4)
+    for rows in (np.arange(20), np.array([3, 4, 5, 13]), np.array([19]), np.arange(6, 12)):
+        parts = list(table.chunks(rows))
+        assert np.array_equal(np.concatenate([numbers for numbers, _ in parts]), rows)
+        assert np.array_equal(np.concatenate([part for _, part in parts]), whole[rows])
+        assert max(len(part) for _, part in parts) <= 4
+
+
+def test_half_a_file_is_no_piece(tmp_path, monkeypatch):
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(np, "save", killed)
+        save_array(tmp_path / "000000.npy", np.zeros((3, 1)))
+    assert not (tmp_path / "000000.npy").exists()
+    table = make_pieces(tmp_path, 3, 3, lambda start, end: np.ones((3, 1)), CPU)
+    assert isinstance(table, Table) and table[np.array([0])] == 1

@@ -1,0 +1,61 @@
+"""Claims
+1. The report names every stage with its counts, thresholds, seeds and hashes, and the hash of the
+   list.
+2. The page shows the largest and the smallest groups, what stays first; an image that cannot be
+   read any more leaves a grey place.
+"""
+
+import numpy as np
+import pytest
+from curation_helpers import CPU, make_pool, unit_rows
+from PIL import Image
+
+from curation import report
+from curation.pool import finish
+from curation.report import draw_groups, evenly, write_report
+from machinery.checkpoints import digest
+
+
+@pytest.fixture
+def pool(tmp_path):
+    pool = make_pool(tmp_path / "pool", unit_rows(12, 4))
+    (tmp_path / "pool/images").mkdir()
+    for i in range(11):  # the last one is missing
+        Image.new("RGB", (20 + i, 30)).save(tmp_path / f"pool/images/{i:04d}.png")
+    return pool
+
+
+def test_the_report(pool, tmp_path):
+    (tmp_path / "next").mkdir()
+    facts = {"threshold": 0.5, "seed": 3, "nothing": None, "counts": {"pool": 12}}
+    finish(tmp_path / "next", "dedup", pool, np.array([1, 4]), facts, CPU)
+    write_report(tmp_path / "next")
+    text = (tmp_path / "next/report.md").read_text()
+    assert "## embed (../pool)" in text and "## dedup (.)" in text
+    for line in ("- threshold: 0.5", "- seed: 3", "- counts:\n  - pool: 12", "  - weights: a",
+                 f"  - sha256: {pool.sha256}",
+                 f"- sha256: {digest(tmp_path / 'next/list.txt')}"):
+        assert f"\n{line}\n" in text
+    assert "nothing" not in text
+
+
+def test_the_page_of_groups(pool, tmp_path, monkeypatch):
+    rows = []
+    monkeypatch.setattr(report, "draw_page", lambda folder, found, caption: rows.extend(found))
+    roots = np.array([0, 1, 0, 3, 0, 3, 6, 7, 8, 9, 10, 10])
+    draw_groups(tmp_path, pool, roots, [(pool, 2, 7)])
+    names = [name for name, _ in rows]
+    assert names == ["3 images", "2 images", "2 images", "to be judged"]
+    shown = [[row for _, row, _, _ in entries] for _, entries in rows]
+    assert shown == [[0, 2, 4], [3, 5], [10, 11], [2, 7]]
+    assert [framed for _, _, _, framed in rows[0][1]] == [True, False, False]
+    assert rows[0][1][1][2] == f"{float(unit_rows(12, 4)[0] @ unit_rows(12, 4)[2]):.2f}"
+
+
+def test_the_page_is_drawn(pool, tmp_path):
+    roots = np.array([0, 1, 0, 3, 0, 3, 6, 7, 8, 9, 10, 10])
+    draw_groups(tmp_path, pool, roots, [])
+    with Image.open(tmp_path / "page.png") as page:
+        assert page.width > 300 and page.height > 300
+    assert evenly([1, 2, 3, 4, 5], 3) == [1, 3, 5] and evenly([1], 6) == [1]
+    assert evenly([], 3) == []
