@@ -156,8 +156,13 @@ def describe(reader: Reader, images: Images, rows, config, process: Process):
 def learned_axes(sample: Tensor, binary: bool) -> Tensor:
     """The mean and the axes of a sample (m, F), side by side: (F, 1 + D)."""
     if not binary:
+        # The axes come with the strongest last. How far images spread along the weak ones can
+        # be told from many images only: of a small sample the strong ones are kept, one for
+        # every four images.
         whitening = Whitening(sample)
-        return torch.cat([whitening.mean[:, None], whitening.axes * whitening.scale], 1)
+        kept = max(1, min(sample.shape[1], len(sample) // 4))
+        axes = (whitening.axes * whitening.scale)[:, -kept:]  # (F, D)
+        return torch.cat([whitening.mean[:, None], axes], 1)
 
     # PCA: the directions in which images differ most. eigh gives the strongest last. Of small
     # grey images they are smooth waves, coarse ones first, and what is fine is left out.

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torchvision.io import encode_png
+from torchvision.transforms.v2.functional import to_pil_image
 
 from curation.pieces import claim
 from evaluation.copies import EDITS
@@ -91,4 +91,4 @@ def run(words: list[str], config: Config, process: Process) -> dict:
 def write_png(path: Path, image):
     """(3, H, W) uint8 -> a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encode_png(image.contiguous(), 1).numpy().tobytes())
+    to_pil_image(image).save(path, compress_level=1)
