@@ -20,8 +20,9 @@ import torch
 from bench.ablate import AblateConfig, ablate
 from bench.forecast import PlanConfig, growth, images_of, plan
 from bench.speedrun import SpeedrunConfig, speedrun
-from bench.stages import (EvaluationConfig, InputConfig, ProbesConfig, time_attention,
-                          time_evaluation, time_input, time_photometry, time_probes)
+from bench.stages import (EvaluationConfig, InputConfig, ProbesConfig, SearchConfig,
+                          time_attention, time_evaluation, time_input, time_photometry,
+                          time_probes, time_search)
 from bench.step import Config, StepConfig, time_step
 from bench.table import table
 from machinery.checkpoints import write_json
@@ -37,8 +38,9 @@ TASKS = {
     "step": (time_step, StepConfig), "data": (time_input, InputConfig),
     "eval": (time_evaluation, EvaluationConfig), "attention": (time_attention, Config),
     "photometry": (time_photometry, Config), "probes": (time_probes, ProbesConfig),
-    "growth": (growth, Config), "plan": (plan, PlanConfig),
-    "speedrun": (speedrun, SpeedrunConfig), "ablate": (ablate, AblateConfig)}
+    "search": (time_search, SearchConfig), "growth": (growth, Config),
+    "plan": (plan, PlanConfig), "speedrun": (speedrun, SpeedrunConfig),
+    "ablate": (ablate, AblateConfig)}
 USAGE = "python -m bench TASK [PRESET] [--flag value ...]"
 
 
@@ -63,7 +65,7 @@ def read_flags(name: str, argv: list[str]) -> Config:
 
     # Each task has some of these fields only.
     counts = []
-    for field in ("steps", "gpus", "bank", "queries", "classes"):
+    for field in ("steps", "gpus", "bank", "queries", "classes", "images", "width", "k"):
         if hasattr(config, field):
             counts.append(field)
     require(config, lambda x: x >= 1, "at least 1", *counts)

@@ -4,6 +4,7 @@
     features of images, neighbours of features                    beside the bare matrix product
     attention at the lengths of a preset                          SDPA's kernels, one by one
     a step of the linear probes                                   52 of them beside one
+    neighbours in a pool that lies on the disk                    beside the bare product
 
 Idea     A step is only as fast as what feeds it, and a run only as fast as its evaluations. So
          each of these stages is timed alone, beside something that says what its seconds are
@@ -14,6 +15,7 @@ Try      python -m bench data --data folder:PATH
          python -m bench photometry
          python -m bench attention dino_vits16
          python -m bench probes dino_vits16 --batch_size_per_gpu 32
+         python -m bench search --images 100000
 Change   another stage of the input is one entry of `stages` in input_stages
 Tests    pytest tests/bench/test_stages.py
 
@@ -22,10 +24,12 @@ Letters  b crops of n tokens, nh heads, hd = 64 numbers of a head; n features of
 """
 
 import itertools
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -41,6 +45,8 @@ from augment import draw_photometry, photometry
 from backbones.classifier import Blocks, kinds_of_input
 from bench.plain import colour_one_by_one, crop_by_crop
 from bench.step import Config, Memory, noise
+from curation.pieces import CHUNK, make_pieces
+from curation.search import Exact
 from evaluation.extract import extract
 from evaluation.knn import SIMILARITIES_AT_ONCE, knn_vote, top_neighbours
 from evaluation.linear import LRS, Probes
@@ -63,6 +69,15 @@ class EvaluationConfig(Config):
     # -- eval
     bank: int = 20_000  # how many features vote
     queries: int = 5_000  # how many features are judged
+
+
+@dataclass
+class SearchConfig(Config):
+    # -- search
+    images: int = 1_000_000  # how many features lie in files
+    width: int = 384  # numbers of each
+    k: int = 64  # neighbours of each query
+    queries: int = 2048  # how many are searched for at once; --steps says how often
 
 
 @dataclass
@@ -297,6 +312,56 @@ def time_knn(width: int, config: EvaluationConfig, process: Process) -> dict:
     return {
         "knn_seconds": knn, "matmul_seconds": product, "knn_ratio": ratio,
         "knn_memory_gb": grown}
+
+
+def time_search(config: SearchConfig, process: Process) -> dict:
+    """A slice of the search for neighbours that curation makes, and the hours of all of it."""
+
+    # Random features of unit length, in files as `curate.py embed` writes them.
+    def features(start: int, end: int) -> np.ndarray:
+        rows = np.random.default_rng(start).standard_normal((end - start, config.width),
+                                                            np.float32)
+        return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
+
+    def seconds() -> float:
+        # On a CPU those of this process, so that other work on the machine does not count.
+        return time.process_time() if process.device.type == "cpu" else time_when_done(process)
+
+    with tempfile.TemporaryDirectory() as folder:
+        table = make_pieces(Path(folder), config.images, 2**16, features, process, "features")
+        search = Exact(table, np.arange(len(table)), process.device)
+        memory = Memory(process.device)
+        memory.begin()
+        spent = []
+        for step in range(config.steps):
+            rows = (np.arange(config.queries) + step * config.queries) % len(table)
+            queries = torch.from_numpy(table[rows]).float()  # (n, D)
+            begun = seconds()
+            search(queries, config.k, rows)
+            spent.append(seconds() - begun)
+        peak = memory.peak_gb()
+
+        # The product of the queries with as many features as a chunk has, for the rate that
+        # the hardware reaches in it.
+        queries = queries.to(process.device)
+        chunk = torch.from_numpy(table[np.arange(min(CHUNK, len(table)))]).float()
+        chunk = chunk.to(process.device)
+        products = []
+        for _ in range(1 + WARM_UP):
+            begun = seconds()
+            queries @ chunk.T
+            products.append(seconds() - begun)
+
+    step_seconds = median(spent)
+    product = min(products) * len(table) / len(chunk)
+    hours = step_seconds * len(table) / config.queries / 3600
+    print(f"search       {config.queries / step_seconds:10.1f} queries/s against "
+          f"{len(table):,d} x {config.width}: {step_seconds:.2f} s for {config.queries:,d}, "
+          f"{step_seconds / product:.2f} times the product; all of them {hours:.2f} h; the "
+          f"process held {peak:.2f} GB at most, with the pages of the files in it")
+    return {
+        "search_seconds": step_seconds, "product_seconds": product, "hours": hours,
+        "peak_gb": peak}
 
 
 # ----------------------------------------------------------------------------------------------

@@ -189,11 +189,20 @@ def on_axes(numbers: Tensor, axes: Tensor | None, binary: bool) -> Tensor:
     return unit.float() * (numbers != 0).any(1, keepdim=True)
 
 
+def given_axes(folder: str) -> Path:
+    """The file of the axes of --axes_of. UsageError if it is not there."""
+    file = Path(folder) / "axes.npy"
+    if not file.exists():
+        raise UsageError(f"--axes_of {folder}: there is no {file}; give the folder of a pool "
+                         f"that was embedded with --whiten, or by --weights {HASH}")
+    return file
+
+
 def axes_of(config, reader: Reader, images: Images, folder: Path, process: Process):
     """The axes of this pool, from its folder; they are learned if they are not there yet.
 
     None where features are kept as they are. --axes_of: those of another pool, so that features
-    of the two can be compared. UsageError if that has none.
+    of the two can be compared.
     """
     binary = config.weights == HASH
     if not (binary or config.whiten or config.axes_of):
@@ -201,12 +210,7 @@ def axes_of(config, reader: Reader, images: Images, folder: Path, process: Proce
     file = folder / "axes.npy"
     if process.main and not file.exists():
         if config.axes_of:
-            other = Path(config.axes_of) / "axes.npy"
-            if not other.exists():
-                raise UsageError(f"--axes_of {config.axes_of}: there is no {other}; give the "
-                                 "folder of a pool that was embedded with --whiten, or by "
-                                 f"--weights {HASH}")
-            axes = np.load(other)
+            axes = np.load(given_axes(config.axes_of))
         else:
             # Images that are spread evenly over the pool, broken ones left out.
             count = min(len(images), SAMPLE)

@@ -4,6 +4,7 @@
 2. Evaluation is timed, and k-NN stands beside the bare matrix product in it.
 3. Every kernel of attention that this machine has is timed at the lengths of the preset.
 4. The 52 probes of the linear protocol are timed beside one, by turns.
+5. A slice of the search for neighbours gives the hours of all of it.
 
 Time is that of a clock which the work under test moves (bench_helpers.FakeClock).
 """
@@ -134,6 +135,16 @@ def test_attention_kernels(tmp_path, capsys, monkeypatch):
 
 
 # -- 4
+
+
+def test_search(tmp_path):
+    out = tmp_path / "search.json"
+    line = "--images 3000 --width 16 --k 5 --queries 100 --steps 2"
+    main(["search", *TINY, *line.split(), "--json", str(out)])
+    result = json.loads(out.read_text())
+    assert result["search_seconds"] > 0 and result["product_seconds"] > 0
+    assert result["hours"] == pytest.approx(result["search_seconds"] * 30 / 3600)
+    assert result["peak_gb"] > 0
 
 
 def test_probes(tmp_path, monkeypatch):
