@@ -65,7 +65,7 @@ def read_flags(name: str, argv: list[str]) -> Config:
 
     # Each task has some of these fields only.
     counts = []
-    for field in ("steps", "gpus", "bank", "queries", "classes", "images", "width", "k"):
+    for field in ("steps", "gpus", "bank", "queries", "classes", "width", "k"):
         if hasattr(config, field):
             counts.append(field)
     require(config, lambda x: x >= 1, "at least 1", *counts)

@@ -15,7 +15,7 @@ Try      python -m bench data --data folder:PATH
          python -m bench photometry
          python -m bench attention dino_vits16
          python -m bench probes dino_vits16 --batch_size_per_gpu 32
-         python -m bench search --images 100000
+         python -m bench search --bank 100000
 Change   another stage of the input is one entry of `stages` in input_stages
 Tests    pytest tests/bench/test_stages.py
 
@@ -74,7 +74,7 @@ class EvaluationConfig(Config):
 @dataclass
 class SearchConfig(Config):
     # -- search
-    images: int = 1_000_000  # how many features lie in files
+    bank: int = 1_000_000  # how many features lie in files
     width: int = 384  # numbers of each
     k: int = 64  # neighbours of each query
     queries: int = 2048  # how many are searched for at once; --steps says how often
@@ -328,7 +328,7 @@ def time_search(config: SearchConfig, process: Process) -> dict:
         return time.process_time() if process.device.type == "cpu" else time_when_done(process)
 
     with tempfile.TemporaryDirectory() as folder:
-        table = make_pieces(Path(folder), config.images, 2**16, features, process, "features")
+        table = make_pieces(Path(folder), config.bank, 2**16, features, process, "features")
         search = Exact(table, np.arange(len(table)), process.device)
         memory = Memory(process.device)
         memory.begin()

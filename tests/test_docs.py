@@ -31,6 +31,7 @@ from PIL import Image
 import backbones.__main__
 import backbones.weights
 import bench.__main__
+import curate
 import distill
 import docs.exercise
 import evaluate
@@ -46,9 +47,10 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = [ROOT / "README.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 CONCEPTS = {"vit", "heads", "losses", "augment"}
-PROGRAMS = {"train", "distill", "evaluate", "visualize", "hubconf"}
+PROGRAMS = {"train", "distill", "evaluate", "visualize", "curate", "hubconf"}
 ROOMS = [
-    "machinery", "images", "backbones", "training", "evaluation", "figures", "bench", "docs"]
+    "machinery", "images", "backbones", "training", "evaluation", "figures", "curation",
+    "bench", "docs"]
 
 # The name of a module, such as training.optim -> its file. All the code of the house but tests.
 MODULES = {path.stem: path for path in ROOT.glob("*.py")}
@@ -157,8 +159,9 @@ def understand_visualize(argv):
 PARSERS = {
     "train.py": train.read_flags, "distill.py": lambda argv: train.read_flags(
         argv, distill.Config, DISTILLATION, "distill.py"), "evaluate.py": understand_evaluate,
-    "visualize.py": understand_visualize, "bench": understand_bench,
-    "backbones": understand_backbones, "docs.exercise": understand_exercise}
+    "visualize.py": understand_visualize, "curate.py": curate.read_flags,
+    "bench": understand_bench, "backbones": understand_backbones,
+    "docs.exercise": understand_exercise}
 # What prose writes in the place of a word of a certain kind -> such a word.
 PLACEHOLDERS = {"PRESET": "shapes", "TASK": "knn", "N": "1", "W": "1"}
 
@@ -263,9 +266,11 @@ MAY_IMPORT = {
     **dict.fromkeys(CONCEPTS, set()), "machinery": set(), "images": {"augment"} | MACHINERY,
     "backbones": {"vit", "augment"} | MACHINERY,
     "training": CONCEPTS | {"images", "backbones"} | MACHINERY, "evaluation": BELOW_EVALUATION,
-    "figures": BELOW_FIGURES, "train": BELOW_PROGRAMS, "distill": BELOW_PROGRAMS | {"train"},
-    "evaluate": BELOW_PROGRAMS, "visualize": BELOW_PROGRAMS, "hubconf": {"backbones"},
-    "bench": BELOW_PROGRAMS | {"train", "distill", "evaluate", "visualize"}, "docs": MACHINERY}
+    "figures": BELOW_FIGURES, "curation": BELOW_FIGURES, "curate": BELOW_FIGURES | {"curation"},
+    "train": BELOW_PROGRAMS, "distill": BELOW_PROGRAMS | {"train"}, "evaluate": BELOW_PROGRAMS,
+    "visualize": BELOW_PROGRAMS, "hubconf": {"backbones"},
+    "bench": BELOW_PROGRAMS | {"train", "distill", "evaluate", "visualize", "curation"},
+    "docs": MACHINERY}
 
 
 def imports_of(path):

@@ -13,6 +13,7 @@ import pytest
 
 import backbones.__main__
 import bench.__main__
+import curate
 import distill
 import docs.exercise
 import evaluate
@@ -70,7 +71,9 @@ CONFIGS = {
     **{f"evaluate {name}": task.Config
        for name, task in evaluate.TASKS.items()},
     **{f"visualize {name}": figure.Config
-       for name, figure in visualize.FIGURES.items()},
+       for name, figure in visualize.FIGURES.items()}, "curate run": curate.RunConfig,
+    **{f"curate {name}": stage.Config
+       for name, stage in curate.STAGES.items()},
     **{f"bench {name}": task[1]
        for name, task in bench.__main__.TASKS.items()}}
 

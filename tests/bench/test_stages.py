@@ -139,7 +139,7 @@ def test_attention_kernels(tmp_path, capsys, monkeypatch):
 
 def test_search(tmp_path):
     out = tmp_path / "search.json"
-    line = "--images 3000 --width 16 --k 5 --queries 100 --steps 2"
+    line = "--bank 3000 --width 16 --k 5 --queries 100 --steps 2"
     main(["search", *TINY, *line.split(), "--json", str(out)])
     result = json.loads(out.read_text())
     assert result["search_seconds"] > 0 and result["product_seconds"] > 0

@@ -1,5 +1,6 @@
 """Claims
-1. k-means equals a plain one in float64; it ends when nothing changes; an empty cluster starts anew.
+1. k-means equals a plain one in float64; it ends when nothing changes; an empty cluster starts
+   anew.
 2. The sums are exact: k-means and the sample on two processes are bit for bit those of one, and so
    are those of a stage that was killed after any iteration.
 3. Quotas add up to what is wanted, no cluster gives more than it has, and none gives less than
