@@ -76,7 +76,8 @@ def run(words: list[str], config: Config, process: Process) -> dict:
             write_png(folder / name, image)
             rows.append((name, i, ""))
             if i in edit_of:
-                copy = name.with_name(f"{name.stem}-copy.png")
+                # "_" comes after ".", so that an original stands before its copy, and stays.
+                copy = name.with_name(f"{name.stem}_copy.png")
                 write_png(folder / copy, EDITS[edit_of[i]](image, i))
                 rows.append((copy, i, edit_of[i]))
             report(i + 1)

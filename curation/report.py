@@ -42,11 +42,21 @@ def lines_of(facts: dict, indent: str = "") -> list[str]:
     return lines
 
 
+def whole_history(pool: Pool) -> list[tuple[Path, dict]]:
+    """Pool.history, and before it what led to the list, where the pool is that of a stage."""
+    # `embed` may have been given list:FOLDER/list.txt, as in `curate.py run`, where copies are
+    # found by other features than similar images.
+    folder = Path(pool.facts["root"])
+    if pool.facts["data"].startswith("list:") and (folder / "stage.json").exists():
+        return whole_history(open_pool(str(folder))) + pool.history
+    return pool.history
+
+
 def write_report(folder: Path):
-    """report.md: all stages from embed to the one in this folder, with what each has noted."""
+    """report.md: all stages up to the one in this folder, with what each has noted."""
     pool = open_pool(str(folder))
     text = ["# How list.txt came about", ""]
-    for path, facts in pool.history:
+    for path, facts in whole_history(pool):
         where = os.path.relpath(path, folder.absolute())  # this folder itself is "."
         text += [f"## {facts['stage']} ({where})", "", *lines_of(facts), ""]
 
@@ -114,19 +124,24 @@ def draw_groups(folder: Path, pool: Pool, roots: np.ndarray, hits: list):
     _, starts, sizes = np.unique(roots[members], return_index=True, return_counts=True)
     groups = [members[start:start + size] for start, size in zip(starts, sizes) if size > 1]
     groups.sort(key=len, reverse=True)
+
+    # Most groups are pairs: as many groups as fit stand in a row.
     rows = []
-    for group in evenly(groups, ROWS):
+    for group in evenly(groups, ROWS * COLUMNS // 2):
         first = int(group[0])
-        entries = [(pool, first, "stays", True)]
+        entries = [(pool, first, f"stays, of {len(group)}", True)]
         for row in group[1:COLUMNS].tolist():
-            entries.append((pool, row, f"{cosine(pool, first, pool, row):.2f}", False))
-        rows.append((f"{len(group)} images", entries))
+            entries.append((pool, row, f"{cosine(pool, first, pool, row):.3f}", False))
+        if rows and len(rows[-1][1]) + len(entries) <= COLUMNS:
+            rows[-1][1].extend(entries)
+        elif len(rows) < ROWS:
+            rows.append(("", entries))
 
     # One pair in a row: the image of the evaluation set, and the one of the pool.
     for reference, query, row in evenly(hits, 2):
         similarity = cosine(reference, int(query), pool, int(row))
         rows.append(("to be judged", [(reference, int(query), "--against", True),
-                                      (pool, int(row), f"goes: {similarity:.2f}", False)]))
+                                      (pool, int(row), f"goes: {similarity:.3f}", False)]))
     draw_page(
         folder, rows, f"{len(groups):,d} groups of copies among {len(pool.rows):,d} images"
         ", from the largest to the smallest, with the cosine to the image that stays; an "
@@ -140,7 +155,7 @@ def draw_queries(folder: Path, pool: Pool, curated: Pool, nearest):
         query = int(curated.rows[place])
         entries = [(curated, query, "curated", True)]
         for row, similarity in nearest[np.array([place])][0][:COLUMNS - 1].tolist():
-            entries.append((pool, row, f"{similarity:.2f}", False))
+            entries.append((pool, row, f"{similarity:.3f}", False))
         rows.append((curated.label(query) or "", entries))
     draw_page(
         folder, rows, f"{len(curated.rows):,d} curated images, some of them with their "

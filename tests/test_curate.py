@@ -117,13 +117,18 @@ def test_the_pipeline(whole, small_backbone):
         for name in open_images(f"list:{whole}/retrieve/4-dedup/list.txt").names}
     assert 10 < len(names) < 40  # some are like those to be judged with
     for i in range(6):  # these six are in --against, and so are their copies
-        assert f"{i:07d}.png" not in names and f"{i:07d}-copy.png" not in names
+        assert f"{i:07d}.png" not in names and f"{i:07d}_copy.png" not in names
     for name in names:  # of an image and its copy one is left
-        assert name.replace("-copy", "") == name or name.replace("-copy", "") not in names
+        assert name.replace("_copy", "") == name or name.replace("_copy", "") not in names
     for by in ("retrieve", "cluster"):
         listed = open_images(f"list:{whole}/{by}/6-{by}/list.txt")
         assert 0 < len(listed) and {Path(name).name for name in listed.names} <= names
         assert listed.classes and len(listed.read(0)) == 3
+
+        # The report goes back over both lists to the hash.
+        text = (whole / by / f"6-{by}/report.md").read_text()
+        titles = ["embed", "dedup", "embed", "dedup", "embed", by]
+        assert re.findall(r"^## (\w+) \(", text, re.M) == titles
 
 
 def test_what_it_lists_can_be_trained_on(whole, tmp_path):
