@@ -69,6 +69,7 @@ def run_all(words: list[str], config: RunConfig, process: Process) -> dict:
 
     def stage(module, name: str, words: list[str], **values) -> str:
         """Run a stage with the flags that both have, and these values -> its folder."""
+        # Flags of the pipeline have the names that they have in the stages.
         for field in dataclasses.fields(module.Config):
             if hasattr(config, field.name):
                 values.setdefault(field.name, getattr(config, field.name))
@@ -118,6 +119,7 @@ def choose_stage(argv: list[str]):
 
     UsageError with the names of the stages if it is none of them.
     """
+    # `run` is no stage but all of them, and stands beside the table.
     names = [*STAGES, "run"]
     if not argv or argv[0] not in names:
         given = argv[0] if argv else ""
@@ -160,6 +162,7 @@ def main(argv):
         print(overview())
         return None
     words, config, function = read_flags(argv)
+    # Where a network is run, the precision is that of the evaluations.
     process = start_process(config.device)
     if hasattr(config, "precision"):
         config.precision = resolve_precision(config.precision, process.device, ("tf32",))

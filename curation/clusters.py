@@ -43,6 +43,7 @@ FIXED_POINT = 2**24  # a float16 is a whole number divided by this
 
 def nearest_centroids(features: np.ndarray, centroids: Tensor) -> Tensor:
     """The number of the most similar centroid of each row: (m, D), (K, D) -> (m,)."""
+    # With 100,000 clusters a table of all cosines would be large: fewer rows at once then.
     found = []
     for part in torch.from_numpy(features).split(max(1, COSINES_AT_ONCE // len(centroids))):
         cosines = part.to(centroids.device, torch.float32) @ centroids.T  # (m, K)
@@ -114,6 +115,7 @@ def kmeans(folder: Path, pool: Pool, n_clusters: int, iterations: int, seed: int
 def assign(folder: Path, pool: Pool, centroids: Tensor, inputs: dict,
            process: Process) -> np.ndarray:
     """The cluster of each image that is in the pool, in the order of its rows."""
+    # This pass costs as much as an iteration of k-means, and is made in pieces like the search.
     claim(folder, inputs, process)
 
     def clusters(start: int, end: int) -> np.ndarray:
@@ -193,6 +195,7 @@ def wanted_clusters(config: Config, curated_clusters: np.ndarray | None,
     """The numbers of the clusters that are taken. UsageError if none is."""
     if curated_clusters is None:
         return np.unique(clusters)
+    # One curated image in a cluster may be there by chance; the paper asks for more than three.
     counts = np.bincount(curated_clusters, minlength=config.n_clusters)
     wanted = np.flatnonzero(counts > config.min_curated)
     if not len(wanted):
@@ -204,6 +207,8 @@ def wanted_clusters(config: Config, curated_clusters: np.ndarray | None,
 
 def run(words: list[str], config: Config, process: Process) -> dict:
     """As many images from every cluster of a pool, or from those in which --curated lies."""
+    # The features that k-means was made of are noted with its centroids: for others in the same
+    # folder they would be wrong.
     pool = open_pool(words[0])
     curated = open_curated(config, pool) if config.curated else None
     if config.n_clusters > len(pool.rows):
@@ -219,6 +224,7 @@ def run(words: list[str], config: Config, process: Process) -> dict:
                        config.seed, process)
     clusters = assign(folder / "clusters", pool, centroids, inputs, process)
 
+    # The curated images are assigned to the clusters of the pool, and change none of them.
     curated_clusters = None
     if curated:
         inputs["curated"] = curated.sha256
@@ -253,6 +259,7 @@ if __name__ == "__main__":
     from images.data import Images
 
     # Three clouds of 900, 90 and 10 points. A random sample has hardly any of the last one.
+    # k-means needs their features alone, so that the set of images may be empty.
     generator = np.random.default_rng(0)
     sizes = [900, 90, 10]
     cloud_of = np.repeat(range(3), sizes)

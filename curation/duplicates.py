@@ -159,6 +159,7 @@ class Config(SearchConfig):
 
 def run(words: list[str], config: Config, process: Process) -> dict:
     """One image of each group of copies, and none that is like one of --against."""
+    # What cannot be compared is refused before anything is computed.
     pool = open_pool(words[0])
     references = [open_pool(folder, "--against") for folder in config.against]
     for reference in references:
@@ -174,18 +175,7 @@ def run(words: list[str], config: Config, process: Process) -> dict:
     roots = components(n, graph, pool, config.threshold)
     kept = representatives(roots, pool.rows)
 
-    # The same graph with the lower threshold: of its components go those that a reference
-    # touches, from the first image to the last.
-    touched = np.zeros(n, bool)  # by the root of a component
-    wide_roots = components(n, graph, pool, config.relative_threshold) if references else roots
-    hits = []
-    for number, reference in enumerate(references):
-        table = neighbours(folder / f"against-{number}", reference, pool, config.k, config,
-                           process)
-        for query_rows, rows in edges(table, reference, config.relative_threshold):
-            touched[wide_roots[rows]] = True
-            hits += [(reference, *pair) for pair in zip(query_rows, rows)][:100 - len(hits)]
-    in_a_test = touched[wide_roots]
+    in_a_test, hits = like_references(folder, graph, pool, references, config, process)
     left = kept[~in_a_test[kept]]
 
     facts = {
@@ -199,6 +189,8 @@ def run(words: list[str], config: Config, process: Process) -> dict:
                   f"above {config.threshold} removed" +
                   (f", {len(kept) - len(left):,d} more as like --against" if references else "")
                   + f": {len(left):,d} are left")
+
+    # Where the copies are known, the whole table is printed: it costs little beside the graph.
     if groups is not None:
         figures = score(roots, pool.rows, groups)
         process.print(f"  by --groups at {config.threshold}: precision "
@@ -206,6 +198,7 @@ def run(words: list[str], config: Config, process: Process) -> dict:
         best = try_thresholds(pool, graph, groups, process)
         facts["by_groups"] = figures | {"best": best}
 
+    # The component of each image is kept for whoever wants to look at its groups.
     if process.main:
         save_array(folder / "components.npy", roots)
     content = finish(folder, "dedup", pool, left, facts, process)
@@ -215,10 +208,33 @@ def run(words: list[str], config: Config, process: Process) -> dict:
     return content
 
 
+def like_references(folder: Path, graph: Table, pool: Pool, references: list[Pool],
+                    config: Config, process: Process) -> tuple[np.ndarray, list]:
+    """Which images of the pool are in a component that an image of --against touches: (n,) bool.
+
+    And some pairs for the page: (reference, its row, row of the pool).
+    """
+    # The graph is that of the pool, with the lower threshold. Of its components those that a
+    # reference touches go as a whole: a crop of a crop of a test image is in the test, too.
+    n = len(pool.images)
+    roots = components(n, graph, pool,
+                       config.relative_threshold) if references else np.arange(n)
+    touched = np.zeros(n, bool)  # by the root of a component
+    hits = []
+    for number, reference in enumerate(references):
+        table = neighbours(folder / f"against-{number}", reference, pool, config.k, config,
+                           process)
+        for query_rows, rows in edges(table, reference, config.relative_threshold):
+            touched[roots[rows]] = True
+            hits += [(reference, *pair) for pair in zip(query_rows, rows)][:100 - len(hits)]
+    return touched[roots], hits
+
+
 def known_groups(config: Config, pool: Pool) -> np.ndarray | None:
     """A number for the group of each image, by --groups; None without it."""
     if not config.groups:
         return None
+    # The names of groups may be any text; numbers are compared faster.
     try:
         names = read_groups(config.groups, list(pool.images.names))
     except ValueError as error:
@@ -227,6 +243,7 @@ def known_groups(config: Config, pool: Pool) -> np.ndarray | None:
 
 
 if __name__ == "__main__":
+    # Edge after edge, two sets become one, and their first node stands for both.
     sets = DisjointSets(8)
     for edge in ((4, 2), (2, 0), (7, 6), (5, 7)):
         sets.join(np.array(edge[:1]), np.array(edge[1:]))

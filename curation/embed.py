@@ -85,6 +85,7 @@ def hash_reader() -> Reader:
 def network_reader(config, process: Process) -> Reader:
     """The network of --weights, read as --descriptor says."""
     size, shrink, read = DESCRIPTORS[config.descriptor]
+    # The Extractor of all evaluations: any network, at the size that suits it.
     extractor = Extractor(config, process).at(size)
     facts = {
         "weights": extractor.sha256, "descriptor": config.descriptor,
@@ -128,6 +129,7 @@ def describe(reader: Reader, images: Images, rows, config, process: Process):
 
     The rows of broken images are zeros. UsageError if a network gives what is no number.
     """
+    # One process alone: pieces are shared among processes, not images.
     data = Tolerant(images, rows, reader.prepare)
     workers = min(config.num_workers, (len(rows) - 1) // config.batch_size)
     loader = torch.utils.data.DataLoader(data, config.batch_size, num_workers=workers,
@@ -182,6 +184,7 @@ def on_axes(numbers: Tensor, axes: Tensor | None, binary: bool) -> Tensor:
     """
     if axes is None:
         return F.normalize(numbers, dim=1)
+    # In float64, because axes of little spread are divided by small numbers.
     moved = (numbers.double() - axes[:, 0]) @ axes[:, 1:]  # (m, D)
     if binary:
         moved = torch.where(moved > 0, 1.0, -1.0)
@@ -303,6 +306,7 @@ def run(words: list[str], config: Config, process: Process) -> dict:
 
 def write_pool(folder: Path, images: Images, rows: np.ndarray, facts: dict):
     """What curation.pool.open_pool takes up; stage.json comes last."""
+    # Names in one file, labels in another: neither needs the data set to be opened again.
     save_array(folder / "rows.npy", rows)
     if images.labels:
         save_array(folder / "labels.npy", np.array(images.labels))

@@ -44,6 +44,7 @@ class Config:
 
     def check(self):
         require(self, lambda x: x <= 1, "from 0 to 1", "share")
+        # The names of edits have spaces in them, and are easily mistyped.
         for name in self.edits:
             if name not in EDITS:
                 raise UsageError(f"--edits {name!r}: choose from {', '.join(EDITS)}"
@@ -68,6 +69,8 @@ def run(words: list[str], config: Config, process: Process) -> dict:
     for i in range(len(images)):
         label = images.classes[images.labels[i]].replace("/", "-") if images.labels else ""
         names.append(Path("images") / label / f"{i:07d}.png")
+    # One process writes. It is no work for a large pool: to find a threshold some thousand
+    # images are enough.
     if process.main:
         report = Progress("written", len(images), process)
         rows = []
@@ -81,6 +84,8 @@ def run(words: list[str], config: Config, process: Process) -> dict:
                 write_png(folder / copy, EDITS[edit_of[i]](image, i))
                 rows.append((copy, i, edit_of[i]))
             report(i + 1)
+
+        # An image without a copy is a group of its own.
         with open(folder / "groups.csv", "w", newline="") as file:
             csv.writer(file).writerows([("path", "group", "edit"), *rows])
     process.barrier()
@@ -91,5 +96,7 @@ def run(words: list[str], config: Config, process: Process) -> dict:
 
 def write_png(path: Path, image):
     """(3, H, W) uint8 -> a file."""
+    # PNG loses nothing, so that an image is compared with what was copied. Level 1 packs less
+    # tightly, and is several times as fast.
     path.parent.mkdir(parents=True, exist_ok=True)
     to_pil_image(image).save(path, compress_level=1)

@@ -49,6 +49,7 @@ class Pool:
 
     def path(self, row: int) -> str:
         """The file of an image. UsageError where the images are no files of their own."""
+        # A path is absolute, so that the list can be read from any folder.
         if self.images.root is None:
             raise UsageError(f"{self.facts['data']}: its images are no files that a list could "
                              "name; write them to files by curate.py plant --share 0")
@@ -61,6 +62,8 @@ class Pool:
 
 def read_stage(folder: Path, flag: str) -> dict:
     """stage.json of a folder; UsageError if no stage has finished there."""
+    # stage.json is written last, so that a folder without it is one in which work goes on, or
+    # none of ours.
     try:
         return json.loads((folder / "stage.json").read_text())
     except (OSError, ValueError):
@@ -114,6 +117,7 @@ def _read_stored(root: Path, names: Names, i: int) -> Tensor:
 def same_embedding(pool: Pool, other: Pool, flag: str):
     """UsageError unless the features of both came about in the same way."""
     # A cosine between features of two networks is a number, but it means nothing.
+    # What is compared: weights, description, size of the images, precision, and axes.
     for key, value in pool.facts["embedding"].items():
         other_value = other.facts["embedding"].get(key)
         if other_value != value:
@@ -138,6 +142,8 @@ def finish(folder: Path, stage: str, pool: Pool, rows: np.ndarray, facts: dict,
     earlier = os.path.relpath(pool.history[-1][0], folder.absolute())
     source = {"folder": earlier, "sha256": pool.sha256}
     content = {"stage": stage, "source": source, "images": len(rows), **facts}
+
+    # stage.json is the last file: its presence says that the others are complete.
     if process.main:
         save_array(folder / "rows.npy", rows)
         write_list(folder / "list.txt", pool, rows, curated)
@@ -151,6 +157,8 @@ def write_list(path: Path, pool: Pool, rows: np.ndarray, curated: Pool | None = 
     # Either all lines of a list have a label, or none: see images/names.py.
     parts = [(pool, rows)] + ([(curated, curated.rows)] if curated else [])
     labelled = all(part.images.labels for part, _ in parts)
+    # Names may be of any bytes, as files are on Linux: "surrogateescape" keeps those that are no
+    # text as they are.
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
         for part, numbers in parts:

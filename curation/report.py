@@ -33,6 +33,7 @@ SHOWN = 160  # pixels of a picture on the page
 
 def lines_of(facts: dict, indent: str = "") -> list[str]:
     """JSON as a list of Markdown; a dictionary within it becomes a list within the list."""
+    # What is empty does not concern this stage, and is left out.
     lines = []
     for key, value in facts.items():
         if isinstance(value, dict):
@@ -79,6 +80,7 @@ def evenly(items: list, count: int) -> list:
 
 def cosine(pool: Pool, a: int, other: Pool, b: int) -> float:
     """The similarity of two images."""
+    # Of unit vectors the product is the cosine.
     first = pool.features[np.array([a])].astype(np.float32)
     second = other.features[np.array([b])].astype(np.float32)
     return float((first * second).sum())
@@ -86,6 +88,7 @@ def cosine(pool: Pool, a: int, other: Pool, b: int) -> float:
 
 def shown(pool: Pool, row: int) -> torch.Tensor:
     """An image, small enough for the page; grey if it cannot be read any more."""
+    # The stage has done its work by now, and a page must not undo it.
     try:
         return fit_inside(pool.images.read(row), SHOWN)
     except Exception:  # decoders raise exceptions of many kinds
@@ -94,6 +97,7 @@ def shown(pool: Pool, row: int) -> torch.Tensor:
 
 def draw_page(folder: Path, rows: list[tuple[str, list]], caption: str):
     """page.png: a row of pictures for each (name, [(pool, row, title, framed), ...])."""
+    # Where nothing was found there is no page.
     if not rows:
         return
     pictures = [[shown(pool, row) for pool, row, _, _ in entries] for _, entries in rows]
@@ -150,6 +154,7 @@ def draw_groups(folder: Path, pool: Pool, roots: np.ndarray, hits: list):
 
 def draw_queries(folder: Path, pool: Pool, curated: Pool, nearest):
     """Curated images, and what was retrieved for each, nearest first."""
+    # In a set that is sorted by classes, evenly spaced queries are of different classes.
     rows = []
     for place in evenly(range(len(curated.rows)), ROWS):
         query = int(curated.rows[place])
@@ -171,6 +176,7 @@ def draw_clusters(folder: Path, pool: Pool, rows: np.ndarray, clusters: np.ndarr
     taken, sizes = np.unique(cluster_of[rows], return_counts=True)
     pages = []
     for cluster in evenly(taken[np.argsort(-sizes, kind="stable")].tolist(), ROWS):
+        # Pictures of a pool often stand in an order, so those that are shown are spread evenly.
         members = rows[cluster_of[rows] == cluster]
         entries = []
         if curated is not None:

@@ -54,6 +54,8 @@ def open_curated(config, pool: Pool) -> Pool:
 
 def chosen_rows(nearest: Table, min_similarity: float) -> tuple[np.ndarray, int]:
     """(rows of the pool that were retrieved, ascending; how often one was), piece by piece."""
+    # One piece after the other joins the union, so that not all neighbours are in memory. A
+    # neighbour that there is not (NOTHING) is never taken, however low --min_similarity is.
     rows = np.empty(0, np.int64)
     total = 0
     for start in range(0, len(nearest), nearest.size):
@@ -68,12 +70,15 @@ def class_precision(pool: Pool, curated: Pool, rows: np.ndarray) -> float | None
     """Share of these rows whose class is one of the curated; None where classes are unknown."""
     if not (pool.images.labels and curated.images.labels):
         return None
+    # By name, because the same class may have another number in the other set.
     wanted = {curated.label(row) for row in curated.rows.tolist()}
     return float(np.mean([pool.label(row) in wanted for row in rows.tolist()]))
 
 
 def run(words: list[str], config: Config, process: Process) -> dict:
     """The images of a pool that are nearest to each image of --curated."""
+    # The search is the work; what is chosen from its result follows from the flags, and is made
+    # anew each time.
     pool = open_pool(words[0])
     curated = open_curated(config, pool)
     folder = Path(config.output_dir or "curations/retrieve")
@@ -95,6 +100,7 @@ def run(words: list[str], config: Config, process: Process) -> dict:
             "retrieved for several queries": total - len(rows)}}
     process.print(f"retrieve: {total:,d} images for {len(curated.rows):,d} curated ones, "
                   f"{len(rows):,d} of them different")
+    # Labels decide nothing here. Where both sets have them, they say how well it went.
     precision = class_precision(pool, curated, rows)
     if precision is not None:
         facts["share of the curated classes"] = precision

@@ -70,6 +70,7 @@ class Exact:
         queries (q, D) of unit length. own (q,): the row of each query in the pool, which is not
         its own neighbour; -1 where it is not in the pool. k <= n - 1.
         """
+        # At first nothing was found: everything that comes is better than NOTHING.
         queries = queries.to(self.device)
         best = queries.new_full((len(queries), k), NOTHING)  # (q, k)
         best_rows = torch.zeros_like(best, dtype=torch.int64)  # (q, k)
@@ -108,6 +109,8 @@ class Faiss:
     """
 
     def __init__(self, features: Table, rows: np.ndarray, index_file: Path, nprobe: int):
+        # An index of lists searches the `nprobe` lists whose centroids are nearest; the exact
+        # one has no lists.
         faiss = import_faiss()
         self.features = features
         self.rows = rows
@@ -120,6 +123,7 @@ class Faiss:
         # One neighbour more than is wanted takes the place of the query itself. FAISS says -1
         # where the lists that it has searched hold too few.
         _, places = self.index.search(queries.numpy(), k + 1)  # in the order of self.rows
+        # Their features are read again from the files: k + 1 rows of each query.
         found = self.rows[places.clip(min=0)]  # (q, k + 1)
         features = self.features[found.ravel()].reshape(*found.shape, -1)
         cosines = torch.einsum("qd,qkd->qk", queries, torch.from_numpy(features).float())
@@ -144,6 +148,7 @@ def build_index(file: Path, features: Table, rows: np.ndarray, factory: str):
         reason = str(error).splitlines()[-1]
         raise UsageError(f"--faiss_index {factory}: FAISS refuses it for {len(rows):,d} images "
                          f"of {features.width} numbers ({reason:.120})") from None
+    # FAISS numbers what is added 0, 1, 2, ...: these are places in `rows`.
     for _, chunk in features.chunks(rows):
         index.add(np.ascontiguousarray(chunk, dtype=np.float32))
     temporary = file.with_name(file.name + ".tmp")
@@ -183,6 +188,7 @@ def neighbours(folder: Path, queries: Pool, pool: Pool, k: int, config: SearchCo
     Where queries and pool are one and the same, no image is its own neighbour. A pool of fewer
     images than that gives as many as it has.
     """
+    # In its own pool an image would always be its nearest neighbour, so one less can be found.
     itself = queries is pool
     k = min(k, len(pool.rows) - itself)
     if k < 1:
@@ -192,6 +198,7 @@ def neighbours(folder: Path, queries: Pool, pool: Pool, k: int, config: SearchCo
     search = SEARCHES[config.search](pool, folder, config, process)
 
     def nearest(start: int, end: int) -> np.ndarray:
+        # The features of the queries are read from their files, piece by piece, too.
         numbers = queries.rows[start:end]
         features = torch.from_numpy(queries.features[numbers]).float()  # (q, D)
         own = numbers if itself else np.full(len(numbers), -1)

@@ -10,12 +10,10 @@
 import os
 import re
 import signal
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from conftest import TINY, finish, metrics_of, start
 
 import curate

@@ -5,7 +5,7 @@ import torch
 
 from curation.embed import write_pool
 from curation.pieces import save_array
-from curation.pool import Pool, open_pool
+from curation.pool import open_pool
 from images.data import Images
 from machinery.process import Process
 
