@@ -25,7 +25,8 @@ import numpy as np
 from torch import Tensor
 
 from curation.pieces import Table, save_array
-from images.data import Images, open_images, read_file
+from images.data import Images, open_images
+from images.files import read_file
 from images.names import Names
 from machinery.checkpoints import digest, write_json
 from machinery.flags import UsageError
