@@ -101,8 +101,8 @@ def test_the_stage(tmp_path, capsys):
     assert open_pool(str(tmp_path / "dedup")).rows.tolist() == list(range(29))
     assert content["counts"]["copies removed"] == 4 and content["images"] == 29
     assert content["by_groups"]["precision"] == content["by_groups"]["recall"] == 1
-    assert content["by_groups"]["best"]["threshold"] == 0.975  # the last of those with F1 = 1
-    assert "the highest F1, 1.000, is at --threshold 0.975" in capsys.readouterr().out
+    assert content["by_groups"]["best"]["threshold"] == 0.98  # the last of those with F1 = 1
+    assert "the highest F1, 1.000, is at --threshold 0.98" in capsys.readouterr().out
 
     # Another threshold takes the same graph: no piece of it is made again.
     pieces = [path.stat().st_mtime_ns for path in (tmp_path / "dedup/graph").glob("0*.npy")]
