@@ -39,8 +39,8 @@ TASKS = {
     "eval": (time_evaluation, EvaluationConfig), "attention": (time_attention, Config),
     "photometry": (time_photometry, Config), "probes": (time_probes, ProbesConfig),
     "search": (time_search, SearchConfig), "growth": (growth, Config),
-    "plan": (plan, PlanConfig), "speedrun": (speedrun, SpeedrunConfig),
-    "ablate": (ablate, AblateConfig)}
+    "plan": (plan, PlanConfig), "speedrun": (speedrun,
+                                             SpeedrunConfig), "ablate": (ablate, AblateConfig)}
 USAGE = "python -m bench TASK [PRESET] [--flag value ...]"
 
 
