@@ -9,7 +9,7 @@
 Idea     DINOv2 learned from 142 million images that were chosen out of 1.2 billion, without any
          label: by their features alone. Each stage below reads the folder of the one before and
          writes one of its own, in pieces: what was killed goes on where it was.
-Paper    DINOv2 sec. 3 and App. A; the code and the images were never released
+Paper    DINOv2 sec. 3 and appendix A; the code and the images were never released
 Try      python curate.py plant shapes:200 --output_dir curations/pool
          python curate.py embed folder:curations/pool/images --weights pca_hash
          python curate.py dedup curations/embed --groups curations/pool/groups.csv

@@ -7,7 +7,7 @@ Idea     The web shows some things a thousand times as often as others, and a ra
          it does, too. Clusters stand for concepts that nobody had to name: an equal number of
          images from each is a balanced set. Where a curated set is too small for its nearest
          images to be enough, the clusters in which it lies are taken instead.
-Paper    DINOv2 sec. 3 and App. A ("cluster-based"): 100,000 clusters, those with more than 3
+Paper    DINOv2 sec. 3 and appendix A ("cluster-based"): 100,000 clusters, those with more than 3
          curated images, 10,000 images of each, at most 1 million for a curated set
 Try      python -m curation.clusters      three clouds of very different size, and a fair sample
 Change   how many images each cluster gives: even_quotas

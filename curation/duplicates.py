@@ -8,7 +8,7 @@ Idea     A picture that is on a thousand pages counts a thousand times in traini
          is in a test, too, makes its figures worthless. Being a copy is taken to be transitive:
          if b is a crop of a and c a crop of b, all three belong together, however little c is
          like a. So what is looked for are the connected components of a graph.
-Paper    DINOv2 sec. 3 and App. A: k = 64; .6 among the pool, .45 beside the evaluation sets
+Paper    DINOv2 sec. 3 and appendix A: k = 64; .6 among the pool, .45 beside the evaluation sets
 Try      python -m curation.duplicates      components of a small graph
 Change   which image of a component stays: `representatives`
 Tests    pytest tests/curation/test_duplicates.py

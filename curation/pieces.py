@@ -8,7 +8,7 @@ Idea     Features and neighbours of a large pool take days, and more memory than
          they are made piece by piece, and a piece is a file that is whole or not there. Whoever
          starts again makes the pieces that are missing. What is in a piece depends on its rows
          alone, and not on which process made it: any number of processes gives the same files.
-Paper    none; DINOv2 App. A says that the work was shared by 20 machines
+Paper    none; DINOv2 appendix A says that the work was shared by 20 machines
 Try      python -m curation.pieces      a table in pieces, and one of them made again
 Change   what a piece may hold: make_pieces, whose argument `make` returns any array of numpy
 Tests    pytest tests/curation/test_pieces.py

@@ -8,7 +8,7 @@ Idea     The exact answer compares every query with every image. Only a part of 
          best k so far are in memory, so that a pool may be as large as the disk. The queries
          are shared by all processes. Where FAISS is installed it can search instead: its
          indices look at a part of the pool only.
-Paper    DINOv2 App. A: FAISS on 20 machines of 8 GPUs, inverted lists with product quantisation
+Paper    DINOv2 appendix A: FAISS on 20 machines of 8 GPUs, inverted lists with product quantisation
 Try      python -m curation.search      the search in pieces beside a table of all cosines
 Change   another way to search is a class with the same __call__, and one line in SEARCHES
 Tests    pytest tests/curation/test_search.py

@@ -205,12 +205,8 @@ def draw(arguments: list[str], config: Config) -> Path:
                        extractor.model.pixels)
     queries = open_queries(arguments, bank, config)
 
-    # The decoder's words do not say that a file is no image, so it is said here.
-    try:
-        features = extractor(queries, "queries")
-        bank_features = extractor(bank, "neighbours-data")
-    except OSError as error:
-        raise UsageError(f"not a readable image ({error!s:.200})") from None
+    features = extractor(queries, "queries")
+    bank_features = extractor(bank, "neighbours-data")
     found = nearest(features, bank_features, queries, bank, config.k)
     fig = draw_neighbours(queries, bank, found)
     caption = caption_of(config, extractor, bank, found)

@@ -86,5 +86,5 @@ def test_misuse(queries, flags, words, small_backbone):
 def test_a_broken_photo_is_one_line(small_backbone, tmp_path):
     (tmp_path / "x.jpg").write_bytes(b"x")
     flags = f"--data shapes:20 --weights {small_backbone} --device cpu --num_workers 0"
-    with pytest.raises(UsageError, match="not a readable image"):
+    with pytest.raises(ValueError, match="x.jpg is no image that Pillow can read; mend this"):
         draw([str(tmp_path / "x.jpg")], parse(Config, flags.split()))
