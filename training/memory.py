@@ -145,13 +145,16 @@ def expected_memory(student: nn.Module, config: Config, process: Process,
         crops = 2 * crops + 3 * largest
 
     # What is there at every step. FSDP splits it over processes. AdamW keeps two moments of
-    # each parameter; SGD and LARS keep one, the momentum.
+    # each parameter; SGD and LARS keep one, the momentum. A backbone that does not learn (heads
+    # for a released teacher, in distill.py) has neither gradients nor moments.
     one_network = sum(p.nbytes for p in student.parameters()) / config.sharers(process)
+    learns = [p for p in student.parameters() if p.requires_grad]
+    trained = sum(p.nbytes for p in learns) / config.sharers(process)
     moments = 2 if config.optimizer == "adamw" else 1
     parts = {
-        "two networks": 2 * one_network, "gradients": one_network,
-        "moments": moments * one_network, "kept for backward": activations,
-        "teacher's logits": of_teacher, "logits' gradient": gradient, "crops": crops}
+        "two networks": 2 * one_network, "gradients": trained, "moments": moments * trained,
+        "kept for backward": activations, "teacher's logits": of_teacher,
+        "logits' gradient": gradient, "crops": crops}
 
     # Of a teacher that is split each process also keeps the backbone in one piece, to be judged
     # and kept (train.Run.whole).

@@ -1,6 +1,6 @@
 """Claims
 1. The memory that is expected is found without touching a weight, part by part.
-2. Networks, gradients and moments have the size of the weights; what is kept for the backward
+2. Networks, gradients and moments have the size of the weights that learn; what is kept for the backward
    pass grows with the batch and shrinks with activation checkpointing.
 3. Crops, the teacher's logits and the gradient of the student's have the sizes of these
    tensors; a GPU holds the next batch as well, and what it takes to colour it.
@@ -111,3 +111,18 @@ def test_shared_memory(workers, is_enough, tmp_path, monkeypatch):
     warning = shared_memory_warning(config, Process(torch.device("cpu"), 0, 8, node_size=4))
     assert (warning == "") == is_enough
     assert is_enough or "--shm-size" in warning
+
+
+def test_a_backbone_that_does_not_learn(tmp_path):
+    process = start_process("cpu")
+    config = tiny_config(tmp_path)
+    student, _ = train.build(config, process)
+    whole = expected_memory(student, config, process)
+    student.backbone.requires_grad_(False)
+    heads_alone = expected_memory(student, config, process)
+    share = 1 - sum(p.nbytes
+                    for p in student.backbone.parameters()) / sum(p.nbytes
+                                                                  for p in student.parameters())
+    for part in ("gradients", "moments"):
+        assert heads_alone[part] == pytest.approx(share * whole[part])
+    assert heads_alone["two networks"] == whole["two networks"]
