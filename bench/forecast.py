@@ -321,7 +321,12 @@ def plan(config: PlanConfig, process: Process) -> dict:
     # An epoch is --epoch_length steps, or one pass over the images, whose last, incomplete
     # batch is left out.
     batch = B * config.gpus
-    epoch_steps = config.epoch_length or max(images_of(config) // batch, 1)
+    images = images_of(config)
+    if batch > images:
+        raise UsageError(
+            f"--gpus {config.gpus}: a global batch of {batch:,d} is larger than the "
+            f"data set of {images:,d} images")
+    epoch_steps = config.epoch_length or images // batch
     steps = config.epochs * epoch_steps
 
     # Each stage of --curriculum has a cost of its own; without it the run is one stage.

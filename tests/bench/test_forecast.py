@@ -80,7 +80,9 @@ def test_a_plan_splits_what_it_is_told_to_split(monkeypatch):
 def test_a_plan_refuses_what_torchrun_would(monkeypatch, capsys):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     for flags, said in (("plan shapes --gpus 12 --parallel hsdp --no_use_bn_in_head",
-                         "whole nodes"), ("plan shapes --parallel fsdp", "BatchNorm"),
+                         "whole nodes"), ("plan shapes --gpus 1000",
+                                          "larger than the data set"),
+                        ("plan shapes --parallel fsdp", "BatchNorm"),
                         ("step shapes --parallel fsdp --no_use_bn_in_head", "torchrun")):
         with pytest.raises(SystemExit) as stop:
             main(flags.split())
