@@ -42,7 +42,8 @@ RUN_ARGUMENTS = "DATA --curated DATA --weights RUN_OR_FILE_OR_NAME"
 @dataclass
 class RunConfig(embed.Config):
     # -- pipeline
-    curated: str = ""  # images that are to be had more of; empty: all concepts equally
+    curated: str = ""  # images that are to be had more of; --by cluster: empty for all equally
+    output_dir: str = ""  # the folder for the folders of the stages; empty: curations/run
     against: tuple[str, ...] = ()  # images to be judged with, which no training may have seen
     by: Literal["retrieve", "cluster"] = "retrieve"  # nearest images, or whole clusters
     hash_threshold: float = 0.95  # cosine of two PCA hashes above which images are the same file
@@ -61,6 +62,13 @@ class RunConfig(embed.Config):
     descriptor: str = dataclasses.field(default="", metadata={"no_flag": True})  # not a flag
     whiten: bool = dataclasses.field(default=False, metadata={"no_flag": True})  # not a flag
     axes_of: str = dataclasses.field(default="", metadata={"no_flag": True})  # not a flag
+
+    def check(self):
+        super().check()
+        if self.by == "retrieve" and not self.curated:
+            raise UsageError(
+                "--curated is missing: the images that are to be had more of, such as "
+                "folder:PATH; or give --by cluster, for all concepts equally")
 
 
 def run_all(words: list[str], config: RunConfig, process: Process) -> dict:

@@ -1,7 +1,7 @@
 """Bench: python -m bench TASK [PRESET] [--flag value ...]
 
-    TASK: step | data | photometry | eval | attention | probes | growth | plan | speedrun
-          | ablate                                          --> a table, and --json FILE
+    TASK: step | data | photometry | eval | attention | probes | growth | plan | search
+          | speedrun | ablate                               --> a table, and --json FILE
 
 Idea     One command for every question about cost. This file reads the flags and chooses the
          device; how something is measured is told in the file of its task.

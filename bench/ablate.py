@@ -85,15 +85,16 @@ def versions_of(config: AblateConfig) -> dict[str, Config]:
     """The runs by name: the preset as it is, and one for each ingredient; UsageError for others.
     """
     # A collapse shows within one epoch of a small preset, which is a minute on a laptop. That
-    # leaves no epoch for a warm-up.
+    # leaves no epoch for a warm-up, nor for prototypes that rest.
     if "epochs" not in config.given:
         config = replace(config, epochs=1)
-        if "warmup_epochs" not in config.given:
-            config = replace(config, warmup_epochs=0)
+        for name in ("warmup_epochs", "freeze_last_layer_epochs"):
+            if name not in config.given:
+                config = replace(config, **{name: 0})
     versions = {"as it is": config}
 
     # Both `--without a,b` and `--without a b`.
-    for name in ",".join(config.without).split(","):
+    for name in filter(None, ",".join(config.without).split(",")):
         if name not in INGREDIENTS:
             raise UsageError(f"--without {name}: choose from {', '.join(INGREDIENTS)}")
         ingredient = INGREDIENTS[name]

@@ -26,6 +26,7 @@ from curation.pool import Pool, finish, open_pool, same_embedding
 from curation.report import draw_groups, write_report
 from curation.search import SearchConfig, edges, neighbours, search_facts
 from evaluation.retrieval import read_groups
+from machinery.checkpoints import write_text
 from machinery.flags import UsageError, require
 from machinery.process import Process
 
@@ -190,6 +191,13 @@ def run(words: list[str], config: Config, process: Process) -> dict:
                   (f", {len(kept) - len(left):,d} more as like --against" if references else "")
                   + f": {len(left):,d} are left")
 
+    # No pool has so many copies that nobody would know of them; a threshold that is too low for
+    # these features takes different images for copies, and all of them would be gone.
+    if len(kept) < 0.8 * len(pool.rows):
+        process.print(
+            f"warning: {1 - len(kept) / len(pool.rows):.0%} of the pool counts as copies; "
+            f"look at page.png, and find --threshold by --groups (docs/curation.md)")
+
     # Where the copies are known, the whole table is printed: it costs little beside the graph.
     if groups is not None:
         figures = score(roots, pool.rows, groups)
@@ -198,9 +206,12 @@ def run(words: list[str], config: Config, process: Process) -> dict:
         best = try_thresholds(pool, graph, groups, process)
         facts["by_groups"] = figures | {"best": best}
 
-    # The component of each image is kept for whoever wants to look at its groups.
+    # The component of each image is kept for whoever wants to look at its groups, and in words.
     if process.main:
         save_array(folder / "components.npy", roots)
+        names = pool.images.names
+        removed = [f"{names[i]}\t{names[roots[i]]}\n" for i in pool.rows if roots[i] != i]
+        write_text(folder / "copies.txt", "".join(removed))  # removed, and what stays for it
     content = finish(folder, "dedup", pool, left, facts, process)
     if process.main:
         draw_groups(folder, pool, roots, hits)

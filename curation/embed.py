@@ -57,6 +57,11 @@ class Thumbnail(nn.Module):
         # is then the same.
         grey = luma(images).flatten(1)  # (B, F)
         grey = grey - grey.mean(1, keepdim=True)
+
+        # Of an image of one colour nothing is left, and zeros stand for what did not decode. All
+        # such images are the same to a hash, so they get the same numbers.
+        grey = torch.where((grey.abs() < 1e-4).all(1, keepdim=True), torch.ones_like(grey),
+                           grey)
         return F.normalize(grey, dim=1)
 
 
@@ -255,6 +260,11 @@ def run(words: list[str], config: Config, process: Process) -> dict:
     """A feature for each image of DATA: by a network, or --weights pca_hash."""
     reader = hash_reader() if config.weights == HASH else network_reader(config, process)
     images = open_images(words[0], config.data_root, config.download, "DATA", reader.pixels)
+    for name in images.names:
+        if any(letter in name for letter in "\n\r\t"):
+            raise UsageError(
+                f"{words[0]}: {name!r} has a line break or a tab in its name, and lists "
+                "have a name in each line; rename it")
     folder = Path(config.output_dir or "curations/embed")
 
     # Everything that a feature depends on. The names stand for the images: a file that has got

@@ -68,7 +68,7 @@ def read_stage(folder: Path, flag: str) -> dict:
     try:
         return json.loads((folder / "stage.json").read_text())
     except (OSError, ValueError):
-        begun = folder.is_dir() and any(folder.iterdir())
+        begun = (folder / "inputs.json").exists()
         state = "its stage has not finished: start it again" if begun else (
             "expected the folder of a stage, such as python curate.py embed leaves")
         raise UsageError(f"{flag} {folder}: {state}") from None

@@ -60,7 +60,7 @@ def chosen_rows(nearest: Table, min_similarity: float) -> tuple[np.ndarray, int]
     total = 0
     for start in range(0, len(nearest), nearest.size):
         piece = nearest.piece(start // nearest.size)
-        near = piece["similarity"] > max(min_similarity, NOTHING)
+        near = piece["similarity"].astype(np.float32) > max(min_similarity, NOTHING)
         rows = np.union1d(rows, piece["row"][near].astype(np.int64))
         total += int(near.sum())
     return rows, total

@@ -216,7 +216,8 @@ def edges(table: Table, queries: Pool, threshold: float):
     """(query rows, pool rows) of all neighbours above the threshold, from one piece at a time."""
     for start in range(0, len(table), table.size):
         piece = table.piece(start // table.size)
-        near, rank = np.nonzero(piece["similarity"] > threshold)
+        # In float32: numpy would round the threshold to float16, and above .9998 that is 1.
+        near, rank = np.nonzero(piece["similarity"].astype(np.float32) > threshold)
         yield queries.rows[start + near], piece["row"][near, rank].astype(np.int64)
 
 

@@ -98,6 +98,10 @@ EXERCISES = {
 
 def copy_project(folder: Path):
     """Copy the code, the tests and the docs; UsageError if there is something already."""
+    if folder.resolve().is_relative_to(ROOT):
+        raise UsageError(
+            f"--folder {folder}: lies in the folder that is copied; give one outside "
+            f"of {ROOT}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"--folder {folder}: there is something already; give another folder, "
                          "or delete it to begin anew")
@@ -199,7 +203,7 @@ def instructions(number: int, folder: Path) -> str:
 def check(number: int, folder: Path) -> bool:
     """Run the tests of an exercise in its copy, and say whether all of them pass."""
     # In a process of its own, because the copy has modules of the same names as this project.
-    arguments = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    arguments = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short"]
     done = subprocess.run([*arguments, *EXERCISES[number].tests], cwd=folder)
 
     # 0: all tests passed. 1: some failed. Other codes: the edited file could not be imported.

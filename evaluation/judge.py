@@ -60,6 +60,9 @@ class Judge:
             process.print(
                 f"{len(val)} images to judge with: nothing will be judged; give --val_data, "
                 "or hold images out by --val_share")
+        elif len(self.queries) < 100:
+            process.print(f"warning: {len(self.queries)} images to judge with are few: each is "
+                          f"{1 / len(self.queries):.1%} of the figure; give more by --val_data")
 
     def __call__(self, backbone: nn.Module) -> float | None:
         """A share of right answers, 0 to 1; None where there is nothing to judge with."""
@@ -153,8 +156,12 @@ class Judge:
 
         figures: their `knn`, and `untrained`, what it was before training.
         """
-        # Weights of --init can be spoilt. Of random ones nothing can be lost.
-        worse = figures["knn"] < figures["untrained"]
+        # Of n images the share of right answers varies by sqrt(p (1 - p) / n) by chance. So of 12
+        # images one answer less is no loss. Weights of --init can be spoilt; of random ones
+        # nothing can be lost.
+        before = figures["untrained"]
+        by_chance = 2 * (before * (1 - before) / len(self.queries))**0.5
+        worse = figures["knn"] < before - by_chance
         if worse and self.config.init:
             return "worse than --init", ("below the weights that it began with; lower --lr, "
                                          "raise --freeze_backbone_epochs, or stop")

@@ -79,7 +79,8 @@ def test_a_line_in_stages_is_a_stage(monkeypatch, capsys):
     ("embed shapes:9 --weights nothing.pth", "--weights nothing.pth"),
     ("embed shapes:9 --weights pca_hash --shard_size 0", "--shard_size 0: expected at least 1"),
     ("retrieve x --n_nearest 0", "--n_nearest 0: expected at least 1"),
-    ("run folder:nowhere", "DATA folder:nowhere: there is no such folder")])  # yapf: disable
+    ("run folder:nowhere --by cluster", "DATA folder:nowhere: there is no such folder"),
+    ("run shapes:9", "--curated is missing: .* or give --by cluster")])  # yapf: disable
 def test_misuse(line, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as error:

@@ -227,7 +227,7 @@ def test_a_line_in_tasks_is_a_task(small_backbone, tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("line, words", [
-    ("classify", "choose from knn, linear"), ("linera", "did you mean linear?"),
+    ("classify", "choose from knn, "), ("linera", "did you mean linear?"),
     ("knn --weights /none", "no such file"),
     ("knn --weights dino_vits17", "did you mean dino_vits16?"),
     ("knn --weights runs/shapes_dyno", "did you mean runs/shapes_dino?"),

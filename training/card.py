@@ -116,7 +116,7 @@ def card_text(folder: Path) -> str:
 
     # From what it is to what came of it; the version of the code stands at the end of the list.
     # TO ADD A LINE: one entry more, made of config, summary or rows.
-    collapse = "collapsed" if summary["collapsed"] else "no collapse was found"
+    collapse = "collapsed" if summary["collapsed"] else "no collapse of the targets was found"
     lines = [
         f"# {folder.name}", "",
         network_text(config), "", f"- Data: `{config['data']}`, judged with {judged}.",

@@ -69,6 +69,9 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(UsageError, match="embed has been made anew since next was; run dedup"):
         open_pool(str(tmp_path / "next"))
     (tmp_path / "embed/stage.json").unlink()
+    with pytest.raises(UsageError, match="expected the folder of a stage"):  # no stage's folder
+        open_pool(str(tmp_path / "embed"))
+    (tmp_path / "embed/inputs.json").write_text("{}")
     with pytest.raises(UsageError, match="has not finished: start it again"):
         open_pool(str(tmp_path / "embed"))
 

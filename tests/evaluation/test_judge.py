@@ -150,7 +150,7 @@ def test_rank_of_features(variances, rank, tmp_path):
                           (0.34, 3.0, "runs/a", "dimensional collapse")])
 def test_diagnosis_of_features(knn, rank, init, name, tmp_path):
     """Before training k-NN was 30 %; features of 128 numbers."""
-    images = open_images("shapes:32")
+    images = open_images("shapes:1000")
     judge = Judge(images, images, tiny_config(tmp_path, "--init", init), ALONE)
     judge.rank, judge.largest_rank = rank, 128
     illness = judge.diagnose(dict(knn=knn, untrained=0.3))
@@ -159,6 +159,11 @@ def test_diagnosis_of_features(knn, rank, init, name, tmp_path):
         assert f"{rank} directions of 128" in illness[1]
         for flag in re.findall(r"--(\w+)", illness[1]):  # the flags of the remedy are flags
             assert hasattr(judge.config, flag)
+
+    # Of 32 images one right answer less is chance.
+    few = Judge(images, images.subset(range(32)), tiny_config(tmp_path), ALONE)
+    few.rank, few.largest_rank = 5.0, 128
+    assert few.diagnose(dict(knn=0.28, untrained=0.3)) is None
 
     # Of four images the features can vary in three directions only: that is no illness.
     judge.rank, judge.largest_rank = 1.2, 3

@@ -43,7 +43,7 @@ def test_the_card_says_what_the_files_say(tmp_path):
             "preset `shapes_dino`, `--lr 0.002`, `--mask_ratio 0.1 0.5`.",
             "dino 1, koleo 0.1; centering ema",
             "2,500 steps of 32 images, seed 0, 14.4 minutes on cpu in fp32",
-            "loss 5.186, no collapse was found; 2 images could not be read",
+            "loss 5.186, no collapse of the targets was found; 2 images could not be read",
             "| raw pixels | 37.6% |\n| before training | 28.1% |\n| after step 625 | 54.8% |\n"
             "| after step 2,500 | 77.4% |", "the mean [0.485, 0.456, 0.406] is subtracted",
             code_digest(tmp_path / "code")):

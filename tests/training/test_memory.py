@@ -1,7 +1,8 @@
 """Claims
 1. The memory that is expected is found without touching a weight, part by part.
-2. Networks, gradients and moments have the size of the weights that learn; what is kept for the backward
-   pass grows with the batch and shrinks with activation checkpointing.
+2. Networks have the size of the weights, gradients and moments that of the weights that learn;
+   what is kept for the backward pass grows with the batch and shrinks with activation
+   checkpointing.
 3. Crops, the teacher's logits and the gradient of the student's have the sizes of these
    tensors; a GPU holds the next batch as well, and what it takes to colour it.
 4. A GPU never keeps the weights of attention, n x n for n tokens; a CPU does in bf16.
