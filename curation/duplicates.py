@@ -162,6 +162,7 @@ def run(words: list[str], config: Config, process: Process) -> dict:
     """One image of each group of copies, and none that is like one of --against."""
     # What cannot be compared is refused before anything is computed.
     pool = open_pool(words[0])
+    pool.path(int(pool.rows[0]))  # drawn images have no files: no list could name them
     references = [open_pool(folder, "--against") for folder in config.against]
     for reference in references:
         same_embedding(pool, reference, "--against")

@@ -267,6 +267,10 @@ def run(words: list[str], config: Config, process: Process) -> dict:
                 "have a name in each line; rename it")
     folder = Path(config.output_dir or "curations/embed")
 
+    # The axes of another pool are looked for before anything is written. Their content counts:
+    # that pool may have been made anew since.
+    axes_file = given_axes(config.axes_of) if config.axes_of else None
+
     # Everything that a feature depends on. The names stand for the images: a file that has got
     # other pixels under its old name is not noticed.
     digest_of_names = hashlib.sha256()
@@ -274,8 +278,8 @@ def run(words: list[str], config: Config, process: Process) -> dict:
         digest_of_names.update(name.encode(errors="surrogateescape") + b"\n")
     inputs = {
         "data": words[0], "names": digest_of_names.hexdigest(),
-        **reader.facts, "whiten": config.whiten, "axes_of": config.axes_of,
-        "shard_size": config.shard_size}
+        **reader.facts, "whiten": config.whiten,
+        "axes_of": digest(axes_file) if axes_file else "", "shard_size": config.shard_size}
     claim(folder, inputs, process)
     axes = axes_of(config, reader, images, folder, process)
     binary = config.weights == HASH

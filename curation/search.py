@@ -54,6 +54,8 @@ class SearchConfig:
 
     def check(self):
         require(self, lambda x: x >= 1, "at least 1", "queries_at_once", "faiss_nprobe")
+        if self.search == "faiss":
+            import_faiss()  # refused now, before a folder is made for the work
 
 
 class Exact:
@@ -195,6 +197,10 @@ def neighbours(folder: Path, queries: Pool, pool: Pool, k: int, config: SearchCo
         raise UsageError(f"a pool of {len(pool.rows)} images: there is nothing to search in")
     inputs = {"k": k, "pool": pool.sha256, "queries": queries.sha256, **search_facts(config)}
     claim(folder, inputs, process)
+
+    # Features may have been computed with TF32 in this process, which is a switch that stays. A
+    # threshold means the same in every stage only if cosines are always exact.
+    torch.set_float32_matmul_precision("highest")
     search = SEARCHES[config.search](pool, folder, config, process)
 
     def nearest(start: int, end: int) -> np.ndarray:

@@ -95,6 +95,8 @@ EXERCISES = {
 # ----------------------------------------------------------------------------------------------
 # The working copy
 
+COPY_OF = ".exercise"  # the file of a working copy that says of which exercise it is
+
 
 def copy_project(folder: Path):
     """Copy the code, the tests and the docs; UsageError if there is something already."""
@@ -159,6 +161,7 @@ def prepare(number: int, folder: Path):
     """Make the working copy of an exercise, with its function blank or its mistake planted."""
     exercise = EXERCISES[number]
     copy_project(folder)
+    (folder / COPY_OF).write_text(f"{number}\n")
     path = folder / exercise.file
 
     # The error names the exercise: whoever runs the copy sees at once what is missing.
@@ -265,6 +268,10 @@ def main(argv):
     if not (folder / "docs").is_dir():
         raise UsageError(f"{folder}: there is no working copy; make one by python -m "
                          f"docs.exercise {number}, or give its --folder")
+    made_for = int((folder / COPY_OF).read_text()) if (folder / COPY_OF).exists() else number
+    if made_for != number:
+        raise UsageError(
+            f"{folder} is the working copy of exercise {made_for}, not of {number}")
     if config.solve:
         solve(number, folder)
         print(f"exercise {number}: the solution is in {folder / EXERCISES[number].file}")

@@ -522,6 +522,7 @@ def test_images_given_are_not_judged_by_the_presets():
     ("--val_share -0.1", "--val_share"), ("--num_register_tokens -1", "--num_register_tokens"),
     ("--curriculum 0.75", "expected pairs"), ("--curriculum 0.5 0.5 0.5 0.8", "less than 1"),
     ("--curriculum 0 0.5", "above 0"),
+    ("--curriculum 0.5 0.01 --arch resnet18 --ibot_weight 0", "pixels, expected at least 8"),
     ("--curriculum 0.75 2", "--curriculum 0.75 2: expected f"),
     ("--curriculum 0.5 0.3 --ibot_weight 1", "crops of 10 pixels: --mask_min_patches 4"),
     ("--layerwise_decay 1.5", "--layerwise_decay"), ("--parallel fsdp", "torchrun"),

@@ -79,6 +79,14 @@ def check_curriculum(config: Config):
         raise UsageError(f"--curriculum {given}: expected factors of the crop sizes above 0, "
                          "at most 1; --global_crops_size is the size at the end")
 
+    # A ViT keeps at least one patch. The crops of a convnet could shrink to a pixel, in which
+    # there is nothing to be seen.
+    smallest = min(stage.global_crops_size for _, stage in config.stages(1))
+    if config.convnet and smallest < 8:
+        raise UsageError(
+            f"--curriculum {given}: global crops of {smallest} pixels, expected at "
+            "least 8")
+
     # A smaller crop has fewer patches to hide.
     for _, stage in config.stages(1)[:-1]:
         if stage.learns_patches and not stage.convnet:

@@ -252,6 +252,15 @@ def test_the_copy_and_what_is_said_of_it(tmp_path, capsys):
         main(["12", "--folder", str(tmp_path / "copy")])
     assert end.value.code == 2 and "something already" in capsys.readouterr().err
 
+    # Nor is it taken for that of another exercise, and none can be made within the project.
+    for argv, words in ((["13", "--check", "--folder",
+                          str(tmp_path / "copy")],
+                         "the working copy of exercise 12, not of 13"),
+                        (["13", "--folder", str(ROOT / "docs/mine")], "lies in the folder")):
+        with pytest.raises(SystemExit):
+            main(argv)
+        assert words in capsys.readouterr().err
+
     main(["12", "--solve", "--folder", str(tmp_path / "copy")])
     assert "logsumexp" in (tmp_path / "copy/losses.py").read_text()
 
