@@ -117,6 +117,8 @@ def main(argv):
         "precision": config.precision, "batch_size_per_gpu": config.batch_size_per_gpu,
         "threads": torch.get_num_threads(), "torch": torch.__version__,
         "day": time.strftime("%b %d").replace(" 0", " ")}
+
+    # A plan measures nothing on this machine, so it is not told about it either.
     if not is_plan:
         print("  ".join(f"{key} {value}" for key, value in about.items()))
     run_task = TASKS[name][0]

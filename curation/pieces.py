@@ -33,6 +33,8 @@ CHUNK = 8192  # rows of a table that are in memory at once
 
 def save_array(path: Path, array: np.ndarray):
     """np.save, or leave the old file as it was."""
+    # A kill leaves at most a .tmp behind: a file with the right name is always complete, and so
+    # its being there is enough to tell that the work on it is done.
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         np.save(file, array)
@@ -105,6 +107,8 @@ class Table:
 
     def piece(self, i: int) -> np.ndarray:
         """The rows of file i, which the system loads when they are looked at."""
+        # A map takes addresses, no memory, and opening one costs a call of the system: it is
+        # kept, because stages come back to the same file again and again.
         if i not in self.maps:
             self.maps[i] = np.load(self.files[i], mmap_mode="r")
         return self.maps[i]

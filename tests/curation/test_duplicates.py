@@ -102,7 +102,13 @@ def test_the_stage(tmp_path, capsys):
     assert content["counts"]["copies removed"] == 4 and content["images"] == 29
     assert content["by_groups"]["precision"] == content["by_groups"]["recall"] == 1
     assert content["by_groups"]["best"]["threshold"] == 0.98  # the last of those with F1 = 1
-    assert "the highest F1, 1.000, is at --threshold 0.98" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "the highest F1, 1.000, is at --threshold 0.98" in printed and "warning" not in printed
+
+    # What was removed, and what stays for it.
+    lines = (tmp_path / "dedup/copies.txt").read_text().splitlines()
+    expected = zip((30, 31, 32, 33), (0, 3, 3, 8))
+    assert lines == [f"{copy:04d}.png\t{kept:04d}.png" for copy, kept in expected]
 
     # Another threshold takes the same graph: no piece of it is made again.
     pieces = [path.stat().st_mtime_ns for path in (tmp_path / "dedup/graph").glob("0*.npy")]
@@ -110,6 +116,13 @@ def test_the_stage(tmp_path, capsys):
     assert duplicates.run([str(tmp_path / "pool")], config, CPU)["images"] == 33
     again = [path.stat().st_mtime_ns for path in (tmp_path / "dedup/graph").glob("0*.npy")]
     assert pieces == again
+
+
+def test_a_threshold_that_takes_everything_is_warned_of(tmp_path, capsys):
+    make_pool(tmp_path / "pool", unit_rows(30, 32))
+    config = Config(threshold=-0.9, relative_threshold=-0.9, output_dir=str(tmp_path / "dedup"))
+    duplicates.run([str(tmp_path / "pool")], config, CPU)
+    assert "warning: 97% of the pool counts as copies" in capsys.readouterr().out
 
 
 def test_what_touches_a_test_goes_as_a_whole(tmp_path):

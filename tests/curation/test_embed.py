@@ -158,3 +158,10 @@ def test_what_a_set_without_files_leaves(small_backbone, tmp_path):
     with pytest.raises(ValueError, match="DATA folder:.*found 0 images"):
         (tmp_path / "empty").mkdir()
         stage(f"folder:{tmp_path}/empty", tmp_path / "b", small_backbone)
+
+
+def test_an_image_of_one_colour_is_no_broken_one():
+    grey = torch.full((1, 3, 16, 16), 0.4)
+    numbers = Thumbnail()(torch.cat([grey, grey + 0.3, torch.rand(1, 3, 16, 16)]))
+    assert (numbers != 0).any(1).all() and torch.equal(numbers[0], numbers[1])
+    assert not torch.equal(numbers[0], numbers[2])
