@@ -59,7 +59,8 @@ class RunConfig(embed.Config):
     seed: int = 0  # cluster: of the first centroids, and of what is drawn
     search: Literal["exact", "faiss"] = "exact"  # compare all, or ask FAISS
     # Which description is used follows from the stage.
-    descriptor: str = dataclasses.field(default="", metadata={"no_flag": True})  # not a flag
+    descriptor: str = dataclasses.field(default="class",
+                                        metadata={"no_flag": True})  # not a flag
     whiten: bool = dataclasses.field(default=False, metadata={"no_flag": True})  # not a flag
     axes_of: str = dataclasses.field(default="", metadata={"no_flag": True})  # not a flag
 
@@ -70,22 +71,28 @@ class RunConfig(embed.Config):
                 "--curated is missing: the images that are to be had more of, such as "
                 "folder:PATH; or give --by cluster, for all concepts equally")
 
+        # A wrong flag of the last stage is refused before the first one has begun.
+        for module in (embed, duplicates, retrieve, clusters):
+            self.config_of(module).check()
+
+    def config_of(self, module, **values):
+        """The configuration of a stage: these values, and the flags that both have."""
+        # Flags of the pipeline have the names that they have in the stages.
+        for field in dataclasses.fields(module.Config):
+            if hasattr(self, field.name):
+                values.setdefault(field.name, getattr(self, field.name))
+        return module.Config(**values)
+
 
 def run_all(words: list[str], config: RunConfig, process: Process) -> dict:
     """All stages, from DATA to a list: hash, copies, and what is like --curated."""
     folder = Path(config.output_dir or "curations/run")
 
     def stage(module, name: str, words: list[str], **values) -> str:
-        """Run a stage with the flags that both have, and these values -> its folder."""
-        # Flags of the pipeline have the names that they have in the stages.
-        for field in dataclasses.fields(module.Config):
-            if hasattr(config, field.name):
-                values.setdefault(field.name, getattr(config, field.name))
-        values["output_dir"] = str(folder / name)
-        stage_config = module.Config(**values)
-        stage_config.check()
+        """Run a stage with the flags of the pipeline, and these values -> its folder."""
+        stage_config = config.config_of(module, output_dir=str(folder / name), **values)
         module.run(words, stage_config, process)
-        return values["output_dir"]
+        return stage_config.output_dir
 
     # What is there twice bit by bit, or nearly so, is removed by the hash, which needs no
     # network. Everything after it costs less by that much.
@@ -109,7 +116,10 @@ def run_all(words: list[str], config: RunConfig, process: Process) -> dict:
     embedded = stage(embed, "5-class", [f"list:{cleaned}/list.txt"], descriptor="class")
     curated = ""
     if config.curated:
-        curated = stage(embed, "5-curated", [config.curated], descriptor="class")
+        # The axes of a PCA hash are learned on the pool, too.
+        axes_of = embedded if config.weights == embed.HASH else ""
+        curated = stage(embed, "5-curated", [config.curated], descriptor="class",
+                        axes_of=axes_of)
     by = retrieve if config.by == "retrieve" else clusters
     last = stage(by, f"6-{config.by}", [embedded], curated=curated)
     process.print(f"train on it: python train.py --data list:{last}/list.txt")

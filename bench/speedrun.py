@@ -110,9 +110,12 @@ def open_run(kind, config: Config, folder: Path, process: Process, **more) -> Me
     one_step = Sampler(len(images), config.batch_size_per_gpu, 1, world_size=process.world_size)
     epoch_steps = config.epoch_length or one_step.steps_per_pass
 
-    # `total` is moved forward when a run ends early; `planned` stays.
     run = kind(config, process, folder, images, val, epoch_steps, train.build, ema_update)
+
+    # `total` is moved forward when a run ends early; `planned` stays. Nobody asks for the judge of
+    # patches here, whose time would count.
     run.planned = run.total
+    run.patch_judge = None
     vars(run).update(more)
     return run
 

@@ -187,17 +187,7 @@ def run(words: list[str], config: Config, process: Process) -> dict:
             "pool": len(pool.rows), "components": len(kept),
             "copies removed": len(pool.rows) - len(kept),
             "representatives removed as like --against": len(kept) - len(left)}}
-    process.print(f"dedup: {len(pool.rows):,d} images, {len(pool.rows) - len(kept):,d} copies "
-                  f"above {config.threshold} removed" +
-                  (f", {len(kept) - len(left):,d} more as like --against" if references else "")
-                  + f": {len(left):,d} are left")
-
-    # No pool has so many copies that nobody would know of them; a threshold that is too low for
-    # these features takes different images for copies, and all of them would be gone.
-    if len(kept) < 0.8 * len(pool.rows):
-        process.print(
-            f"warning: {1 - len(kept) / len(pool.rows):.0%} of the pool counts as copies; "
-            f"look at page.png, and find --threshold by --groups (docs/curation.md)")
+    print_counts(len(pool.rows), len(kept), len(left), config, process)
 
     # Where the copies are known, the whole table is printed: it costs little beside the graph.
     if groups is not None:
@@ -218,6 +208,20 @@ def run(words: list[str], config: Config, process: Process) -> dict:
         draw_groups(folder, pool, roots, hits)
         write_report(folder)
     return content
+
+
+def print_counts(images: int, kept: int, left: int, config: Config, process: Process):
+    """How many images there were, without their copies, and without what is like --against."""
+    text = f"dedup: {images:,d} images, {images - kept:,d} copies above {config.threshold} removed"
+    if config.against:
+        text += f", {kept - left:,d} more as like --against"
+    process.print(f"{text}: {left:,d} are left")
+
+    # No pool has so many copies that nobody would know of them; a threshold that is too low for
+    # these features takes different images for copies, and all of them would be gone.
+    if kept < 0.8 * images:
+        process.print(f"warning: {1 - kept / images:.0%} of the pool counts as copies; look at "
+                      "page.png, and find --threshold by --groups (docs/curation.md)")
 
 
 def like_references(folder: Path, graph: Table, pool: Pool, references: list[Pool],

@@ -260,11 +260,7 @@ def run(words: list[str], config: Config, process: Process) -> dict:
     """A feature for each image of DATA: by a network, or --weights pca_hash."""
     reader = hash_reader() if config.weights == HASH else network_reader(config, process)
     images = open_images(words[0], config.data_root, config.download, "DATA", reader.pixels)
-    for name in images.names:
-        if any(letter in name for letter in "\n\r\t"):
-            raise UsageError(
-                f"{words[0]}: {name!r} has a line break or a tab in its name, and lists "
-                "have a name in each line; rename it")
+    names_sha256 = digest_of_names(images, words[0])
     folder = Path(config.output_dir or "curations/embed")
 
     # The axes of another pool are looked for before anything is written. Their content counts:
@@ -273,12 +269,8 @@ def run(words: list[str], config: Config, process: Process) -> dict:
 
     # Everything that a feature depends on. The names stand for the images: a file that has got
     # other pixels under its old name is not noticed.
-    digest_of_names = hashlib.sha256()
-    for name in images.names:
-        digest_of_names.update(name.encode(errors="surrogateescape") + b"\n")
     inputs = {
-        "data": words[0], "names": digest_of_names.hexdigest(),
-        **reader.facts, "whiten": config.whiten,
+        "data": words[0], "names": names_sha256, **reader.facts, "whiten": config.whiten,
         "axes_of": digest(axes_file) if axes_file else "", "shard_size": config.shard_size}
     claim(folder, inputs, process)
     axes = axes_of(config, reader, images, folder, process)
@@ -296,17 +288,16 @@ def run(words: list[str], config: Config, process: Process) -> dict:
                         "images")
 
     # No feature is zero but that of an image that did not decode.
-    rows = []
-    for numbers, chunk in table.chunks(np.arange(len(table))):
-        rows.append(numbers[(chunk != 0).any(1)])
-    rows = np.concatenate(rows)
+    decoded = [
+        numbers[(chunk != 0).any(1)] for numbers, chunk in table.chunks(np.arange(len(table)))]
+    rows = np.concatenate(decoded)
     if not len(rows):
         raise UsageError(f"{words[0]}: none of its {len(images):,d} images decodes")
     facts = {
         "stage": "embed", "images": len(rows), "broken": len(images) - len(rows),
         "width": table.width, "data": words[0], "data_root": config.data_root,
         "root": str(images.root.resolve()) if images.root else "", "classes": images.classes,
-        "shard_size": config.shard_size, "names_sha256": inputs["names"],
+        "shard_size": config.shard_size, "names_sha256": names_sha256,
         "embedding": dict(reader.facts,
                           axes=digest(folder / "axes.npy") if axes is not None else None)}
     if process.main:
@@ -316,6 +307,18 @@ def run(words: list[str], config: Config, process: Process) -> dict:
     process.print(f"embed: {len(rows):,d} images of {words[0]}, {table.width} numbers each"
                   f"{broken}")
     return facts
+
+
+def digest_of_names(images: Images, data: str) -> str:
+    """The hash of all names. UsageError for a name that a list could not hold."""
+    sha256 = hashlib.sha256()
+    for name in images.names:
+        if any(letter in name for letter in "\n\r\t"):
+            raise UsageError(
+                f"{data}: {name!r} has a line break or a tab in its name, and lists "
+                "have a name in each line; rename it")
+        sha256.update(name.encode(errors="surrogateescape") + b"\n")
+    return sha256.hexdigest()
 
 
 def write_pool(folder: Path, images: Images, rows: np.ndarray, facts: dict):

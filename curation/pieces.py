@@ -110,7 +110,11 @@ class Table:
         # A map takes addresses, no memory, and opening one costs a call of the system: it is
         # kept, because stages come back to the same file again and again.
         if i not in self.maps:
-            self.maps[i] = np.load(self.files[i], mmap_mode="r")
+            try:
+                self.maps[i] = np.load(self.files[i], mmap_mode="r")
+            except (ValueError, EOFError) as error:  # a bad copy, a bad disk
+                raise UsageError(f"{self.files[i]}: it is damaged ({error}); delete it, and "
+                                 "start its stage again") from None
         return self.maps[i]
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:

@@ -122,10 +122,12 @@ def same_embedding(pool: Pool, other: Pool, flag: str):
     for key, value in pool.facts["embedding"].items():
         other_value = other.facts["embedding"].get(key)
         if other_value != value:
+            # A hash and a whitening have axes, which each pool learns unless it is told not to.
+            remedy = f"--axes_of {pool.history[0][0]}" if key == "axes" else "the flags of the pool"
             raise UsageError(
                 f"{flag} {other.history[0][0]}: its features have another {key} "
-                f"({other_value!s:.16}, those of the pool {value!s:.16}); embed it with the "
-                "flags of the pool")
+                f"({other_value!s:.16}, those of the pool {value!s:.16}); embed it with {remedy}"
+            )
 
 
 def finish(folder: Path, stage: str, pool: Pool, rows: np.ndarray, facts: dict,

@@ -80,7 +80,10 @@ def test_a_line_in_stages_is_a_stage(monkeypatch, capsys):
     ("embed shapes:9 --weights pca_hash --shard_size 0", "--shard_size 0: expected at least 1"),
     ("retrieve x --n_nearest 0", "--n_nearest 0: expected at least 1"),
     ("run folder:nowhere --by cluster", "DATA folder:nowhere: there is no such folder"),
-    ("run shapes:9", "--curated is missing: .* or give --by cluster")])  # yapf: disable
+    ("run shapes:9", "--curated is missing: .* or give --by cluster"),
+    ("run shapes:9 --by cluster --k 0", "--k 0: expected at least 1"),
+    ("run shapes:9 --by cluster --n_clusters 0", "--n_clusters 0: expected at least 1"),
+    ])  # yapf: disable
 def test_misuse(line, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as error:
@@ -128,6 +131,12 @@ def test_the_pipeline(whole, small_backbone):
         text = (whole / by / f"6-{by}/report.md").read_text()
         titles = ["embed", "dedup", "embed", "dedup", "embed", by]
         assert re.findall(r"^## (\w+) \(", text, re.M) == titles
+
+
+def test_the_pipeline_without_a_network(whole, tmp_path):
+    line = f"run folder:{whole}/pool/images --curated shapes:8:val --weights pca_hash "
+    run_stage(f"{line} --threshold 0.99 --output_dir {tmp_path}/hash")
+    assert 0 < len(open_images(f"list:{tmp_path}/hash/6-retrieve/list.txt"))
 
 
 def test_what_it_lists_can_be_trained_on(whole, tmp_path):

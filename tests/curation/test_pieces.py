@@ -3,7 +3,8 @@
    is there is not made again, one that is missing is.
 2. A folder of pieces is for one set of inputs; others are refused by the name of what differs.
 3. A table gives any rows in any order, and all chosen ones in order, part by part.
-4. A file that is being written when the process ends is not taken for a piece.
+4. A file that is being written when the process ends is not taken for a piece; one that was cut
+   off since is named.
 """
 
 import numpy as np
@@ -87,3 +88,11 @@ def test_half_a_file_is_no_piece(tmp_path, monkeypatch):
     assert not (tmp_path / "000000.npy").exists()
     table = make_pieces(tmp_path, 3, 3, lambda start, end: np.ones((3, 1)), CPU)
     assert isinstance(table, Table) and table[np.array([0])] == 1
+
+
+@pytest.mark.parametrize("left", [0, 100, 130])
+def test_a_damaged_piece_is_named(tmp_path, left):
+    files = make_pieces(tmp_path, 9, 4, lambda a, b: np.ones((b - a, 2)), CPU).files
+    files[1].write_bytes(files[1].read_bytes()[:left])
+    with pytest.raises(UsageError, match=f"{files[1].name}: it is damaged .*delete it"):
+        Table(files, 4)[np.array([5])]
