@@ -224,7 +224,9 @@ def pytest_runtestloop(session):
         multiprocessing.forkserver.ensure_running()  # it imports torch while other tests run
         return None
 
-    files = list(files.values())
+    # The files at the end test whole programs and take longest. They come first here: a long one
+    # as the last would leave the other process without work.
+    files = list(files.values())[::-1]
     next_file = multiprocessing.Value("i", 0)
     inbox, outbox = multiprocessing.Pipe(duplex=False)
     second = os.fork()

@@ -7,6 +7,7 @@
 """
 
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -88,8 +89,13 @@ def prose_of_code(path):
     yield " ".join(block)
 
 
+@functools.cache
 def paragraphs():
     """(name of the file, a paragraph of prose in one line) of all code, tests and docs."""
+    return tuple(found_paragraphs())
+
+
+def found_paragraphs():
     for path in [*FILES.values(), *(ROOT / "tests").rglob("test_*.py")]:
         if path.name != "test_references.py":  # whose examples are made up
             yield from ((path.name, " ".join(text.split())) for text in prose_of_code(path))

@@ -166,5 +166,5 @@ def test_asked_to_stop_under_torchrun(tmp_path):
     process.terminate()
     process.join(PATIENCE)
     text = log.read_text()
-    assert "SIGTERM: stopped after step" in text and "DataLoader" not in text, text
+    assert "SIGTERM: stopped after step" in text and "DataLoader worker" not in text, text
     assert newest(tmp_path) > 0
