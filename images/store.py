@@ -224,10 +224,12 @@ class Shards:
     def __init__(self, pattern: str, extensions: tuple[str, ...], collect=list):
         """collect: what makes a sequence of the names that come one by one."""
         self.files = sorted(glob.glob(os.path.expanduser(pattern)))
+        expected = "expected tar files, as in 'shards:/data/train-*.tar'"
         if not self.files:
-            raise ValueError(
-                f"{pattern}: no such file; expected tar files, as in 'shards:/data/train-*.tar'"
-            )
+            raise ValueError(f"{pattern}: no such file; {expected}")
+        for file in self.files:
+            if not os.path.isfile(file):
+                raise ValueError(f"{pattern}: {file} is no file; {expected}")
 
         # A name, a label and three numbers for each image are all that is kept in memory; pixels
         # stay on the disk. Equal labels are one object, by `intern`.

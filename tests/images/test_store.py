@@ -221,8 +221,9 @@ def test_the_list_beside_a_shard(shards, tmp_path):
 
 
 def test_no_shards_and_half_shards(shards, tmp_path):
-    for pattern, words in (("/none/*.tar", "--data /none"), (f"{tmp_path}/*.index",
-                                                             "no whole")):
+    cases = (("/none/*.tar", "--data /none"), (f"{tmp_path}/*.index", "no whole"),
+             (tmp_path, f"--data {tmp_path}: .* is no file"))
+    for pattern, words in cases:
         open_images(f"shards:{shards}")  # leaves lists, which are no tar files
         with pytest.raises(ValueError, match=words):
             open_images(f"shards:{pattern}")
