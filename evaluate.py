@@ -30,10 +30,10 @@ from machinery.flags import UsageError, command, did_you_mean, parse, user_error
 from machinery.process import resolve_precision, start_process
 
 # Each of these modules has a dataclass Config, its flags, and a function run(extractor), which
-# prints its table and returns its figures; "protocol" in them says in words how it was judged,
-# "headline" goes on the report card. It may have a function on_report_card(config, model) as
-# well: the config with which `all` judges by it, or None where the data or the network have not
-# what it needs.
+# prints its table and returns its figures; "protocol" in them says in words how it was judged.
+# "headline", names and shares from 0 to 1, goes on the report card in per cent. A module may have
+# a function on_report_card(config, model) as well: the config with which `all` judges by it, or
+# None where the data or the network have not what it needs.
 TASKS = {
     "knn": knn, "linear": linear, "logreg": logreg, "finetune": finetune,
     "retrieval": retrieval, "copies": copies, "segment": segment, "patches": patches,
@@ -184,7 +184,9 @@ def main(argv):
     # All processes have the same figures; one of them writes. `features` has written its own
     # file by now, and wants a results.json only where --output_dir asks for it.
     if process.main and (name != "features" or config.output_dir):
-        write_json(results_folder(config, name) / "results.json", results)
+        path = results_folder(config, name) / "results.json"
+        write_json(path, results)
+        print(f"wrote {path}")
     return results
 
 

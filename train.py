@@ -29,7 +29,6 @@ Letters  G global crops, L local crops, V = G + L of an image; B images per proc
 
 import copy
 import dataclasses
-import math
 import signal
 import time
 from collections.abc import Callable
@@ -58,7 +57,7 @@ from machinery.process import Process, StopSignal, autocast, side_stream, start_
 from training.config import Config
 from training.log import LogWindow, diagnose, log_line, step_figures
 from training.optim import (OPTIMIZERS, LossScale, clip_gradients, cosine, ema_update, linear,
-                            parameter_groups, set_schedule)
+                            parameter_groups, peak_lr, set_schedule)
 from training.recipes import PRESETS, SCALED
 from training.rundir import (create_run_dir, finished, forget_metrics_after, locked,
                              match_stored_run, record)
@@ -426,12 +425,8 @@ def schedules(step: int, epoch_steps: int, total: int, config: Config,
     --init. TO ADD A SCHEDULE: one more entry below; train_step finds it in its argument
     `schedule`.
     """
-    # The papers give the learning rate for a reference batch of all processes together.
-    # Example: DINO's 5e-4 is for 256 images; 8 GPUs of 64 images make it 5e-4 * 512 / 256 =
-    # 1e-3.
-    batch = config.batch_size_per_gpu * process.world_size
-    scale = {"linear_256": batch / 256, "sqrt_1024": math.sqrt(batch / 1024), "none": 1.0}
-    peak = config.lr * scale[config.lr_scaling]
+    batch = config.batch_size_per_gpu * process.world_size  # of all processes together
+    peak = peak_lr(config.lr, config.lr_scaling, batch)
     lr = cosine(step, peak, config.min_lr, total, config.warmup_epochs * epoch_steps)
 
     # A generator of its own for each (seed, step, rank): a run that is resumed draws the same.
@@ -731,6 +726,7 @@ class Run:
         switches = [last for last, _ in config.stages(self.total)]
         self.window = LogWindow(self.images, config)
         self.warned = set()
+        self.suspected = ""  # the illness that the last line of the log showed
 
         with StopSignal(process) as stop_signal:
             while self.step < self.total:
@@ -800,7 +796,12 @@ class Run:
         # The same figures go to the terminal and to metrics.jsonl, which visualize.py draws.
         process.print(log_line(self.last_row, self.total, config, self.clock))
         record(self.folder, self.last_row, process)
-        self.warn(diagnose(self.last_row, config))
+
+        # A loss that falls passes ln K, too: an illness lasts for two lines.
+        illness = diagnose(self.last_row, config)
+        if illness and illness[0] == self.suspected:
+            self.warn(illness)
+        self.suspected = illness[0] if illness else ""
 
     def warn(self, illness: tuple[str, str] | None):
         """Print what `diagnose` or the judge's `diagnose` found; each illness is named once."""

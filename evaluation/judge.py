@@ -32,6 +32,8 @@ from machinery.process import Process, autocast
 from training.config import Config
 from training.rundir import record
 
+FEWEST = 50  # images to judge with, for a warning that the features are poor
+
 
 class Judge:
     """k-NN(20) of the teacher's class token: 10,000 images at most vote on 5,000 at most.
@@ -61,8 +63,10 @@ class Judge:
                 f"{len(val)} images to judge with: nothing will be judged; give --val_data, "
                 "or hold images out by --val_share")
         elif len(self.queries) < 100:
-            process.print(f"warning: {len(self.queries)} images to judge with are few: each is "
-                          f"{1 / len(self.queries):.1%} of the figure; give more by --val_data")
+            process.print(
+                f"warning: {len(self.queries)} images to judge with are few: each is "
+                f"{1 / len(self.queries):.1%} of the figure; give more by --val_data, or hold "
+                "more out by --val_share")
 
     def __call__(self, backbone: nn.Module) -> float | None:
         """A share of right answers, 0 to 1; None where there is nothing to judge with."""
@@ -156,9 +160,11 @@ class Judge:
 
         figures: their `knn`, and `untrained`, what it was before training.
         """
-        # Of n images the share of right answers varies by sqrt(p (1 - p) / n) by chance. So of 12
-        # images one answer less is no loss. Weights of --init can be spoilt; of random ones
-        # nothing can be lost.
+        # Of n images the share of right answers varies by sqrt(p (1 - p) / n) by chance. Of a few
+        # images this is so much that nothing follows. Weights of --init can be spoilt; of random
+        # ones nothing can be lost.
+        if len(self.queries) < FEWEST:
+            return None
         before = figures["untrained"]
         by_chance = 2 * (before * (1 - before) / len(self.queries))**0.5
         worse = figures["knn"] < before - by_chance

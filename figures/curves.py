@@ -240,7 +240,7 @@ def draw_schedules(axis, histories: list[History]):
             draw_line(axis, history, history.steps, key, label, i, 1 / (peak or 1))
     axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
     axis.set_title("schedules")
-    axis.set_ylabel("share of the peak")
+    axis.set_ylabel("share of the largest so far")
 
 
 def panels(histories: list[History]) -> dict[str, Callable]:

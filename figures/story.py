@@ -28,6 +28,7 @@ from figures.curves import History, finish_panel, panels, read_history
 from figures.pca import find_foreground, pictures
 from machinery.flags import UsageError
 from machinery.page import MAPS, picture, pyplot, save, show
+from training.optim import peak_lr
 from vit import ARCHS, VisionTransformer
 
 SIZE = (13.33, 8.0)  # inches: a little higher than a slide of 16 : 9
@@ -57,7 +58,7 @@ def in_words(history: History) -> str:
     if config["dino_weight"]:
         crops += f", {config['local_crops_number']} of {config['local_crops_size']} pixels"
 
-    peak = max(row["lr"] for row in history.steps)
+    peak = peak_lr(config["lr"], config["lr_scaling"], config["global_batch"])
     return (
         f"{config['arch']}{patches}, on {config['data']}, without labels: "
         f"{history.steps[-1]['step']:,d} steps of {config['global_batch']} images, crops of "
@@ -118,8 +119,8 @@ def what_it_sees(file: Path, images: Tensor, device: torch.device) -> dict[str, 
 # The page
 
 BLOCKS = {
-    "attention": "attention of the class token (last block, mean of the heads)",
-    "PCA": "PCA of the patch features (three components of the foreground)"}
+    "attention": "attention of the class token: yellow much, violet little, each picture by itself",
+    "PCA": "PCA of the patch features: three components of the foreground; black is background"}
 
 
 def draw_pictures(figure, images: Tensor, seen: dict[int, dict], last: int):

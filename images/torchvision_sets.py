@@ -89,7 +89,9 @@ def open_torchvision(name: str, argument: str, split: str, root: str, download: 
     except Exception as error:
         message = first_line(error)
         if not options.get("download", True) and "pip install" not in message:
-            message += " (--download fetches it)"
+            # torchvision advises an argument of its own, which is no flag of ours.
+            message = message.split(
+                " You can use download=True")[0] + " (--download fetches it)"
         raise ValueError(f"{name} in --data_root {root}: {message}") from None
 
     # Where the class does not divide its images, an image has to have the same name whichever

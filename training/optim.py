@@ -45,6 +45,16 @@ def cosine(step: int, base: float, final: float, total: int, warmup: int = 0) ->
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
+def peak_lr(lr: float, scaling: str, batch: int) -> float:
+    """The peak of the learning rate for a batch, of all processes together.
+
+    The papers give it for a reference batch. Example: DINO's 5e-4 is for 256 images; 8 GPUs of
+    64 images make it 5e-4 * 512 / 256 = 1e-3 ("linear_256").
+    """
+    factors = {"linear_256": batch / 256, "sqrt_1024": math.sqrt(batch / 1024), "none": 1.0}
+    return lr * factors[scaling]
+
+
 def linear(step: int, start: float, end: float, steps: int) -> float:
     """From `start` at step 0 to `end` at step steps - 1, then constant: teacher temperature.
 

@@ -1,11 +1,13 @@
 """Claims
-1. Warnings name the illness and the term; what is healthy is not warned of.
+1. Warnings name the illness and the term; what is healthy, or lasts for a single line, is not
+   warned of.
 2. A log line is the mean over its steps, and splits a cross-entropy into H and KL.
 3. A step that was not finite is refused with its number, its loss and its images.
 4. Images that do not decode are named; more than one in a hundred end the run.
 """
 
 import math
+import re
 
 import pytest
 import torch
@@ -41,6 +43,20 @@ def test_diagnosis(row, name, term):
         assert illness is None
     else:
         assert illness[0] == name and term in illness[1]
+
+
+def test_an_illness_has_to_last(tmp_path, quick_runs, monkeypatch, capsys):
+    """It is named at the second line of the log that shows it in a row, and once."""
+    names = {2: "a", 6: "b", 8: "a", 10: "a", 12: "a", 16: "a"}  # by the step of the line
+
+    def diagnose(row, config):
+        name = names.get(row["step"])
+        return name and (name, f"{name} in step {row['step']}")
+
+    monkeypatch.setattr(train, "diagnose", diagnose)
+    train.run(tiny_config(tmp_path / "run", "--knn_every", "0"))  # a line every other step
+    warnings = re.findall("^warning: (.) in step (.*)$", capsys.readouterr().out, re.M)
+    assert warnings == [("a", "10")]
 
 
 # ----------------------------------------------------------------------------------------------
