@@ -120,7 +120,7 @@ def what_it_sees(file: Path, images: Tensor, device: torch.device) -> dict[str, 
 
 BLOCKS = {
     "attention": "attention of the class token: yellow much, violet little, each picture by itself",
-    "PCA": "PCA of the patch features: three components of the foreground; black is background"}
+    "PCA": "PCA of the patch features: colours of the foreground; black is background"}
 
 
 def draw_pictures(figure, images: Tensor, seen: dict[int, dict], last: int):
