@@ -129,6 +129,7 @@ def test_a_bare_backbone_rests_while_new_heads_learn(first, tmp_path, monkeypatc
     # A judge that thinks less of the network at every step.
     monkeypatch.setattr(Judge, "__call__", lambda self, _: 0.9 - 0.1 * len(states))
     flags = "--freeze_backbone_epochs 1 --n_prototypes 16 --head_hidden_dim 32".split()
+    flags += ["--val_data", "shapes:50:val"]  # fewer would be too few for a verdict
     train.run(config_of(tmp_path / "run", "--init", str(bare), *flags))
 
     begun = teacher_of(first)
