@@ -662,12 +662,12 @@ class Run:
 
     def judge_the_start(self):
         """What the training has to beat: bare pixels, and the network before its first step."""
-        from evaluation.judge import pixels_as_features
+        from evaluation.judge import RawPixels
 
         # The features of a random network are better than chance, because equal images get
         # equal features. A result that beats neither them nor the pixels shows no learning.
         figures = self.figures
-        figures["pixels"] = self.judge(pixels_as_features())
+        figures["pixels"] = self.judge(RawPixels())
         figures["untrained"] = self.judge(self.whole_teacher())
         if self.patch_judge:
             self.patch_judge(self.whole_teacher(), self.step, figures)

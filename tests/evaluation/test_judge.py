@@ -25,7 +25,7 @@ from torch import nn
 
 import train
 from augment import MultiCrop, center_crop, normalise, photometry
-from evaluation.judge import Judge, PatchJudge, evenly_spaced, pixels_as_features
+from evaluation.judge import Judge, PatchJudge, RawPixels, evenly_spaced
 from evaluation.knn import knn_accuracy
 from evaluation.patches import patch_knn
 from images.data import Images, open_images
@@ -45,7 +45,7 @@ def test_labelled_images(tmp_path):
     bank, queries = open_images("shapes:64"), open_images("shapes:32:val")
     judge = Judge(bank, queries, tiny_config(tmp_path), ALONE)
     assert judge.protocol == "k-NN(20)"
-    network = pixels_as_features()
+    network = RawPixels()
 
     def features_of(images):
         crops = [center_crop(images.read(i), 24) for i in range(len(images))]
@@ -190,7 +190,7 @@ def test_what_there_is_to_judge_with(tmp_path, capsys):
     images = open_images("shapes:32")
     judge = Judge(images, images.subset([0]), tiny_config(tmp_path), ALONE)
     assert "1 images to judge with: nothing will be judged" in capsys.readouterr().out
-    assert judge(pixels_as_features()) is None
+    assert judge(RawPixels()) is None
 
     bank = Images("a", images.read, ["0", "1"], [0, 1], ["cat", "dog"])
     queries = Images("b", images.read, ["0", "1"], [0, 1], ["cat", "horse"])
