@@ -23,7 +23,7 @@ attention() {
 # All versions are timed by turns, so there is nothing to write before the last turn: a call that
 # is cut off after 8 minutes leaves no JSON of the step that was running. Give fewer --steps then.
 case ${1:?which call, 1 to 7} in
-1)  pytest -m "not slow" tests/test_vit.py tests/test_losses.py tests/bench
+1)  pytest -m gpu
     attention dino_vits16 512 1s
     attention dinov2_vitl14 64 1l ;;
 2)  step dino_vits16 448 2 ;;
