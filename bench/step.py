@@ -320,6 +320,10 @@ def time_step(config: StepConfig, process: Process) -> dict:
     keep_freed_memory(process)  # as in training
     taken_out = ideas_taken_out(config, process)
 
+    # The versions compile the same functions in different ways. PyTorch keeps eight graphs of a
+    # function and would run the ninth one, of some later version, without compiling it.
+    torch._dynamo.config.recompile_limit = 8 * len(taken_out)
+
     # How long one waits for a first step: building the networks, and compiling them.
     begun = time.perf_counter()
     versions = build_versions(taken_out, config, process)
