@@ -124,7 +124,7 @@ CIFAR10 = SMALL | dict(data="CIFAR10", val_data="CIFAR10:val", arch="vit_tiny", 
 
 IMAGENETTE = SMALL | dict(data="Imagenette", val_data="Imagenette:val", arch="vit_small",
                           patch_size=16, global_crops_size=128, local_crops_size=64,
-                          local_crops_number=6, batch_size_per_gpu=64, epochs=200)
+                          local_crops_number=6, batch_size_per_gpu=128, epochs=200)
 
 # The papers learned from all of ImageNet's training images. So nothing is held out of another
 # --data either: without --val_data such a run is not judged.
@@ -164,11 +164,13 @@ PRESETS = {
     # This differs less from seed to seed than DINO alone, because KoLeo spreads the features
     # over more dimensions.
     "shapes_dinov2": SHAPES | SMALL_DINOV2 | dict(ibot_weight=0.1),
-    # For one GPU. These have not been measured yet.
+    # For one GPU. Those of CIFAR-10 have not been measured yet.
     "cifar10": CIFAR10,
     "cifar10_dino": CIFAR10,
     "cifar10_ibot": CIFAR10 | SMALL_IBOT,
     "cifar10_dinov2": CIFAR10 | SMALL_DINOV2,
+    # After 20 of the 200 epochs, 4 minutes on one H100, k-NN(20) is 51.1 % for DINO, 50.7 for
+    # iBOT and 58.1 for DINOv2; raw pixels have 34.7.
     "imagenette": IMAGENETTE,
     "imagenette_dino": IMAGENETTE,
     "imagenette_ibot": IMAGENETTE | SMALL_IBOT,
