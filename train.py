@@ -600,7 +600,8 @@ class Run:
         # step, so that a run that will not fit says so at once.
         student, teacher = build(config, process)
         centerings = build_centerings(config).to(process.device)
-        self.memory_report = memory_report(student, config, process)
+        frozen = getattr(teacher, "frozen", [])  # the large teacher of distill.py
+        self.memory_report = memory_report(student, config, process, frozen)
         self.whole = teacher.backbone
         if config.parallel != "ddp":
             # Sharding replaces the parameters in place, so a whole copy is made before. It is

@@ -199,9 +199,16 @@ def memory_gb(device: torch.device) -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
-def memory_report(student: nn.Module, config: Config, process: Process) -> list[str]:
-    """The lines about memory at the start of a run: what it needs, and whether that fits."""
+def memory_report(student: nn.Module, config: Config, process: Process,
+                  frozen: list[nn.Module] = ()) -> list[str]:
+    """The lines about memory at the start of a run: what it needs, and whether that fits.
+
+    frozen: networks beside student and average, which answer for the teacher (distill.py).
+    """
     expected = expected_memory(student, config, process)
+    weights = sum(p.nbytes for network in frozen for p in network.parameters())
+    if weights:  # of a network that is split, too, PyTorch tells the bytes of the whole
+        expected["frozen teacher"] = weights / config.sharers(process) / 2**30
     available = memory_gb(process.device)
     needed = sum(expected.values())
     parts = ", ".join(f"{name} {size:.2f}" for name, size in expected.items())

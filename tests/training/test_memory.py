@@ -8,6 +8,7 @@
 4. A GPU never keeps the weights of attention, n x n for n tokens; a CPU does in bf16.
 5. A system that cannot tell how much memory it has is no reason to fail.
 6. Batches of the workers that do not fit into shared memory are named, with the flags.
+7. The frozen teacher of a distillation is counted beside the two networks.
 
 That it is what autograd really keeps is checked in tests/bench/test_count.py.
 """
@@ -24,7 +25,7 @@ from conftest import same_tensors, tiny_config
 import train
 from bench.plain import without
 from machinery.process import Process, start_process
-from training.memory import expected_memory, memory_gb, shared_memory_warning
+from training.memory import (expected_memory, memory_gb, memory_report, shared_memory_warning)
 
 
 def test_expected_memory(tmp_path):
@@ -127,3 +128,13 @@ def test_a_backbone_that_does_not_learn(tmp_path):
     assert heads_alone["gradients"] == pytest.approx(whole["gradients"] - backbone)
     assert heads_alone["moments"] == pytest.approx(whole["moments"] - 2 * backbone)
     assert heads_alone["two networks"] == whole["two networks"]
+
+
+def test_a_frozen_teacher_counts(tmp_path):
+    process = start_process("cpu")
+    config = tiny_config(tmp_path)
+    student, teacher = train.build(config, process)
+    frozen = torch.nn.Linear(2**14, 2**13, bias=False)  # half a GB
+    alone = sum(expected_memory(student, config, process).values())
+    line = memory_report(student, config, process, [frozen])[0]
+    assert line.startswith(f"expects {alone + 0.5:.2f} of") and "frozen teacher 0.50" in line
