@@ -125,10 +125,18 @@ def test_a_plan_of_stages_adds_up(capsys):
     assert "112 and 48   187,650" in capsys.readouterr().out
 
 
+def test_a_step_takes_as_long_as_its_kernels_take_to_start():
+    """Sixteen images of a ViT of 12 blocks: 20 ms and 12 times 5; of 64 the GPU is busy longer."""
+    few, many = (main(f"plan dino_vits16 --gpus 1 --kind a100 --batch_size_per_gpu {B}".split())
+                 for B in (16, 64))
+    assert few["images_per_second"] == pytest.approx(16 / 0.08)
+    assert many["images_per_second"] < 64 / 0.08
+
+
 def test_the_estimate_follows_the_network():
     """By stages, counted by hand, a H100 reaches 24 % with ViT-S and 41 % with ViT-L of the 700
     TFLOP/s that it sustains: 17 and 29 % of its nominal peak."""
-    _, small = days_of("dino_vits16 --gpus 1 --kind h100")
+    _, small = days_of("dino_vits16 --gpus 1 --kind h100 --batch_size_per_gpu 512")
     _, large = days_of("dinov2_vitl14 --gpus 1 --kind h100")
     assert small == pytest.approx(0.17, rel=0.2)
     assert large == pytest.approx(0.29, rel=0.2)
