@@ -31,6 +31,7 @@ import copy
 import dataclasses
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -239,6 +240,8 @@ def compile_blocks(networks, config: Config, process: Process):
     # By default PyTorch cuts a compiled block into two or three where DDP begins to send
     # gradients. Whole blocks are small enough for that, and are fused better.
     torch._dynamo.config.optimize_ddp = False
+    # A remark of the compiler to its authors, which would stand in the middle of the log.
+    warnings.filterwarnings("ignore", r"\s*Online softmax is disabled", UserWarning)
     for network in networks:
         # A convnet is left as it is: each of its parts would need graphs of its own, and of
         # those PyTorch keeps eight for all parts of both networks together.
