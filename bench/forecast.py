@@ -284,9 +284,9 @@ PASSES_OF_KEPT = 7  # a byte that autograd keeps is written and read so often, a
 PASSES_OF_WEIGHTS = 3  # the same of a byte of weights, gradients or moments: clip, AdamW, EMA
 
 # However small its work, a step has to be started, kernel by kernel, by Python on the CPU. So
-# it takes no less than this, in seconds: about 40 ms for 4 blocks, 80 ms for 12. The numbers
-# were fitted to the presets of the shapes and of Imagenette beside one H100, where single
-# timings were between 41 and 49 ms, and between 59 and 100 ms.
+# a plan gives no step less than this, in seconds: 40 ms for 4 blocks, 80 ms for 12. These are
+# middle values of single timings beside one H100, some with other programs running: 42 to 49 ms
+# for the preset of the shapes, 59 to 100 ms for those of Imagenette. A slower CPU needs longer.
 START_OF_A_STEP = 0.02
 START_OF_A_BLOCK = 0.005
 
@@ -317,8 +317,8 @@ def plan(config: PlanConfig, process: Process) -> dict:
     seconds of a step = operations / (share of peak) + bytes / (share of bandwidth). Example:
     ViT-S/16 with 512 images on a H100: 56e12 operations at half of 989e12 a second take 0.11
     s, and 511e9 bytes at 85 % of 3.35e12 a second 0.18 s: 1,750 images a second, 19 % of the
-    peak. A step of few images takes as long as Python needs to start it. What GPUs send to each
-    other, and waiting for images, is not counted.
+    peak. A step takes at least as long as Python needs to start its kernels. What GPUs send to
+    each other, and waiting for images, is not counted.
     """
     # "auto" would look at this machine; the GPUs of the table multiply in 16 bits. Whether they
     # are those of bfloat16 or of float16 makes no difference to memory or time.
@@ -413,8 +413,8 @@ def print_cost(cost: dict, config: PlanConfig):
               f"{SHARE_OF_PEAK:.0%} of the peak")
         print(f"{'memory traffic':20s} {1e3 * cost['seconds']['memory']:9.0f} ms a step, at "
               f"{SHARE_OF_BANDWIDTH:.0%} of {bandwidth / 1e12:.2f} TB/s")
-        print(f"{'start of kernels':20s} {1e3 * cost['seconds']['start']:9.0f} ms a step, "
-              "beside the other two")
+        print(f"{'start of kernels':20s} {1e3 * cost['seconds']['start']:9.0f} ms a step "
+              "at least, while the other two go on")
     print(f"{'peak':20s} {peak / 1e12:9.0f} TFLOP/s, of which {cost['utilisation']:.0%} are "
           "reached, by these assumptions (--utilisation: by yours)")
 

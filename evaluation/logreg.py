@@ -182,9 +182,10 @@ def run(extractor: Extractor) -> dict:
 def device_of_fit(rows: Tensor, classes: int, process: Process) -> torch.device:
     """Where to fit: on the CPU if that is faster, or if the accelerator has no float64."""
     # L-BFGS evaluates the objective thousands of times, one after the other. An evaluation is
-    # some fifty kernels, which take a GPU three milliseconds to start, however small they are.
-    # An H100 and 16 cores beside it took equally long for 2**26 products of two numbers, that
-    # is for 17,000 rows of width 384 and ten classes.
+    # some fifty kernels, which take a GPU some four milliseconds to start, however small they
+    # are. An H100 and 16 cores beside it took equally long for 97 million products of two
+    # numbers; with 36 million the CPU was faster. Between them lies 2**26, 67 million: 17,000
+    # rows of width 384 and ten classes.
     small = rows.numel() * classes < 2**26
     if small or process.device.type == "mps":
         return torch.device("cpu")

@@ -11,12 +11,13 @@ be checked without one stands in test_without_a_gpu.py.
 """
 
 import os
+import socket
 
 import numpy as np
 import pytest
 import torch
 from conftest import (EVERYTHING, finish, killed_in_step, metrics_of, start, teacher_of,
-                      tiny_config)
+                      tiny_config, without_figures)
 
 import augment
 import evaluate
@@ -24,6 +25,7 @@ import losses
 import train
 from augment import draw_photometry, photometry
 from evaluation import logreg
+from machinery.process import Process
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,9 +54,10 @@ def on_gpu(folder, *flags):
 @pytest.fixture(scope="module")
 def on_cpu(tmp_path_factory):
     """The losses of each method on the CPU, in float32."""
-    return {
-        name: losses_of(tmp_path_factory.mktemp(name), *flags)
-        for name, flags in METHODS.items()}
+    with without_figures():
+        return {
+            name: losses_of(tmp_path_factory.mktemp(name), *flags)
+            for name, flags in METHODS.items()}
 
 
 # -- 1
@@ -74,7 +77,7 @@ def test_losses_are_those_of_the_cpu(method, compiled, on_cpu, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ("bf16", "fp16", "tf32"))
-def test_lower_precisions_begin_with_nearly_the_same_losses(precision, on_cpu, tmp_path):
+def test_lower_precisions_beginwith_nearly_the_same_losses(precision, on_cpu, tmp_path):
     found = on_gpu(tmp_path, *EVERYTHING, "--precision", precision)
     # The first line, of two steps: in fp16 the scaler leaves out the first steps, until it has
     # found its factor, so the weights of later lines are others.
@@ -85,39 +88,46 @@ def test_lower_precisions_begin_with_nearly_the_same_losses(precision, on_cpu, t
 # -- 3
 
 
+def flat(tensors):
+    """All numbers of a dictionary of tensors in one row, in the order of the names."""
+    return torch.cat([tensors[name].float().cpu().flatten() for name in sorted(tensors)])
+
+
 def test_a_run_that_died_ends_as_if_it_had_not(tmp_path):
     whole = on_gpu(tmp_path / "whole", *EVERYTHING, "--save_every", "2")
     with killed_in_step(6):
         on_gpu(tmp_path / "died", *EVERYTHING, "--save_every", "2")
     continued = on_gpu(tmp_path / "died", *EVERYTHING, "--save_every", "2")
 
-    # On a GPU the order in which parallel sums add up is not fixed.
+    # On a GPU the order in which parallel sums add up is not fixed. The weights have moved much
+    # further since the first save than these sums can make them differ.
     torch.testing.assert_close(continued, whole, rtol=1e-3, atol=0)
-    a, b = teacher_of(tmp_path / "whole"), teacher_of(tmp_path / "died")
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-3)
+    end, other_end = (flat(teacher_of(tmp_path / name)) for name in ("whole", "died"))
+    begin = flat(
+        train.build(tiny_config(tmp_path, *EVERYTHING),
+                    Process(torch.device("cpu")))[1].backbone.state_dict())
+    assert (end - other_end).norm() < 0.05 * (end - begin).norm()
 
 
 # -- 4
 
 
-def sharded(rank, folder):
-    """A run in a process group of one."""
-    torch.save(on_gpu(folder / "run", "--parallel", "fsdp"), folder / "losses.pt")
+def sharded_run(rank, folder):
+    """A run in a process group of one, as torchrun --nproc_per_node=1 would start it."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    os.environ |= {
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port}
+    with without_figures():
+        torch.save(on_gpu(folder / "run", "--parallel", "fsdp"), folder / "losses.pt")
 
 
 def test_a_sharded_run_has_the_same_losses(on_cpu, tmp_path):
-    finish(start(as_one_of_one, tmp_path, world=1))
+    finish(start(sharded_run, tmp_path, world=1))
     found = torch.load(tmp_path / "losses.pt")
     torch.testing.assert_close(found, on_cpu["dino"], rtol=1e-2, atol=0)
-
-
-def as_one_of_one(rank, folder):
-    """As torchrun --nproc_per_node=1 would start it."""
-    os.environ |= {
-        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29517"}
-    sharded(rank, folder)
 
 
 def test_checkpointed_blocks_have_the_same_losses(on_cpu, tmp_path):
@@ -134,11 +144,15 @@ TASKS = {
     "depth": LEARNING + "--steps 3", "patches": LEARNING, "copies": "--n_originals 8",
     "masks": ""}
 
+# Seconds, and settings that were chosen on a few images, may differ where the figures agree.
+NO_FIGURES = ("minutes", "C", "lr", "blocks", "avgpool", "chosen_by")
+
 
 def numbers_in(value):
-    """All numbers of a result, however deep, in order."""
+    """All figures of a result, however deep, in order."""
     if isinstance(value, dict):
-        return [number for part in value.values() for number in numbers_in(part)]
+        parts = [part for name, part in value.items() if name not in NO_FIGURES]
+        return [number for part in parts for number in numbers_in(part)]
     if isinstance(value, (list, tuple)):
         return [number for part in value for number in numbers_in(part)]
     return [float(value)] if isinstance(value, (int, float)) else []
@@ -148,13 +162,16 @@ def numbers_in(value):
 def test_evaluations_are_those_of_the_cpu(task, small_backbone, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(logreg, "PENALTIES", logreg.PENALTIES[8:28:4])  # all 45 take a while
+    # So few images would be fitted on the CPU in both cases.
+    monkeypatch.setattr(logreg, "device_of_fit", lambda rows, classes, process: process.device)
     found = {}
     for device in ("cpu", "cuda"):
         line = (f"{task} --weights {small_backbone} --val_data shapes:32:val {TASKS[task]} "
                 f"--device {device} --precision fp32 --output_dir {device}")
         found[device] = torch.tensor(numbers_in(evaluate.main(line.split())))
-    # In per cent, one image of 32 being 3.1, or in metres: an image or two may change sides.
-    torch.testing.assert_close(found["cuda"], found["cpu"], rtol=0.05, atol=4.0)
+    # Shares from 0 to 1, one image of 32 being 0.03: three images may change sides. Depths are
+    # in metres.
+    torch.testing.assert_close(found["cuda"], found["cpu"], rtol=0.05, atol=0.1)
 
 
 # -- 6

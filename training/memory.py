@@ -203,11 +203,12 @@ def memory_report(student: nn.Module, config: Config, process: Process,
                   frozen: list[nn.Module] = ()) -> list[str]:
     """The lines about memory at the start of a run: what it needs, and whether that fits.
 
-    frozen: networks beside student and average, which answer for the teacher (distill.py).
+    frozen: networks that compute the targets in place of the average of the student, as in
+    distill.py.
     """
     expected = expected_memory(student, config, process)
     weights = sum(p.nbytes for network in frozen for p in network.parameters())
-    if weights:  # of a network that is split, too, PyTorch tells the bytes of the whole
+    if weights:  # nbytes is that of the whole tensor, even where FSDP has split it
         expected["frozen teacher"] = weights / config.sharers(process) / 2**30
     available = memory_gb(process.device)
     needed = sum(expected.values())

@@ -2,6 +2,7 @@
 1. Logistic regression ends where the gradient of its objective is zero, for every strength of
    the penalty, for columns that are correlated and for more columns than images.
 2. The task takes the strongest penalty of those that the held-out images like best.
+3. A problem too small for a GPU, or for a device without float64, is fitted on the CPU.
 """
 
 import pytest
@@ -11,6 +12,7 @@ from conftest import run_evaluate
 
 from evaluation import logreg
 from evaluation.logreg import PENALTIES, Logistic
+from machinery.process import Process
 
 
 @pytest.mark.parametrize("n, width", [(60, 5), (12, 30)])
@@ -38,3 +40,13 @@ def test_the_strongest_of_the_best_penalties(small_backbone, tmp_path, monkeypat
     shares = list(results["chosen_by"].values())
     assert len(shares) == len(few)
     assert results["logreg"]["C"] == few[shares.index(max(shares))]
+
+
+def test_small_problems_are_fitted_on_the_cpu():
+    """And all of them where the accelerator has no float64. On "meta" rows take no memory."""
+    few = torch.empty(1000, 384, device="meta")
+    many = torch.empty(50_000, 384, device="meta")
+    for kind, of_many in (("cuda", "cuda"), ("mps", "cpu"), ("cpu", "cpu")):
+        process = Process(torch.device(kind))
+        assert logreg.device_of_fit(few, 10, process).type == "cpu"
+        assert logreg.device_of_fit(many, 10, process).type == of_many
