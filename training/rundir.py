@@ -45,7 +45,10 @@ def match_stored_run(config: Config, folder: Path, process: Process, images: int
         config.precision = resolve_precision(config.precision, process.device)
         return config
 
-    from training.stored import read_config  # here, because a new run has nothing to read
+    # Imported here, because a new run has nothing to read.
+    from training.stored import read_config, warn_of_changed_code
+
+    warn_of_changed_code(folder, process)
 
     # What was settled when the run began is not asked again: the machine may be another one.
     stored = read_config(stored_file, type(config))

@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
+from machinery.process import Process
 from training.config import Config
 
 
@@ -74,3 +75,28 @@ def read_config(file: Path, kind: type = Config) -> dict:
 
     stored = {name: tuple(v) if type(v) is list else v for name, v in stored.items()}
     return asdict(kind()) | stored
+
+
+def warn_of_changed_code(folder: Path, process: Process):
+    """Say which files of our code are not what they were when the run in `folder` began.
+
+    Who edits a file and types the same command again gets the old run, continued: its first
+    steps, or all of them, were made by the code before the change.
+    """
+    if not process.main:
+        return
+    top = Path(__file__).resolve().parent.parent
+    kept = folder / "code"
+    changed = []
+    for old in sorted(kept.rglob("*.py")):
+        new = top / old.relative_to(kept)
+        if not new.exists() or new.read_bytes() != old.read_bytes():
+            changed.append(str(old.relative_to(kept)))
+    if not changed:
+        return
+
+    names = ", ".join(changed[:5])
+    if len(changed) > 5:
+        names += f" and {len(changed) - 5} more"
+    process.print(f"warning: {names} changed after this run began (its code is in {kept}), so "
+                  "what is there was made by other code; --no_resume starts anew")

@@ -8,6 +8,7 @@
 5. A second program is refused in a folder in which one trains; one that was killed does not
    keep others out, even while a child of it lives.
 6. metrics.jsonl forgets what was logged after the checkpoint, and a half-written line.
+7. Files of the code that have changed since the run began are named when it is continued.
 """
 
 import contextlib
@@ -97,6 +98,17 @@ def test_a_finished_run_says_so(first, run, capsys, quick_runs):
     assert train.run(tiny_config(run)) == first[1]
     assert "is finished" in capsys.readouterr().out
     assert same_tensors(before, teacher_of(run))
+
+
+def test_code_that_has_changed_is_named(run, capsys):
+    train.run(tiny_config(run))
+    assert "changed after" not in capsys.readouterr().out
+    (run / "code" / "losses.py").write_text("# before the student's change")
+    (run / "code" / "images" / "gone.py").write_text("# a file that is no more")
+    train.run(tiny_config(run))
+    printed = capsys.readouterr().out
+    assert "warning: images/gone.py, losses.py changed after this run began" in printed
+    assert "--no_resume starts anew" in printed and "is finished" in printed
 
 
 def test_another_configuration_is_refused(run):
