@@ -24,7 +24,7 @@ from pathlib import Path
 
 from evaluation import (copies, depth, export, finetune, knn, linear, logreg, masks, patches,
                         retrieval, segment, video)
-from evaluation.protocol import Extractor, results_folder
+from evaluation.protocol import Extractor, keep_earlier, results_folder
 from machinery.checkpoints import write_json
 from machinery.flags import UsageError, command, did_you_mean, parse, user_errors
 from machinery.process import resolve_precision, start_process
@@ -185,8 +185,10 @@ def main(argv):
     # file by now, and wants a results.json only where --output_dir asks for it.
     if process.main and (name != "features" or config.output_dir):
         path = results_folder(config, name) / "results.json"
+        earlier = keep_earlier(path)
         write_json(path, results)
-        print(f"wrote {path}")
+        note = f"; the one before it is {earlier.name} now" if earlier else ""
+        print(f"wrote {path}{note}")
     return results
 
 

@@ -100,6 +100,19 @@ def results_folder(config: WeightsConfig, task: str) -> Path:
     return folder
 
 
+def keep_earlier(path: Path) -> Path | None:
+    """Rename the file that is there to a free name, and return that; None if there is no file.
+
+    Example: results.json becomes results-1.json, or results-2.json if there is a first one.
+    """
+    if not path.exists():
+        return None
+    number = 1
+    while (kept := path.with_stem(f"{path.stem}-{number}")).exists():
+        number += 1
+    return path.rename(kept)
+
+
 # ----------------------------------------------------------------------------------------------
 # The network and its features
 

@@ -1,6 +1,6 @@
 """Claims
 1. Every task runs on the embedded world, and writes what it returns, with the protocol, the
-   hash of the weights, the data and the time.
+   hash of the weights, the data and the time. What an earlier call wrote is kept.
 2. Two processes give the figures of one, for sizes that do not divide.
 3. Each task has the flags that its file uses, no other task's, and --help lists these; `all`
    has those that mean the same in every protocol that has them.
@@ -95,6 +95,17 @@ def test_two_processes_give_the_figures_of_one(report_cards):
         for key in one:
             # float32: other batches, and gradients summed in another order
             torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_a_second_call_keeps_the_results_of_the_first(small_backbone, tmp_path, capsys):
+    results = []
+    for count in (23, 22, 21):
+        line = f"knn --weights {small_backbone} --data shapes:37 --val_data shapes:{count}:val"
+        results.append(run_evaluate(line, nb_knn=5, output_dir=tmp_path))
+    files = [tmp_path / name for name in ("results-1.json", "results-2.json", "results.json")]
+    assert [json.loads(file.read_text())["val_data"]
+            for file in files] == ["shapes:23:val", "shapes:22:val", "shapes:21:val"]
+    assert "results.json; the one before it is results-2.json now" in capsys.readouterr().out
 
 
 # -- the flags of each task
