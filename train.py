@@ -693,9 +693,10 @@ class Run:
         process = self.process
         parameters = sum(p.numel() for p in self.learner.student.parameters())
         process.print(
-            f"{config.preset or 'run'} -> {self.folder}: {len(self.images):,d} images, "
-            f"{self.total:,d} steps of {config.batch_size_per_gpu} x {process.world_size}, "
-            f"{process.device}, {config.precision}, {parameters:,d} parameters")
+            f"{config.preset or 'run'} -> {self.folder}: {len(self.images):,d} images of "
+            f"{config.data}, {self.total:,d} steps of {config.batch_size_per_gpu} x "
+            f"{process.world_size}, {process.device}, {config.precision}, "
+            f"{parameters:,d} parameters")
         process.print("\n".join(self.memory_report))
 
     def whole_teacher(self) -> nn.Module:

@@ -75,7 +75,7 @@ def test_a_run_without_images_to_judge_with(tmp_path, capsys):
     run = tmp_path / "run"
     summary = train.run(tiny_config(run, "--val_data", "", "--val_share", "0", "--epochs", "1"))
     printed = capsys.readouterr().out
-    assert ": 64 images, 8 steps" in printed and summary["knn"] is None
+    assert ": 64 images of shapes:64, 8 steps" in printed and summary["knn"] is None
     assert printed.count("give --val_data, or hold images out by --val_share") == 1
     assert "k-NN" not in printed and f"wrote {run}/story.png and teacher.pt" in printed
     assert FIGURES <= {path.name for path in run.iterdir()}
