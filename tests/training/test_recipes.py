@@ -131,6 +131,8 @@ def test_auto_scale_leaves_the_papers_where_they_are_and_obeys_flags():
     flags = replace(paper, given=("lr", "n_prototypes"), lr=1e-4, n_prototypes=77)
     scaled = auto_scale(flags, 5_000, 32)
     assert (scaled.lr, scaled.n_prototypes, scaled.local_crops_scale) == (1e-4, 77, (0.25, 0.6))
+    scaled = auto_scale(replace(paper, **PRESETS["shapes"]), 5_000, 8)  # it chooses its own
+    assert scaled.local_crops_scale == (0.1, 0.4) and scaled.n_prototypes == 256
 
 
 @pytest.mark.parametrize("images", [10, 1_000, 10_000, 100_000, 1_000_000])
