@@ -67,6 +67,18 @@ def jaccard(masks: Tensor, truth: Tensor, ignored: Tensor) -> Tensor:
     return region_similarity(masks & ~ignored, (truth & ~ignored).expand_as(masks))
 
 
+def mass_on(attention: Tensor, truth: Tensor, ignored: Tensor) -> Tensor:
+    """The share of the attention that lies on the things: maps (..., h, w) -> (...,).
+
+    truth and ignored are masks of pixels (H, W). A patch that a thing covers in part counts by
+    that part. A map that is the same everywhere has the share of the picture that things cover;
+    one that picks a few patches of a thing has nearly 1, though its mask is small.
+    """
+    masks = torch.stack([truth & ~ignored, ~ignored])[None].float()
+    on_things, known = F.interpolate(masks, attention.shape[-2:], mode="area")[0]  # (h, w)
+    return (attention * on_things).sum((-2, -1)) / (attention * known).sum((-2, -1))
+
+
 # ----------------------------------------------------------------------------------------------
 # The protocol
 
@@ -113,13 +125,15 @@ def run(extractor: Extractor) -> dict:
         networks[what] = other.to(process.device)
 
     table = {}
-    process.print(f"masks: top {config.share:.0%} of the attention of block {config.block}, "
-                  f"{size} px, {len(pairs):,d} images\n  {'Jaccard of':20s} {'best head':>11s} "
-                  f"{'one head':>9s} {'all heads':>10s} {'mean head':>10s}")
+    process.print(
+        f"masks: top {config.share:.0%} of the attention of block {config.block}, "
+        f"{size} px, {len(pairs):,d} images\n  {'Jaccard of':20s} {'best head':>11s} "
+        f"{'one head':>9s} {'all heads':>10s} {'mean head':>10s}   attention on things")
     for name, model in networks.items():
         table[name] = figures = judge(model, pairs, size, config, process)
         process.print(f"  {name[-20:]:20s} {figures['best']:11.2%} {figures['one_head']:9.2%} "
-                      f"{figures['all_heads']:10.2%} {figures['mean_head']:10.2%}")
+                      f"{figures['all_heads']:10.2%} {figures['mean_head']:10.2%} "
+                      f"{figures['on_things']:21.2%}")
     return {
         "masks": table, "protocol": f"{config.share:g} of block {config.block}, {size} px",
         "image_size": size,
@@ -128,10 +142,11 @@ def run(extractor: Extractor) -> dict:
 
 def judge(model: VisionTransformer, pairs: Pairs, size: int, config,
           process: Process) -> dict[str, float]:
-    """Four Jaccard indices, means over the images.
+    """Four Jaccard indices and a share of the attention, means over the images.
 
     best: the best head of each image. one_head: the head that is best over all images.
     all_heads: one mask, from the mean of the heads' maps. mean_head: the mean over the heads.
+    on_things: how much of the mean of the heads' maps lies on things (mass_on; ours).
     """
     own = {}
     report = Progress("masks", len(pairs), process)
@@ -145,7 +160,9 @@ def judge(model: VisionTransformer, pairs: Pairs, size: int, config,
             maps = torch.cat([maps, maps.mean(0, keepdim=True)])  # (nh + 1, h, w)
             masks = top_mass(maps, config.share)
             masks = F.interpolate(masks[None].float(), classes.shape, mode="nearest")[0] > 0
-            own[i] = jaccard(masks, truth, classes == IGNORE)  # (nh + 1,)
+            indices = jaccard(masks, truth, classes == IGNORE)  # (nh + 1,)
+            share = mass_on(maps[-1:], truth, classes == IGNORE)  # (1,), of all heads
+            own[i] = torch.cat([indices, share])  # (nh + 2,)
         report(i + 1)
 
     by_image = in_order(own, process)
@@ -156,11 +173,12 @@ def judge(model: VisionTransformer, pairs: Pairs, size: int, config,
     # Rows are images, columns are heads. "best" takes the maximum of each row and then the
     # mean, which is what DINO reports; "one_head" the mean of each column and then the maximum,
     # which needs no truth to choose a head for every single image, and is lower.
-    rows = torch.stack(by_image)  # (n, nh + 1)
-    heads = rows[:, :-1]
+    rows = torch.stack(by_image)  # (n, nh + 2)
+    heads = rows[:, :-2]
     return {
         "best": heads.max(1).values.mean().item(), "one_head": heads.mean(0).max().item(),
-        "all_heads": rows[:, -1].mean().item(), "mean_head": heads.mean().item()}
+        "all_heads": rows[:, -2].mean().item(), "mean_head": heads.mean().item(),
+        "on_things": rows[:, -1].mean().item()}
 
 
 @torch.no_grad()

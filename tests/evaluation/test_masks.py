@@ -4,6 +4,7 @@
 3. A network that looks at the things, and at nothing else, has an index near 1; the table has
    the network, an untrained one of its shape, and others that were asked for.
 4. Images without a thing are left out; where none has one it is said.
+5. The share of the attention that lies on things is told beside the indices.
 """
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from conftest import run_evaluate
 from PIL import Image
 
-from evaluation.masks import jaccard, top_mass, untrained_like
+from evaluation.masks import jaccard, mass_on, top_mass, untrained_like
 from vit import VisionTransformer
 
 
@@ -36,6 +37,17 @@ def test_jaccard():
             both += bool(m and t and not i)
             either += bool((m or t) and not i)
         assert index.item() == pytest.approx(both / either)
+
+
+def test_mass_on_things():
+    """Two by two patches of 4 pixels: one of things, one half of them, one half unknown."""
+    truth = torch.zeros(8, 8, dtype=torch.bool)
+    truth[:4, :4] = truth[:4, 4:6] = True
+    ignored = torch.zeros(8, 8, dtype=torch.bool)
+    ignored[4:, :2] = True
+    attention = torch.tensor([[[0.1, 0.2], [0.3, 0.4]], [[1.0, 0.0], [0.0, 0.0]]])
+    expected = (0.1 + 0.2 / 2) / (0.1 + 0.2 + 0.3 / 2 + 0.4)
+    assert mass_on(attention, truth, ignored).tolist() == pytest.approx([expected, 1.0])
 
 
 @pytest.fixture
@@ -76,6 +88,8 @@ def test_a_network_that_looks_at_things(small_backbone, things, monkeypatch, cap
                        + 24 * 32) / 2 / 64**2  # what a mask of everything shares with them
     assert figures["mean_head"] == pytest.approx((1 + share_of_things) / 2, abs=0.02)
     assert table[str(other)]["best"] == pytest.approx(share_of_things, abs=0.02)
+    assert table[str(other)]["on_things"] == pytest.approx(share_of_things, abs=0.02)
+    assert share_of_things + 0.1 < figures["on_things"] < 1  # a head on things, one everywhere
     assert usual[small_backbone]["best"] < 0.9
     assert "100.00%" in capsys.readouterr().out
 
