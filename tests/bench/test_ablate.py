@@ -36,7 +36,7 @@ THERE = {
 
 @pytest.mark.parametrize("name", INGREDIENTS)
 def test_taken_out_or_added(name):
-    config = config_of(["shapes", *EVERYTHING, "--without", name], AblateConfig)
+    config = config_of(["shapes_dino", *EVERYTHING, "--without", name], AblateConfig)
     versions = versions_of(config)
     assert list(versions) == ["as it is", f"without {name}"]
     for version, there in zip(versions.values(), (True, False)):
@@ -51,7 +51,7 @@ def test_taken_out_or_added(name):
 
 
 def test_names_with_commas_and_the_users_epochs():
-    flags = "shapes --without centering,koleo ema --epochs 3".split()
+    flags = "shapes_dino --without centering,koleo ema --epochs 3".split()
     versions = versions_of(config_of(flags, AblateConfig))
     assert list(versions) == ["as it is", "without centering", "with koleo", "without ema"]
     assert {version.epochs for version in versions.values()} == {3}

@@ -79,10 +79,10 @@ def test_a_plan_splits_what_it_is_told_to_split(monkeypatch):
 
 def test_a_plan_refuses_what_torchrun_would(monkeypatch, capsys):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    for flags, said in (("plan shapes --gpus 12 --parallel hsdp --no_use_bn_in_head",
-                         "whole nodes"), ("plan shapes --gpus 1000",
+    for flags, said in (("plan shapes_dino --gpus 12 --parallel hsdp --no_use_bn_in_head",
+                         "whole nodes"), ("plan shapes_dino --gpus 1000",
                                           "larger than the data set"),
-                        ("plan shapes --parallel fsdp", "BatchNorm"),
+                        ("plan shapes_dino --parallel fsdp", "BatchNorm"),
                         ("step shapes --parallel fsdp --no_use_bn_in_head", "torchrun")):
         with pytest.raises(SystemExit) as stop:
             main(flags.split())
@@ -147,7 +147,7 @@ def test_a_gpu_holds_80e9_bytes(capsys, monkeypatch):
     for needed, too_much in ((74, False), (75, True)):
         parts = {"two networks": needed, "gradients": 0, "moments": 0, "kept for backward": 0}
         monkeypatch.setattr(bench.forecast, "expected_memory", Mock(return_value=parts))
-        main("plan shapes --gpus 1 --kind h100".split())
+        main("plan shapes_dino --gpus 1 --kind h100".split())
         printed = capsys.readouterr().out
         assert f"{needed:.2f} GB of 74.5 a GPU" in printed
         assert ("too much" in printed) == too_much
@@ -182,8 +182,8 @@ def test_a_point_is_the_fastest_of_its_steps(clock):
 
 def test_what_the_preset_has_none_of_grows(monkeypatch):
     monkeypatch.setitem(bench.forecast.GROWTH, "num_register_tokens", (0, 1, 2, 4))
-    usual = config_of(["shapes"], Config)
-    without = config_of(["shapes", "--local_crops_number", "0"], Config)
+    usual = config_of(["shapes_dino"], Config)
+    without = config_of(["shapes_dino", "--local_crops_number", "0"], Config)
     assert values_of("num_register_tokens", usual) == [0, 1, 2, 4]
     assert values_of("local_crops_number", usual) == [0, 1, 2, 4]  # the preset has 2
     assert values_of("local_crops_number", without) == [0, 1, 2]
@@ -220,7 +220,7 @@ def test_growth(tmp_path, monkeypatch, quick_runs):
     monkeypatch.setattr(bench.forecast.multiprocessing, "get_context", lambda kind: PROCESSES)
     monkeypatch.setattr(bench.forecast.subprocess, "run", torchrun_here)
     flags = "--batch_size_per_gpu 2 --steps 1 --device cpu --precision fp32".split()
-    result = main(["growth", "shapes", *flags])["growth"]
+    result = main(["growth", "shapes_dino", *flags])["growth"]
     values = {name: [row["value"] for row in rows] for name, rows in result.items()}
     # The preset has a depth of 4 and 2 local crops; 0.4 of 2 is no crop once more.
     assert values == {"depth": [1], "local_crops_number": [0], "processes": [1]}
@@ -247,7 +247,7 @@ def torchrun_here(command, env, **_):
 
 
 def test_growth_is_of_a_vit():
-    config = config_of(["shapes", "--arch", "resnet18"], Config)
+    config = config_of(["shapes_dino", "--arch", "resnet18"], Config)
     with pytest.raises(UsageError, match="growth is of a ViT"):
         growth(config, CPU)
 
