@@ -231,7 +231,10 @@ class Step:
         replaced = [idea for idea in self.out if idea in IDEAS]
         # "force_eager" runs compiled functions as they were before they were compiled.
         stance = "force_eager" if "compile" in self.out else "default"
-        with without(replaced), torch.compiler.set_stance(stance):
+        # The versions compile the same functions in different ways. PyTorch keeps eight graphs of
+        # a function and would run the ninth one, of some later version, without compiling it.
+        more_graphs = torch._dynamo.config.patch(recompile_limit=128)
+        with without(replaced), torch.compiler.set_stance(stance), more_graphs:
             yield
 
     def run(self, batch: dict | None = None) -> dict:
@@ -319,10 +322,6 @@ def time_step(config: StepConfig, process: Process) -> dict:
     """One training step: speed, memory, share of the hardware, and versions of it beside."""
     keep_freed_memory(process)  # as in training
     taken_out = ideas_taken_out(config, process)
-
-    # The versions compile the same functions in different ways. PyTorch keeps eight graphs of a
-    # function and would run the ninth one, of some later version, without compiling it.
-    torch._dynamo.config.recompile_limit = 8 * len(taken_out)
 
     # How long one waits for a first step: building the networks, and compiling them.
     begun = time.perf_counter()

@@ -77,7 +77,7 @@ def test_losses_are_those_of_the_cpu(method, compiled, on_cpu, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ("bf16", "fp16", "tf32"))
-def test_lower_precisions_beginwith_nearly_the_same_losses(precision, on_cpu, tmp_path):
+def test_lower_precisions_begin_with_nearly_the_same_losses(precision, on_cpu, tmp_path):
     found = on_gpu(tmp_path, *EVERYTHING, "--precision", precision)
     # The first line, of two steps: in fp16 the scaler leaves out the first steps, until it has
     # found its factor, so the weights of later lines are others.

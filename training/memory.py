@@ -200,7 +200,7 @@ def memory_gb(device: torch.device) -> float:
 
 
 def memory_report(student: nn.Module, config: Config, process: Process,
-                  frozen: list[nn.Module] = ()) -> list[str]:
+                  frozen: list[nn.Module]) -> list[str]:
     """The lines about memory at the start of a run: what it needs, and whether that fits.
 
     frozen: networks that compute the targets in place of the average of the student, as in

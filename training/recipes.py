@@ -75,6 +75,9 @@ def auto_scale(config: Config, images: int, batch: int) -> Config:
     values = dict(momentum_teacher=momentum, n_prototypes=prototypes,
                   ibot_n_prototypes=prototypes, lr=float(f"{lr:.2g}"), lr_scaling="none",
                   warmup_epochs=warmup, local_crops_scale=local_crops)
+
+    # Whatever differs from the papers' default was chosen by the preset, such as the local crops
+    # of `shapes`.
     usual = Config()
     set_by_preset = [name for name in values if getattr(config, name) != getattr(usual, name)]
     for name in (*config.given, *config.taken_over, *set_by_preset):

@@ -1,8 +1,10 @@
-"""Stored: the settings that a run wrote down, read back with care.
+"""Stored: the settings and the code that a run wrote down, compared with those of today.
 
     config.json --> the type of each field, compared --> settings by name
                                      |
                           ValueError: not the config.json of a run
+
+    code/ --> the same files today, compared --> a warning that names those that have changed
 
 Idea     A run's directory may come from anywhere, and may be older than a field. So each value
          is compared with the type of its field before anybody uses it, and a field that is not
@@ -88,6 +90,7 @@ def warn_of_changed_code(folder: Path, process: Process):
     top = Path(__file__).resolve().parent.parent
     kept = folder / "code"
     changed = []
+    # A file that is new since then is not named: it matters only if one of the old ones uses it.
     for old in sorted(kept.rglob("*.py")):
         new = top / old.relative_to(kept)
         if not new.exists() or new.read_bytes() != old.read_bytes():
