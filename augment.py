@@ -67,7 +67,8 @@ PHOTOMETRY = {
     "dino": dict(jitter=(0.8, 0.8, 0.8), gray=(0.2, 0.2, 0.2), blur=(1.0, 0.1, 0.5),
                  solarize=(0.0, 0.2, 0.0), strength=(0.4, 0.4, 0.2, 0.1)),
     # The official code of DINOv2 hands 1 - p to an operation that wants p: its released models
-    # saw the first global crop never blurred, the second nine times in ten. So do these.
+    # saw the first global crop never blurred, the second nine times in ten. This entry repeats
+    # what they saw, and not what the paper says.
     "dinov2": dict(jitter=(0.8, 0.8, 0.8), gray=(0.2, 0.2, 0.2), blur=(0.0, 0.9, 0.5),
                    solarize=(0.0, 0.2, 0.0), strength=(0.4, 0.4, 0.2, 0.1)),
     # For crops of 64 pixels and less: without blur, which would wipe out the texture of so few.
@@ -129,7 +130,7 @@ def draw_photometry(kind: str, view: int, rng: np.random.Generator) -> np.ndarra
     brightness, contrast, saturation, hue = chances["strength"]
     # The same number of draws every time: changing one chance leaves the other draws as they
     # were. u[0] to u[7] belong to the columns, in their order; u[8] and u[9] decide on jitter
-    # and blur.
+    # and blur. u[10] is not used; without it every seed would give other colours than before.
     u = rng.random(len(COLUMNS) + 3)
 
     def around(strength, draw, centre=1.0):
@@ -416,7 +417,10 @@ def photometry(crops: Tensor, params: Tensor, pixels: Pixels = RGB) -> Tensor:
 
 
 def normalise(images: Tensor, pixels: Pixels = RGB) -> Tensor:
-    """(n, C, h, w), uint8 or 0 to 1 -> floats of mean 0 and spread 1; what evaluations feed."""
+    """(n, C, h, w), uint8 or 0 to 1 -> floats of mean 0 and spread 1, as for training.
+
+    Evaluations give such images to the network.
+    """
     nothing = torch.zeros(1, len(COLUMNS))
     nothing[:, COLUMNS.index("order")] = -1  # no jitter; zeros switch off everything else
     return photometry(images, nothing.expand(len(images), -1), pixels)
@@ -432,7 +436,7 @@ def without_colours(params: Tensor) -> Tensor:
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device without waiting; on MPS x could be freed before it is read."""
+    """Copy to the device without waiting. On MPS it waits: x could be freed before it is read."""
     # A GPU reads by itself only memory that the system may not move, which is called pinned.
     # Batches come in such memory (training_loader), what is computed from them does not.
     if device.type == "cuda" and x.device.type == "cpu" and not x.is_pinned():
@@ -514,10 +518,10 @@ def rotate_hue(images: Tensor, shift: Tensor) -> Tensor:
 # Colour jitter: four operations, in another order for each image
 #
 # Brightness, contrast and saturation blend an image with something grey (black, its mean grey,
-# its own grey picture). So one line of code serves a batch in which every image is at another
-# of the three. Hue is different, and costly; each image has it once. Therefore each image gets
-# six slots: three for the blends before its hue, three for those after it. Unused slots blend
-# with factor 1.
+# its own grey picture). So the same line of code can blend one image for its brightness, the
+# next one for its contrast and a third one for its saturation. Hue is different, and costly; each
+# image has it once. Therefore each image gets six slots: three for the blends before its hue,
+# three for those after it. Unused slots blend with factor 1.
 #
 #     order of an image                          slots before | hue | slots after
 #     contrast, hue, brightness, saturation      C . .        |  *  | B S .

@@ -5,8 +5,8 @@
                                                                        g)
 
 Idea     The loss is taken on scores against K learned directions. Both sides of each score are
-         unit vectors, so logits are cosines: neither a feature nor a prototype can get a larger
-         score by growing longer.
+         unit vectors, so logits are cosines: no feature can get a larger score by growing
+         longer. A prototype can, if its gain g is learned; DINO keeps it at 1 by default.
 Paper    DINO sec. 3.1 and appendix C ("projection head"); DINOv2 sec. 4
 Try      python heads.py        a head's sizes, and what the two normalisations do
 Change   the layers of the MLP stand in DINOHead.__init__; `Prototypes` is the last layer alone
@@ -43,8 +43,9 @@ class Prototypes(nn.Module):
 
     def weight(self) -> Tensor:
         """The (K, d) matrix that multiplies the bottleneck."""
-        # Computed anew at every step: v grows with training, as its gradient is always at a
-        # right angle to it, and a longer v turns more slowly.
+        # It is computed at every step, because v changes at every step. The gradient of v is
+        # at a right angle to v, so each step makes v a little longer, and a longer v turns more
+        # slowly.
         return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True)
                                 )  # (K, d)
 

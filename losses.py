@@ -61,6 +61,10 @@ class EMACenter(NoCenter):
     softmax((logits - centre) / temp) is softmax(logits / temp + bias) with bias = -centre /
     temp. A prototype with large logits for all images has a large centre, and loses its
     advantage.
+
+    Example: two images have the logits (.9, .1) and (.7, .3), so the first prototype wins for
+    both. The centre is (.8, .2), and what is left is (.1, -.1) and (-.1, .1): at a temperature
+    of 0.1 the targets are (.88, .12) and (.12, .88).
     """
 
     def __init__(self, n_prototypes: int, momentum: float = 0.9):
@@ -142,8 +146,8 @@ def make_targets(logits: Tensor, temp: float, bias: Tensor) -> Tensor:
     logits (..., K), bias (K,) -> targets (..., K), rows of probabilities.
     """
     targets = torch.empty_like(logits, dtype=torch.float32)
-    # Some rows at a time: see "How an (n, K) matrix is passed over" below. Both are views of
-    # the same memory: writing into `out` fills `targets`.
+    # Some rows at a time: see "A large (n, K) matrix, some rows at a time" below. `out` is a view
+    # of some rows of `targets`, so writing into it fills `targets`.
     for out, x in chunks(targets.flatten(0, -2), logits.flatten(0, -2)):
         out.copy_(probabilities(x, temp, bias))
     return targets
@@ -242,7 +246,7 @@ def entropies(targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, T
     """(mean entropy of the targets, entropy of their mean over all processes), in nats.
 
     The first is near ln K when every target is nearly uniform (uniform collapse). The
-    second is near 0 when it gives the same sharp answer for every image (one-prototype
+    second is near 0 when the teacher gives the same sharp answer for every image (one-prototype
     collapse). A small first and a large second figure mean health. targets (..., K); weights,
     one per row, are 0 for padding.
     """
@@ -283,16 +287,16 @@ def all_sum(x: Tensor) -> Tensor:
     return x
 
 
-def column_mean(rows: Tensor, real: Tensor | None = None, of=Tensor.float) -> Tensor:
-    """Mean of of(rows) over the real rows of all processes, in float32: (n, K) -> (K,).
+def column_mean(rows: Tensor, real: Tensor | None = None, transform=Tensor.float) -> Tensor:
+    """Mean of transform(rows) over the real rows of all processes, float32: (n, K) -> (K,).
 
-    real (n,) weighs the rows, 0 for padding. `of` is applied to some rows at a time.
+    real (n,) weighs the rows, 0 for padding. transform is applied to some rows at a time.
     """
     if real is None:
         real = torch.ones(len(rows), device=rows.device)  # (n,)
     else:
         real = real.float()  # (n,)
-    total = sum(weight @ of(part) for part, weight in chunks(rows, real))  # (K,)
+    total = sum(weight @ transform(part) for part, weight in chunks(rows, real))  # (K,)
 
     # Processes may hold different numbers of real rows, so a mean of their means would be
     # wrong. Sums and counts are added up in one exchange, and divided once.
@@ -301,15 +305,15 @@ def column_mean(rows: Tensor, real: Tensor | None = None, of=Tensor.float) -> Te
 
 
 # ----------------------------------------------------------------------------------------------
-# How an (n, K) matrix is passed over
+# A large (n, K) matrix, some rows at a time
 #
 # With thousands of rows of 65,536 numbers or more, targets and logits are the largest matrices
-# of a step. Everything that goes over them takes some rows at a time, so that the float32
+# of a step. Every function that reads or writes them takes some rows at a time, so that the float32
 # copies of these rows stay in the processor's cache. On a GPU each such pass is compiled into
 # one kernel.
 
-# Numbers at a time. Each unit of a GPU, 132 of an H100, takes one row at a time: of 131,072
-# prototypes 2**26 numbers are 512 rows.
+# How many numbers of a matrix are processed at a time. On a GPU these are 512 rows if there are
+# 131,072 prototypes, enough for the 132 units of an H100, which process a row each.
 CHUNK = {"cpu": 2**20, "cuda": 2**26}
 COMPILE = False  # train.compile_blocks sets it where it compiles the networks
 
@@ -327,9 +331,7 @@ def compiled(function):
 
 
 def one_pass(function):
-    """Decorator for what is done with some rows: compiled into one kernel where training
-    compiles.
-    """
+    """Decorator: where training compiles, the function becomes one kernel for the rows given."""
 
     @functools.wraps(function)
     def run(*args):
@@ -419,7 +421,8 @@ if __name__ == "__main__":
         each, mean = entropies(make_targets(logits, temp, centering(logits, temp)))
         print(f"{name:16s} {each:16.2f} {mean:24.2f}")
     print(
-        "\nFirst column near ln K: a target says nothing of its image. Second near 0: the same of"
-        "\nall. Both together: images are told apart, and all prototypes are in use.")
+        "\nFirst number near ln K: every target is nearly uniform and says nothing about its image."
+        "\nBoth small: the targets are sharp, but all images share one of them, or very few."
+        "\nFirst small, second large ('both'): they are sharp, and differ from image to image.")
     uniform = view_pair_loss(torch.full((2, 64, K), 1 / K), torch.zeros(10, 64, K))
     print(f"Uniform answers on both sides cost {uniform:.4f} nats, which is ln K.")

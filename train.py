@@ -240,7 +240,7 @@ def compile_blocks(networks, config: Config, process: Process):
     # By default PyTorch cuts a compiled block into two or three where DDP begins to send
     # gradients. Whole blocks are small enough for that, and are fused better.
     torch._dynamo.config.optimize_ddp = False
-    # A remark of the compiler to its authors, which would stand in the middle of the log.
+    # This warning is meant for PyTorch's developers, and would stand in the middle of the log.
     warnings.filterwarnings("ignore", r"\s*Online softmax is disabled", UserWarning)
     for network in networks:
         # A convnet is left as it is: each of its parts would need graphs of its own, and of
@@ -281,8 +281,9 @@ class Learner:
     move_teacher: Callable = ema_update  # (teacher, student, momentum, ok) -> None
 
 
-def to_device(batch: dict, pixels: Pixels, device: torch.device) -> tuple[list[Tensor], dict]:
-    """A batch of augment.collate -> (views, masks), on the device.
+def prepare_views(batch: dict, pixels: Pixels,
+                  device: torch.device) -> tuple[list[Tensor], dict]:
+    """A batch of augment.collate, copied to the device and coloured -> (views, masks).
 
     views: one tensor of coloured, normalised crops for each size, (G*B, C, H, W) and
     (L*B, C, h, w). masks: the mask tensors of the batch by name, {} where nothing is masked.
@@ -292,7 +293,7 @@ def to_device(batch: dict, pixels: Pixels, device: torch.device) -> tuple[list[T
 
     # On a GPU this runs on a second stream, so that copying and colouring this batch overlaps
     # with the step before, which the GPU is still computing.
-    with side_stream(device) as made_here:
+    with side_stream(device) as new_tensors:
         for crops in (batch["global_crops"], batch["local_crops"]):
             count = len(crops)  # G or L
             if count == 0:
@@ -306,7 +307,7 @@ def to_device(batch: dict, pixels: Pixels, device: torch.device) -> tuple[list[T
         masks = {
             name: send(batch[name], device)
             for name in ("masks", "mask_indices", "mask_weights") if name in batch}
-        made_here += [*views, *masks.values()]
+        new_tensors += [*views, *masks.values()]
     return views, masks
 
 
@@ -317,12 +318,22 @@ def train_step(learner: Learner, batch: dict, schedule: dict, config: Config,
     batch is augment.collate's, schedule the values of `schedules` at this step. Returns figures
     as tensors on the device: reading one here would make the CPU wait for the GPU at every
     step. DINO Alg. 1, iBOT Alg. 1, DINOv2 sec. 4.
+
+    Example: B = 8 images, G = 2 global crops of 40 pixels and 2 local crops of 25 of each, and
+    K = 256 prototypes, as in `shapes_dino`.
+
+        views            (16, 3, 40, 40) and (16, 3, 25, 25); rows 0 to 7 are the first crop of
+                         each image, rows 8 to 15 the second one
+        teacher's logits (16, 256), one row for each global crop; so are the targets
+        student's logits (32, 256), one row for each crop: 16 global ones, then 16 local ones
+        teacher_views    (2, 8, 256) and student_views (4, 8, 256): view, image, prototype;
+                         2 * 4 - 2 = 6 pairs of different views make the loss
     """
     student = unwrap(learner.student)
     teacher = learner.teacher
     G = len(batch["global_crops"])
     B = len(batch["index"])
-    views, masks = to_device(batch, config.pixels, process.device)
+    views, masks = prepare_views(batch, config.pixels, process.device)
 
     # The number of masked patches varies, but the shape (M,) must not: a changing shape would
     # make torch.compile compile the step again. So the list is padded. A weight is 1 / (masked
@@ -441,9 +452,10 @@ def schedules(step: int, epoch_steps: int, total: int, config: Config,
     last_layer_frozen = step < config.freeze_last_layer_epochs * epoch_steps
     backbone_frozen = step < config.freeze_backbone_epochs * epoch_steps
 
-    # Half cosines from the first step to the last (momentum: that of the teacher's average).
-    # Late in a run little should change, so the learning rate falls and the momentum goes to 1.
-    # The papers let the weight decay rise at the same time.
+    # Weight decay and the momentum of the teacher's average follow half a cosine over the whole
+    # run, the learning rate does so after its warm-up, and the temperature rises linearly. Late
+    # in a run little should change, so the learning rate falls and the momentum goes to 1. The
+    # papers let the weight decay rise at the same time.
     return dict(
         lr=lr,
         last_layer_lr=0.0 if last_layer_frozen else lr,
@@ -460,7 +472,8 @@ def schedules(step: int, epoch_steps: int, total: int, config: Config,
 # The images
 #
 # file --> images/data.py reads it --> augment.MultiCrop cuts crops, in a worker process
-#      --> augment.collate stacks a batch and draws the masks --> to_device, above
+#      --> augment.collate stacks a batch and draws the masks --> prepare_views, above,
+#          copies them to the device and applies the colours
 
 
 def open_data(config: Config) -> tuple[Images, Images]:
@@ -527,8 +540,8 @@ def run(config: Config, build=build, move_teacher=ema_update) -> dict:
     move_teacher(teacher, student, momentum, ok) that changes the second one after each step; ok
     is a tensor, and 0 must change nothing. distill.py brings both.
     """
-    # Imported here: reading together matters to several processes only, and the rules of check
-    # to who gives a setting that breaks one.
+    # Imported here, because a reader of the algorithm needs neither: read_once is for runs on
+    # several processes, and check refuses settings that do not fit together.
     from machinery.read_once import read_once
     from training.check import check
 
@@ -651,8 +664,8 @@ class Run:
             self.last_row = manifest["last"]
             process.print(f"continuing from step {self.step}")
 
-        # A run that was killed may have logged steps after its last checkpoint: they come
-        # again.
+        # A run that was killed may have logged steps after its last checkpoint. Those lines are
+        # deleted, because the steps are trained once more.
         last_known = self.step if checkpoint else -1
         forget_metrics_after(self.folder / "metrics.jsonl", last_known, process)
         self.begun = time.time() - self.figures["seconds"]
@@ -668,8 +681,8 @@ class Run:
         """What the training has to beat: bare pixels, and the network before its first step."""
         from evaluation.judge import RawPixels
 
-        # The features of a random network are better than chance, because equal images get
-        # equal features. A result that beats neither them nor the pixels shows no learning.
+        # The features of a random network are better than chance, because similar images
+        # get similar features. A result that beats neither them nor the pixels shows no learning.
         figures = self.figures
         figures["pixels"] = self.judge(RawPixels())
         figures["untrained"] = self.judge(self.whole_teacher())
@@ -802,7 +815,8 @@ class Run:
         process.print(log_line(self.last_row, self.total, config, self.clock))
         record(self.folder, self.last_row, process)
 
-        # A loss that falls passes ln K, too: an illness lasts for two lines.
+        # A healthy loss, too, can pass ln K on its way down. So an illness is reported only when
+        # two log lines in a row show it.
         illness = diagnose(self.last_row, config)
         if illness and illness[0] == self.suspected:
             self.warn(illness)

@@ -205,7 +205,8 @@ class LayerScale(nn.Module):
     """A learned factor per channel. It starts near zero, so that a block changes little at
     first.
 
-    CaiT (Touvron 2021) sec. 2; DINOv2 starts it at 1e-5.
+    CaiT (Touvron 2021) sec. 2; DINOv2 starts it at 1e-5. The presets for few images
+    start it at 1, because their networks have few blocks and their runs are short.
     """
 
     def __init__(self, dim: int, init: float):
@@ -379,7 +380,7 @@ class VisionTransformer(nn.Module):
         # True: activations inside blocks are not kept, but computed again in the backward pass.
         self.activation_checkpointing = False
 
-        # In deeper blocks more images are dropped (DINO), or in all as many (DINOv2).
+        # DINOv2 drops the same share of images in every block, DINO more in deeper blocks.
         if drop_path_uniform:
             self.drop_path_rates = [drop_path_rate] * depth
         else:
@@ -480,9 +481,9 @@ class VisionTransformer(nn.Module):
     # -- tokens out
 
     def forward_features(self, images, masks=None, plan=None):
-        """Images (B, C, H, W) -> dictionary of DINOv2; a list of sizes -> a list of
-        dictionaries.
+        """Images (B, C, H, W) -> dictionary of DINOv2.
 
+        A list with one tensor for each crop size gives a list of such dictionaries.
         x_norm_clstoken (B, D), x_norm_regtokens (B, R, D), x_norm_patchtokens (B, P, D), all
         after the final norm; x_prenorm (B, N, D) before it; masks as given. For a list, `masks`
         is a list too. `plan` (draw_plan) is stochastic depth, for the student in training only.
@@ -527,8 +528,10 @@ class VisionTransformer(nn.Module):
         return x
 
     def forward(self, images, masks=None, plan=None):
-        """Normalised class tokens: (B, D), or a list of them for a list of crop sizes."""
-        # The papers evaluate the class token after the final norm.
+        """Class tokens after the final norm, as the papers evaluate them: (B, D).
+
+        A list with one tensor for each crop size gives a list of them.
+        """
         out = self.forward_features(images, masks, plan)
         if isinstance(out, dict):
             return out["x_norm_clstoken"]

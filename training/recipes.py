@@ -30,8 +30,9 @@ SCALED = ("momentum_teacher", "n_prototypes", "ibot_n_prototypes", "warmup_epoch
 def auto_scale(config: Config, images: int, batch: int) -> Config:
     """`config` with the fields of SCALED set for a set of `images`, `batch` of them in a step.
 
-    batch: of all processes together. A field that a flag or the preset has set, or that other
-    weights have decided, stays as it is. The rules are ours; docs/scaling.md has a table of
+    batch: of all processes together. A field stays as it is if a flag has set it, if it was
+    read from the weights of --init, or if the preset gives it another value than the default
+    of Config. The rules are ours; docs/scaling.md has a table of
     what they give, and what of it was measured.
 
     Example: 10,000 images, 64 in a step, 100 epochs. That is 156 steps an epoch, 15,600 in all.
@@ -47,7 +48,8 @@ def auto_scale(config: Config, images: int, batch: int) -> Config:
 
     # A momentum m averages about the last 1 / (1 - m) steps. DINO's 0.996 makes 250 steps of
     # 1,024 images, so we take as many images at any batch. A short run has no time for that:
-    # its average covers a fortieth of it at most, and 10 to 10,000 steps.
+    # its average covers a fortieth of the run at most, but never fewer than 10 steps. 10,000
+    # steps are the most.
     averaged_steps = max(min(250 * 1024 / batch, steps / 40, 10_000), 10)
     momentum = round(1 - 1 / averaged_steps, 4)
 
@@ -61,15 +63,15 @@ def auto_scale(config: Config, images: int, batch: int) -> Config:
     # become shorter: a run on few images lacks steps more than it lacks certainty.
     lr = 2e-3 * math.sqrt(max(batch, 256) / 1024)
 
-    # To recognise an object by a twentieth of its image takes millions of views. Few images
-    # give fewer views, and mostly are small themselves: so local crops begin with up to a
-    # quarter.
+    # To recognise an object by a twentieth of its image takes millions of views. A small data
+    # set gives fewer views, and its images are usually small. So the smallest local crop is
+    # larger for fewer images, up to a quarter of the image.
     smallest = 0.05 * (1e6 / images)**0.35
     smallest = min(max(smallest, 0.05), 0.25)
     local_crops = (round(smallest, 2), round(smallest + 0.35, 2))
 
-    # The learning rate rises over a tenth of the epochs, but over at least one, and has to
-    # leave one to fall.
+    # The learning rate rises over a tenth of the epochs, but over at least one. It needs one
+    # more epoch to fall again, so a run of one epoch has no warm-up.
     warmup = min(max(config.epochs // 10, 1), config.epochs - 1)
 
     values = dict(momentum_teacher=momentum, n_prototypes=prototypes,
@@ -98,7 +100,8 @@ SMALL = dict(auto_scale=True, use_bn_in_head=True, head_bottleneck_dim=32, cente
 
 # What the two later papers add, with a smaller weight than theirs. At a weight of 1 a short run
 # learns to match patches before it has learned what is in the images, and ends lower
-# (docs/scaling.md).
+# (docs/scaling.md). Like DINOv2's recipe for ImageNet-1k these keep the centre of DINO:
+# Sinkhorn-Knopp uses all prototypes equally within a batch, which needs a large one.
 SMALL_IBOT = dict(ibot_weight=0.2, separate_head=True, ibot_head_bottleneck_dim=32)
 
 SMALL_DINOV2 = SMALL_IBOT | dict(koleo_weight=0.1, layerscale=1.0, num_register_tokens=2,
@@ -124,10 +127,10 @@ SHAPES_DINO = SMALL | dict(
 
 # What tells the kinds of shapes apart beside their colours is silhouette and texture, and a run
 # on few images finds them late or never (docs/log.md, "Which kinds the default run confuses").
-# More and smaller local crops show texture: a tenth of a drawing of 64 pixels has 20 pixels to a
-# side, and fills a crop of 25 without losing any. With a sharper teacher the targets do not
-# become nearly uniform early on, and a little KoLeo keeps features from varying in two
-# directions only.
+# More and smaller local crops show texture: a tenth of a drawing of 64 pixels is 20 pixels wide
+# (64 * sqrt(0.1)), and fills a crop of 25 without losing any. With a sharper teacher the
+# targets do not become nearly uniform early on, and a little KoLeo keeps features from varying in
+# two directions only.
 SHAPES = SHAPES_DINO | dict(local_crops_number=4, local_crops_scale=(0.1, 0.4),
                             global_crops_scale=(0.3, 1.0), teacher_temp=0.02,
                             warmup_teacher_temp=0.02, koleo_weight=0.03)
@@ -174,7 +177,9 @@ PRESETS = {
     # The default: what learns most from the drawings in some minutes on a CPU.
     # Over five seeds the k-NN accuracy is 83.5 to 88.7 %, 86.3 % on average.
     "shapes": SHAPES,
-    # The three methods with the same crops and temperatures. They take 4 to 5 minutes on two
+    # The three methods with the same crops and temperatures (`shapes`, above, is a recipe of its
+    # own, while `cifar10` and `imagenette` are only other names of `cifar10_dino` and
+    # `imagenette_dino`). They take 4 to 5 minutes on two
     # CPU cores. Over five seeds the k-NN accuracy of DINO is 56.0 to 81.5 %, 69.9 % on average.
     "shapes_dino": SHAPES_DINO,
     "shapes_ibot": SHAPES_DINO | SMALL_IBOT,
