@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from backbones.classifier import Blocks, kinds_of_input, read_head, released_head
@@ -33,7 +34,7 @@ from evaluation.extract import accuracy, best_classes, gather
 from evaluation.protocol import (Extractor, open_judged, open_labelled, random_crops,
                                  results_folder, training_steps)
 from images.data import Images
-from machinery.checkpoints import (find_checkpoint, load_checkpoint, save_checkpoint,
+from machinery.checkpoints import (Reader, find_checkpoint, quiet, save_checkpoint,
                                    save_tensors)
 from machinery.clock import Progress
 from machinery.flags import UsageError
@@ -349,9 +350,10 @@ def sweep(extractor: Extractor, train: Images, read: Blocks, kinds: dict, lrs,
     # training of other probes must not be continued.
     inputs = [title(kind) for kind in kinds]
     settings = {
-        "weights": extractor.sha256, "data": extractor.hash_of(train), "inputs": inputs,
-        "lr": list(lrs), "epochs": epochs, "batch_size": batch, "image_size": extractor.size,
-        "precision": config.precision, "seed": config.seed}
+        "weights": extractor.sha256, "network": extractor.network,
+        "data": extractor.hash_of(train), "inputs": inputs, "lr": list(lrs), "epochs": epochs,
+        "batch_size": batch, "image_size": extractor.size, "precision": config.precision,
+        "seed": config.seed}
     folder = results_folder(config, "linear") / UNFINISHED
     start = continue_from(folder, probes, settings, config.resume, process)
 
@@ -403,8 +405,10 @@ def continue_from(folder: Path, probes: Probes, settings: dict, resume: bool,
             f", here {settings[name]!s:.40}); give the same flags, another --output_dir, or "
             "--no_resume")
 
-    # Each process reads the probes that it trains, whichever process wrote them.
-    load_checkpoint(path, probes.state(), process)
+    # Each process reads the probes that it trains, whichever process wrote them. They are not
+    # those of the other processes, so load_checkpoint, which reads once for all, would not do.
+    with quiet():
+        dcp.load(probes.state(), storage_reader=Reader(path), no_dist=True)
     process.print(f"linear: continuing from step {manifest['step']}")
     return manifest["step"]
 

@@ -69,9 +69,9 @@ def read_once(read: Callable, process: Process):
 def fill_once(read: Callable, state: dict, process: Process):
     """Fill the tensors of `state` in place, by read(alone) in as few processes as will do.
 
-    All processes have to call it. state: nested dictionaries. Where its tensors are whole, and
-    therefore the same on all processes, one of them reads alone; where they are split (FSDP),
-    each has to read its own parts, with `alone` false.
+    All processes have to call it, with the same names in `state`, nested dictionaries. Where
+    its tensors are whole, one process reads alone and sends them to the others; where they are
+    split (FSDP), each has to read its own parts, with `alone` false.
 
     Example: a ViT-L with its heads, its average and two moments of each weight are 6.4 GB. On
     96 processes that is one reading of 6.4 GB, and not 96 of them.

@@ -7,20 +7,24 @@
 4. A saved head, judged again, gives its figures; of classes that are absent none is answered.
 5. --lr, --n_last_blocks and --avgpool_patchtokens narrow the grid; what remains of it ends as
    it does among all probes, and is told with its accuracy among the five best classes.
-6. A task that is killed and started again ends as if it had never stopped; the training of
-   other probes is not continued.
+6. A task that is killed and started again ends as if it had never stopped, and each of two
+   processes goes on with its own probes; the training of other probes is not continued.
 """
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Killed, run_evaluate
+from conftest import Killed, finish, run_evaluate, start
 
 from backbones.classifier import Blocks, kinds_of_input
-from evaluation.linear import LRS, Probes, real_accuracy
+from evaluation.linear import LRS, Probes, continue_from, real_accuracy
+from machinery.checkpoints import save_checkpoint
+from machinery.process import start_process
+from machinery.read_once import leaves
 
 
 @pytest.fixture
@@ -163,6 +167,25 @@ def test_more_blocks_than_there_are(small_backbone, tmp_path, capsys):
         run_evaluate(f"{SWEEP} --weights {small_backbone} --n_last_blocks 5",
                      output_dir=tmp_path)
     assert "--n_last_blocks 5: the network has 4" in capsys.readouterr().err
+
+
+def two_ranks(rank, folder):
+    """Three learning rates on two processes: each goes on with the probes that it had."""
+    process = start_process("cpu")
+    kinds = kinds_of_input(4, (1,), (False,))
+    rows = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    lrs = (0.1, 0.01, 0.001)[rank::2]
+    trained, again = Probes(kinds, 3, lrs), Probes(kinds, 3, lrs)
+    trained.step(rows, torch.arange(6) % 3)
+    save_checkpoint(Path(folder), 7, trained.state(), {"settings": {}}, process, 1)
+    assert continue_from(Path(folder), again, {}, True, process) == 7
+    old, new = leaves(trained.state()), leaves(again.state())
+    assert all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
+    assert old[0].abs().sum() > 0
+
+
+def test_two_processes_go_on(tmp_path):
+    finish(start(two_ranks, str(tmp_path)))
 
 
 def test_killed_and_started_again(small_backbone, tmp_path, monkeypatch, capsys):
