@@ -15,6 +15,7 @@ Tests    pytest tests/evaluation/test_protocol.py
 Letters  n images, D width, b images of a batch on one process, C channels, H W pixels.
 """
 
+import contextlib
 import copy
 import hashlib
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -137,7 +139,8 @@ def judged_size(model: nn.Module, size: int = PHOTOGRAPHS) -> int:
 class Extractor:
     """The network of --weights: call it with images to get their features.
 
-    size is the side of the crops in pixels; sha256 identifies the weights.
+    size is the side of the crops in pixels; sha256 identifies the weights, and `network` is
+    what they do not tell of it, such as the number of heads.
     """
 
     def __init__(self, config: WeightsConfig, process: Process):
@@ -163,6 +166,13 @@ class Extractor:
             digest.update(key.encode() + value.cpu().numpy().tobytes())
         self.sha256 = digest.hexdigest()
 
+        # What the features depend on beside the tensors: a flag or a config.json may change it.
+        # A convnet has only the last of these.
+        heads = getattr(self.model, "num_heads", None)
+        rule = getattr(self.model, "pos_embed_resize", None)
+        eps = getattr(getattr(self.model, "norm", None), "eps", None)
+        self.network = f"{heads} heads, {rule} positions, {eps} in norms, {self.model.pixels}"
+
     def at(self, size: int) -> "Extractor":
         """The same for a protocol whose images have another size than 224 pixels."""
         other = copy.copy(self)
@@ -181,8 +191,17 @@ class Extractor:
         return read_once(listed, self.process)
 
     def hash_of(self, images: Images) -> str:
-        """A hash of the names of the images, to recognise the same set again."""
-        return hashlib.sha256("\n".join(images.names).encode()).hexdigest()
+        """A hash of the names of all images and of the pixels of 16, to recognise a set again.
+
+        Names alone would not do: an image and its blurred copy in another folder have the same.
+        """
+        names = "\n".join(images.names).encode(errors="surrogateescape")
+        digest = hashlib.sha256(names)
+        for i in np.linspace(0, len(images) - 1, 16).astype(int).tolist():
+            # An image that does not decode is named when the features are computed.
+            with contextlib.suppress(Exception):  # decoders raise exceptions of many kinds
+                digest.update(images.read(i).contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def __call__(self, images: Images, name: str, read: nn.Module | None = None, prepare=None,
                  batch_size: int = 0) -> Tensor:
@@ -195,18 +214,19 @@ class Extractor:
         config = self.config
         process = self.process
 
-        # What the features depend on. It is written beside them: features that are found on
-        # disk are taken only if all of it is the same as now.
-        source = {
-            "weights": self.sha256, "images": self.hash_of(images),
-            "precision": config.precision, "protocol": f"{name}, {self.size} px"}
+        if config.features_dir:
+            # What the features depend on. It is written beside them: features that are found on
+            # disk are taken only if all of it is the same as now.
+            source = {
+                "weights": self.sha256, "network": self.network, "images": self.hash_of(images),
+                "precision": config.precision, "protocol": f"{name}, {self.size} px"}
 
-        # The main process decides for all whether the file is there: on a network file system
-        # it may not be visible everywhere yet, and half of the processes would wait for the
-        # others for ever.
-        file = Path(config.features_dir) / f"{name}.pt"
-        if config.features_dir and process.broadcast(file.exists()):
-            return self.reuse(file, source)
+            # The main process decides for all whether the file is there: on a network file
+            # system it may not be visible everywhere yet, and half of the processes would wait
+            # for the others for ever.
+            file = Path(config.features_dir) / f"{name}.pt"
+            if process.broadcast(file.exists()):
+                return self.reuse(file, source)
 
         # --batch_size is for all processes together: each has its share, rounded up.
         per_process = -(-config.batch_size // process.world_size)
@@ -240,7 +260,7 @@ class Extractor:
             key = different[0]
             raise UsageError(
                 f"--features_dir: {file} holds features of other {key} "
-                f"({kept_source[key]:.16s}, here {source[key]:.16s}); delete it or "
+                f"({kept_source[key]:.60s}, here {source[key]:.60s}); delete it or "
                 "name another folder")
         self.check(kept["rows"], None, f"--features_dir: {file}")
         return kept["rows"]

@@ -40,7 +40,8 @@ from machinery.process import Process
 def write_text(path: Path, text: str):
     """Write a small text file, or leave the old one as it was."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    # Names of files may have bytes that are no letters, which Python calls surrogates.
+    temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
     os.replace(temporary, path)
 
 
@@ -307,8 +308,8 @@ def find_checkpoint(folder: Path, process: Process) -> tuple[Path, dict] | None:
 def load_checkpoint(path: Path, state: dict, process: Process):
     """Fill the tensors of `state` in place, whatever number of processes wrote the checkpoint.
 
-    All processes have to call it. UsageError if the checkpoint lacks a tensor, or has it in
-    another shape.
+    All processes have to call it, and with the same tensors. UsageError if the checkpoint lacks
+    a tensor, or has it in another shape.
     """
     from machinery.read_once import fill_once  # here, because a new run loads nothing
 

@@ -2,8 +2,8 @@
 1. Random crops of all processes together are those of one process; neighbours that belong
    together stay together. They are torchvision's RandomResizedCrop, bicubic.
 2. A broken image among those to learn from is named, not replaced.
-3. Kept features are used again; those of another network, of other images or of another size,
-   those that are no numbers, and files of anything else are refused.
+3. Kept features are used again; those of another network, of other images (also under the same
+   names) or of another size, those that are no numbers, and files of anything else are refused.
 4. The protocol says at which size a network is judged, unless it was trained at a smaller one;
    --image_size says otherwise.
 5. The student of a training can be judged in the place of its teacher: of a run of ours, and of
@@ -14,11 +14,13 @@
 
 import shutil
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from conftest import run_evaluate, same_tensors, saved, tiny_config
+from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 import train
@@ -72,8 +74,8 @@ def test_kept_features(small_backbone, photos, tmp_path, capsys):
     line += "--nb_knn 1 20 --n_per_class 2"
     kept = dict(output_dir=tmp_path / "out", features_dir=tmp_path / "kept")
     first = run_evaluate(line, **kept)
-    (photos / "cats/01.png").write_bytes(b"not read again")
-    assert run_evaluate(line, **kept)["knn"] == first["knn"]
+    with patch("evaluation.protocol.extract", side_effect=AssertionError("not kept")):
+        assert run_evaluate(line, **kept)["knn"] == first["knn"]
 
     def check_refused(words, line=line):
         with pytest.raises(SystemExit):
@@ -81,6 +83,12 @@ def test_kept_features(small_backbone, photos, tmp_path, capsys):
         assert words in capsys.readouterr().err
 
     check_refused("other images", line.replace(f"folder:{photos}", "shapes:24"))
+    check_refused("other network", line + " --num_heads 2")
+    copy = tmp_path / "copy"
+    shutil.copytree(photos, copy)
+    for file in copy.glob("*/*"):
+        Image.open(file).rotate(90, expand=True).save(file)
+    check_refused("other images", line.replace(f"folder:{photos}", f"folder:{copy}"))
     check_refused("other protocol", line + " --image_size 8")
     torch.manual_seed(1)
     other = VisionTransformer(16, 8, embed_dim=64, depth=4, num_heads=1)
