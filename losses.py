@@ -290,7 +290,8 @@ def all_sum(x: Tensor) -> Tensor:
 def column_mean(rows: Tensor, real: Tensor | None = None, transform=Tensor.float) -> Tensor:
     """Mean of transform(rows) over the real rows of all processes, float32: (n, K) -> (K,).
 
-    real (n,) weighs the rows, 0 for padding. transform is applied to some rows at a time.
+    real (n,) weighs the rows, 0 for padding; without any real row the mean is 0. transform is
+    applied to some rows at a time.
     """
     if real is None:
         real = torch.ones(len(rows), device=rows.device)  # (n,)
@@ -301,7 +302,7 @@ def column_mean(rows: Tensor, real: Tensor | None = None, transform=Tensor.float
     # Processes may hold different numbers of real rows, so a mean of their means would be
     # wrong. Sums and counts are added up in one exchange, and divided once.
     total = all_sum(torch.cat([total, real.sum()[None]]))
-    return total[:-1] / total[-1]
+    return total[:-1] / total[-1].clamp(min=1)
 
 
 # ----------------------------------------------------------------------------------------------

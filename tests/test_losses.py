@@ -2,7 +2,7 @@
 1. The view-pair loss equals the mean over all ordered pairs of different views, value and gradient.
 2. Uniform logits cost exactly ln K.
 3. The bias form equals (logits - centre) / temp; the centre follows DINO eq. 4, after the loss.
-4. A step that is not finite leaves the centre as it was.
+4. A step that is not finite leaves the centre as it was; without a masked patch all is finite.
 5. The figures of the log tell the two collapses apart.
 6. Sinkhorn-Knopp equals the published steps on the whole matrix; padding rows take no mass.
 7. The patch loss equals a loop over images and patches, KoLeo a loop over images, in float64.
@@ -113,6 +113,16 @@ def test_a_bad_step_leaves_the_centre():
     before = centering.center.clone()
     centering.update(torch.full((2, 3, 4), float("nan")), ok=torch.tensor(False))
     assert torch.equal(centering.center, before)
+
+
+@pytest.mark.parametrize("name", CENTERING)
+def test_a_batch_without_a_masked_patch(name):
+    logits, real = torch.randn(6, 4), torch.zeros(6)
+    centering = CENTERING[name](4)
+    bias = centering(logits, 0.1, real)
+    centering.update(logits, real)
+    assert bias.isfinite().all() and centering(logits, 0.1, real).isfinite().all()
+    assert entropies(make_targets(logits, 0.1, bias), real)[1].isfinite()
 
 
 def test_every_centering_is_a_module_that_returns_a_bias():

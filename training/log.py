@@ -53,7 +53,7 @@ def step_figures(means: dict, targets: dict, weights: Tensor | None, crops: int)
     # weights add up to the number of these crops. Example: 4 crops, of which 2 are masked; a
     # loss of 2.5 is shown as 2.5 * 4 / 2 = 5.
     if "ibot" in means:
-        figures["ibot"] = means["ibot"] * crops / weights.sum()
+        figures["ibot"] = means["ibot"] * crops / weights.sum().clamp(min=1)
     return figures
 
 
