@@ -56,9 +56,10 @@ def top_neighbours(queries: Tensor, bank: Tensor, k: int, chunk: int = 0):
     return similarities, rows
 
 
-def knn_vote(similarities: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
+def knn_vote(similarities: Tensor, labels: Tensor, temperature: float = 0.07,
+             classes: int = 0) -> Tensor:
     """(n, k) similarities and labels of the neighbours -> best classes (n, b), best first. Wu
-    2018 sec. 3.4.
+    2018 sec. 3.4. classes: how many there are; 0: as many as have a neighbour here.
 
     Each neighbour votes for its label with weight exp(similarity / temperature). At .07 a
     cosine of .9 counts four times as much as one of .8. Example with k = 3:
@@ -70,9 +71,13 @@ def knn_vote(similarities: Tensor, labels: Tensor, temperature: float = 0.07) ->
     So the answer is 2, and second 0. Class 1 has no vote at all: the places that are left over
     are -1, which is no class.
     """
+    # Only the ratio of two weights matters. So the largest similarity of a row is subtracted:
+    # exp(0.9 / 0.01) would be more than float32 can hold.
+    nearest = similarities.amax(1, keepdim=True)  # (n, 1)
+    weights = ((similarities - nearest) / temperature).exp()  # (n, k)
+
     # Column c of `votes` adds up the weights of the neighbours with label c.
-    weights = (similarities / temperature).exp()  # (n, k)
-    votes = weights.new_zeros(len(labels), int(labels.max()) + 1)  # (n, C)
+    votes = weights.new_zeros(len(labels), classes or int(labels.max()) + 1)  # (n, C)
     votes = votes.scatter_add_(1, labels, weights)  # (n, C)
     best = best_classes(votes)  # (n, b)
     return best.masked_fill(votes.gather(1, best) == 0, -1)
@@ -87,7 +92,8 @@ def knn_predict(bank: Tensor, bank_labels, queries: Tensor, ks: tuple[int, ...] 
     # other k.
     similarities, rows = top_neighbours(queries, bank, max(ks))
     labels = bank_labels[rows]  # (n, k)
-    return {k: knn_vote(similarities[:, :k], labels[:, :k], temperature) for k in ks}
+    classes = int(bank_labels.max()) + 1  # the same on all processes, whoever votes there
+    return {k: knn_vote(similarities[:, :k], labels[:, :k], temperature, classes) for k in ks}
 
 
 def knn_accuracy(bank: Tensor, bank_labels, queries: Tensor, query_labels,

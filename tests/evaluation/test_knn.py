@@ -1,5 +1,6 @@
 """Claims
-1. The vote equals a plain loop; ties of distance do not matter, chunks do not either.
+1. The vote equals a plain loop; ties of distance do not matter, chunks do not either. No
+   temperature is too low, and the number of classes does not depend on the neighbours.
 2. Impossible k is refused.
 3. A few-shot subset has exactly n images of each class, another for another seed.
 4. The task finds each image itself, prints and writes what it returns, and votes with few
@@ -40,6 +41,12 @@ def test_chunks_and_ks():
     assert (at_once[0].diff(dim=1) <= 0).all()
     best = knn_vote(torch.tensor([[0.9, 0.5, 0.5]]), torch.tensor([[2, 0, 0]]))
     assert best.tolist() == [[2, 0, -1]]  # nobody voted for class 1
+    for temperature in (0.07, 0.005):  # exp(.99 / .005) is more than float32 can hold
+        best = knn_vote(torch.tensor([[0.99, 0.9, 0.9]]), torch.tensor([[2, 0, 0]]),
+                        temperature)
+        assert best[0, 0] == 2
+    same = knn_vote(torch.tensor([[0.9]]), torch.tensor([[0]]), classes=3)
+    assert same.tolist() == [[0, -1, -1]]  # as many columns as there are classes
     for k in (0, 51):
         with pytest.raises(ValueError, match="bank of 50"):
             top_neighbours(queries, bank, k)
