@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
 
@@ -32,9 +33,10 @@ from evaluation.extract import accuracy, best_classes, extract, spread
 from evaluation.protocol import (Extractor, open_judged, open_labelled, random_crops,
                                  results_folder, training_steps)
 from images.data import Images
+from machinery.batch_norm import synchronise
 from machinery.checkpoints import save_tensors
 from machinery.clock import Progress
-from machinery.flags import require
+from machinery.flags import UsageError, require
 from machinery.process import Process, autocast
 from training.optim import OPTIMIZERS, cosine, ema_update, parameter_groups, set_schedule
 
@@ -85,6 +87,17 @@ def mix(crops: Tensor, labels: Tensor, classes: int, mixup: float, cutmix: float
         return choices[rng.integers(len(choices))](crops, labels)
 
 
+def share_batch_norm(student: nn.Module, batch_size: int, process: Process):
+    """Let BatchNorm see the whole batch; UsageError where the processes get unequal shares."""
+    whole_groups = GROUP * process.world_size
+    if batch_size % whole_groups:
+        raise UsageError(
+            f"--batch_size {batch_size}: a network with BatchNorm needs a multiple of "
+            f"{whole_groups} on {process.world_size} processes ({GROUP} crops are mixed together)"
+        )
+    synchronise(student)
+
+
 def train_network(backbone: nn.Module, images: Images, classes: int, process: Process,
                   size: int, *, epochs: int = 10, batch_size: int = 128, lr: float = 5e-4,
                   weight_decay: float = 0.05, layerwise_decay: float = 0.75,
@@ -100,6 +113,8 @@ def train_network(backbone: nn.Module, images: Images, classes: int, process: Pr
     # The student is trained; the average follows it and is what is returned.
     torch.manual_seed(seed)
     student = FinetunedNetwork(copy.deepcopy(backbone), classes).to(process.device).train()
+    if process.world_size > 1 and any(isinstance(m, _BatchNorm) for m in student.modules()):
+        share_batch_norm(student, batch_size, process)
     for name, p in student.named_parameters():
         p.requires_grad_("mask_token" not in name)  # no patch is masked here
     average = copy.deepcopy(student)

@@ -2,18 +2,24 @@
 1. Mixing blends neighbours by the share that their labels get, as a function of its seed.
 2. Without mixing, smoothing and decay, two steps equal a plain loop of AdamW with layer decay
    and an average of the weights.
-3. It learns; the backbone it was given stays as it was, and the mask token is left alone.
+3. Two processes end with the BatchNorm statistics of one, or are told which batch they need.
+4. It learns; the backbone it was given stays as it was, and the mask token is left alone.
 """
+
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import finish, same_tensors, start
 
+from backbones.convnet import ConvNet
 from evaluation.extract import accuracy, extract
 from evaluation.finetune import FinetunedNetwork, mix, train_network
 from evaluation.protocol import random_crops
 from images.data import open_images
-from machinery.process import Process
+from machinery.flags import UsageError
+from machinery.process import Process, start_process
 from training.optim import OPTIMIZERS
 from vit import VisionTransformer
 
@@ -91,3 +97,32 @@ def test_it_learns(backbone):
     assert accuracy(predicted, images.labels)["top1"] > 0.3  # chance is 0.1
     assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
     assert torch.equal(network.backbone.mask_token, before["mask_token"])
+
+
+def train_convnet(process):
+    """Two steps of a ResNet-18; the state of what comes of it."""
+    torch.manual_seed(0)
+    # A step as long as its gradient: rounding stays rounding, where Adam would blow it up.
+    with patch.dict(OPTIMIZERS, adamw=lambda groups: torch.optim.AdamW(groups, eps=1.0)):
+        network = train_network(ConvNet("resnet18"), open_images("shapes:64"), 10, process, 32,
+                                epochs=1, batch_size=32)
+    return network.state_dict()
+
+
+def train_on_two(rank, folder):
+    process = start_process("cpu")
+    torch.save(train_convnet(process), f"{folder}/{rank}.pt")
+    with pytest.raises(UsageError,
+                       match="--batch_size 16: .* BatchNorm .* multiple of 32 on 2"):
+        train_network(ConvNet("resnet18"), open_images("shapes:64"), 10, process, 32,
+                      batch_size=16)
+
+
+def test_batch_norm_on_two_processes(tmp_path):
+    pair = start(train_on_two, str(tmp_path))
+    alone = train_convnet(CPU)
+    finish(pair)
+    two = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    assert same_tensors(*two)
+    for name, value in alone.items():
+        torch.testing.assert_close(two[0][name], value, rtol=1e-3, atol=1e-4)
