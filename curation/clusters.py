@@ -96,7 +96,8 @@ def kmeans(folder: Path, pool: Pool, n_clusters: int, iterations: int, seed: int
             centroids = torch.from_numpy(np.load(file)).to(process.device)
         else:
             sums, counts = sums_of_clusters(pool, centroids, process)
-            centroids = F.normalize(sums.double(), dim=1).float()
+            # On the CPU, because a Mac's GPU has no float64.
+            centroids = F.normalize(sums.cpu().double(), dim=1).float().to(process.device)
 
             # A cluster without images starts anew at one that the seed draws.
             empty = (counts == 0).nonzero()[:, 0].cpu()
