@@ -56,22 +56,6 @@ class PatchEmbed(nn.Module):
         return x
 
 
-def inflate(weight: Tensor, channels: int) -> Tensor:
-    """A patch embedding (D, C, p, p) for images of other channels: (D, channels, p, p).
-
-    More channels repeat the old ones in turn, fewer get their mean; both are scaled by
-    C / channels. So an image that is equal in all channels has about the tokens that it had.
-    Used by training/warmstart.py for images with other channels than the weights know.
-    """
-    C = weight.shape[1]
-    # From red, green, blue to five channels: red, green, blue, red, green, each times 3/5.
-    if channels > C:
-        weight = weight[:, torch.arange(channels) % C]  # (D, channels, p, p)
-    elif channels < C:
-        weight = weight.mean(1, keepdim=True).repeat(1, channels, 1, 1)  # (D, channels, p, p)
-    return weight * (C / channels)
-
-
 # How a table of M x M positions is brought to h x w patches: (h, w), M -> arguments of
 # F.interpolate. Two rules exist because two generations of released weights were trained with
 # them, and they differ visibly.

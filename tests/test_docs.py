@@ -648,7 +648,8 @@ class Tracer:
 
 
 def run_the_network():
-    from vit import inflate, resize_pos_embed
+    from training.warmstart import inflate
+    from vit import resize_pos_embed
 
     model = VisionTransformer(32, 8, embed_dim=64, depth=2, num_heads=1, num_register_tokens=2,
                               mask_token=True, drop_path_rate=0.5)

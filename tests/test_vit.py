@@ -6,15 +6,14 @@
 5. Stochastic depth keeps exactly max(int(b(1-p)), 1) samples and adds them scaled by b / kept.
 6. Sides that are no multiple of the patch lose their last rows and columns.
 7. Masked patches lose their content and keep their place; registers come after the class.
-8. With other channels, it makes the same tokens of an image that is the same in all of them.
-9. An empty batch gives empty features; torch.export takes batches of any length.
+8. An empty batch gives empty features; torch.export takes batches of any length.
 """
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from vit import ARCHS, VisionTransformer, attention, drop_path_plan, inflate, resize_pos_embed
+from vit import ARCHS, VisionTransformer, attention, drop_path_plan, resize_pos_embed
 
 SMALL = dict(embed_dim=64, depth=3, num_heads=1)
 
@@ -235,21 +234,6 @@ def test_activation_checkpointing_keeps_less_and_changes_nothing():
     (a, much, grads), (b, little, same) = results
     assert torch.equal(a, b) and all(map(torch.equal, grads, same))
     assert little < much / 3
-
-
-@pytest.mark.parametrize("channels", [1, 3, 4, 6])
-def test_inflated(channels):
-    three, other = (VisionTransformer(32, 8, c, **SMALL) for c in (3, channels))
-    state, key = three.state_dict(), "patch_embed.proj.weight"
-    new = inflate(state[key], channels)
-    other.load_state_dict(state | {key: new})
-    if channels == 4:  # which has one of the three twice: colours stay, grey does not quite
-        torch.testing.assert_close(new[:, [0, 1, 2]] * 4 / 3, state[key])
-        torch.testing.assert_close(new[:, 3], new[:, 0])
-        return
-    grey = torch.randn(2, 1, 32, 32)
-    a, b = other(grey.repeat(1, channels, 1, 1)), three(grey.repeat(1, 3, 1, 1))
-    torch.testing.assert_close(a, b)
 
 
 def test_bfloat16_on_a_cpu_is_as_exact_as_the_kernel():

@@ -15,6 +15,7 @@ Tests    pytest tests/training/test_warmstart.py
 import dataclasses
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from backbones.layouts import read_tensors
@@ -24,7 +25,7 @@ from machinery.flags import UsageError
 from training.config import CROPS, HEADS, NETWORK, Config
 from training.stored import read_config
 from training.recipes import DISTILLATION, PRESETS
-from vit import ARCHS, inflate, resize_pos_embed
+from vit import ARCHS, resize_pos_embed
 
 
 def init_settings(what: str | Path) -> dict:
@@ -108,6 +109,21 @@ def config_from_init(config: Config) -> Config:
             if name not in (*config.given, *config.taken_over):
                 setattr(config, name, max(1, round(getattr(config, name) / p)) * p)
     return config
+
+
+def inflate(weight: Tensor, channels: int) -> Tensor:
+    """A patch embedding (D, C, p, p) for images of other channels: (D, channels, p, p).
+
+    More channels repeat the old ones in turn, fewer get their mean; both are scaled by
+    C / channels. So an image that is equal in all channels has about the tokens that it had.
+    """
+    C = weight.shape[1]
+    # From red, green, blue to five channels: red, green, blue, red, green, each times 3/5.
+    if channels > C:
+        weight = weight[:, torch.arange(channels) % C]  # (D, channels, p, p)
+    elif channels < C:
+        weight = weight.mean(1, keepdim=True).repeat(1, channels, 1, 1)  # (D, channels, p, p)
+    return weight * (C / channels)
 
 
 def load_init(network: nn.Module, config: Config):

@@ -7,6 +7,7 @@
    contradicts the weights is refused in one line. A preset's crops become whole patches. A k-NN
    below the first one is warned of.
 5. A network of colours goes on with grey images of 16 bits, inflated, and is judged by them.
+   Inflated, it makes the same tokens of an image that is the same in all channels.
 6. Of a directory of Hugging Face, heads and normalisation are those of its files. A damaged
    heads.pt is one line.
 7. Killed and resumed, such a run equals one that never stopped.
@@ -34,7 +35,7 @@ from evaluation.judge import Judge
 from machinery.flags import UsageError
 from training.check import check
 from training.config import Config
-from training.warmstart import config_from_init, init_heads, init_settings
+from training.warmstart import config_from_init, inflate, init_heads, init_settings
 from vit import ARCHS, VisionTransformer, resize_pos_embed
 
 
@@ -252,3 +253,19 @@ def test_resumed(first, tmp_path, quick_runs):
         train.run(config_of(broken, *flags))
     train.run(config_of(broken, *flags))
     assert same_tensors(teacher_of(whole), teacher_of(broken))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 6])
+def test_inflated(channels):
+    three, other = (VisionTransformer(32, 8, c, embed_dim=64, depth=3, num_heads=1)
+                    for c in (3, channels))
+    state, key = three.state_dict(), "patch_embed.proj.weight"
+    new = inflate(state[key], channels)
+    other.load_state_dict(state | {key: new})
+    if channels == 4:  # which has one of the three twice: colours stay, grey does not quite
+        torch.testing.assert_close(new[:, [0, 1, 2]] * 4 / 3, state[key])
+        torch.testing.assert_close(new[:, 3], new[:, 0])
+        return
+    grey = torch.randn(2, 1, 32, 32)
+    a, b = other(grey.repeat(1, channels, 1, 1)), three(grey.repeat(1, 3, 1, 1))
+    torch.testing.assert_close(a, b)
