@@ -281,8 +281,7 @@ class Learner:
     move_teacher: Callable = ema_update  # (teacher, student, momentum, ok) -> None
 
 
-def prepare_views(batch: dict, pixels: Pixels,
-                  device: torch.device) -> tuple[list[Tensor], dict]:
+def make_views(batch: dict, pixels: Pixels, device: torch.device) -> tuple[list[Tensor], dict]:
     """A batch of augment.collate, copied to the device and coloured -> (views, masks).
 
     views: one tensor of coloured, normalised crops for each size, (G*B, C, H, W) and
@@ -333,7 +332,7 @@ def train_step(learner: Learner, batch: dict, schedule: dict, config: Config,
     teacher = learner.teacher
     G = len(batch["global_crops"])
     B = len(batch["index"])
-    views, masks = prepare_views(batch, config.pixels, process.device)
+    views, masks = make_views(batch, config.pixels, process.device)
 
     # The number of masked patches varies, but the shape (M,) must not: a changing shape would
     # make torch.compile compile the step again. So the list is padded. A weight is 1 / (masked
@@ -472,7 +471,7 @@ def schedules(step: int, epoch_steps: int, total: int, config: Config,
 # The images
 #
 # file --> images/data.py reads it --> augment.MultiCrop cuts crops, in a worker process
-#      --> augment.collate stacks a batch and draws the masks --> prepare_views, above,
+#      --> augment.collate stacks a batch and draws the masks --> make_views, above,
 #          copies them to the device and applies the colours
 
 
@@ -746,6 +745,8 @@ class Run:
         self.warned = set()
         self.suspected = ""  # the illness that the last line of the log showed
 
+        if self.figures.get("postponed"):
+            self.ask_judges()
         with StopSignal(process) as stop_signal:
             while self.step < self.total:
                 # Crops of another size (--curriculum) take another time, so the clock starts
@@ -774,13 +775,11 @@ class Run:
                 with self.clock.pause():
                     if done or self.step == self.total // 2:
                         self.keep_snapshot()
-                    # The judges are asked every so many epochs and at the end, but not where a
-                    # signal waits for the run to stop.
-                    judging = done or not stopped_by
-                    if judging and self.due(config.knn_every):
-                        self.evaluate()
-                    if judging and self.patch_judge and self.due(config.dense_every):
-                        self.patch_judge(self.whole_teacher(), self.step, self.figures)
+                    # Where a signal waits for the run to stop, the judges are asked when it is
+                    # continued.
+                    self.figures["postponed"] = bool(stopped_by and not done)
+                    if not self.figures["postponed"]:
+                        self.ask_judges()
                     if saving:
                         self.save()
 
@@ -838,6 +837,13 @@ class Run:
         backbone = self.whole_teacher()
         if self.process.main:
             keep_snapshot(self.folder, self.step, backbone, self.val, self.images, self.config)
+
+    def ask_judges(self):
+        """Those that are due now: each is asked every so many epochs, and at the end."""
+        if self.due(self.config.knn_every):
+            self.evaluate()
+        if self.patch_judge and self.due(self.config.dense_every):
+            self.patch_judge(self.whole_teacher(), self.step, self.figures)
 
     def evaluate(self):
         """Ask the judge how good the teacher's features are by now."""

@@ -285,7 +285,7 @@ class Step:
 
         # One line for each stage, in the order of the table.
         stages = {}
-        stages["views"] = [(train, "prepare_views")]
+        stages["views"] = [(train, "make_views")]
         stages["teacher"] = [(self.teacher, "forward")]
         stages["student forward"] = [(self.student, "forward")]
         stages["heads"] = [(head, "forward") for head in heads]

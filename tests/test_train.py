@@ -3,7 +3,7 @@
    one step equals DINOv2's three losses written out image by image (float32).
 2. Killed anywhere, or asked to stop, and run again: the same weights, bit for bit; also
    before, at and after a switch of --curriculum, which gives each step the crops and masks of
-   its stage.
+   its stage. Whoever is asked to stop when a judge is due asks the judge when it goes on.
 3. A step that is not finite stops the run, names step and images, and the checkpoint stays
    good. With fp16, a step that overflows is left out and the run goes on, bit for bit when
    resumed.
@@ -305,8 +305,9 @@ def test_resumed_across_a_switch(tmp_path, monkeypatch):
     assert same_tensors(*(saved(run / "checkpoint")[1] for run in (whole, broken)))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_saves_and_goes(number, whole, tmp_path, monkeypatch, capsys):
+# After step 8, the last one of the first epoch, the judge would be asked.
+@pytest.mark.parametrize("number, step", [(signal.SIGTERM, 11), (signal.SIGINT, 8)])
+def test_asked_to_stop_it_saves_and_goes(number, step, whole, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     config = tiny_config(run, "--num_workers", "1")
     train_step, calls = train.train_step, []
@@ -314,7 +315,7 @@ def test_asked_to_stop_it_saves_and_goes(number, whole, tmp_path, monkeypatch, c
 
     def signalled(*args):
         calls.append(1)
-        if len(calls) == 11:
+        if len(calls) == step:
             os.kill(os.getpid(), number)
         return train_step(*args)
 
@@ -322,11 +323,13 @@ def test_asked_to_stop_it_saves_and_goes(number, whole, tmp_path, monkeypatch, c
     with pytest.raises(SystemExit) as stop:
         train.run(config)
     assert stop.value.code == 128 + number
-    assert f"{number.name}: stopped after step 11" in capsys.readouterr().out
-    assert saved(run / "checkpoint")[0] == 11
+    assert f"{number.name}: stopped after step {step}" in capsys.readouterr().out
+    assert saved(run / "checkpoint")[0] == step
     assert signal.getsignal(number) is handler
     train.run(config)
     assert same_tensors(teacher_of(whole), teacher_of(run))
+    judged = [[row for row in metrics_of(folder) if "knn" in row] for folder in (whole, run)]
+    assert judged[0] == judged[1] and [row["step"] for row in judged[1]] == [0, 8, 16]
 
 
 def lose_a_worker(rank, folder):

@@ -232,7 +232,7 @@ def step_on_cuda(config):
     L = config.local_crops_number if config.dino_weight else 0
 
     # The colours of a crop depend on numbers, which these tensors do not have.
-    def prepare_views(batch, pixels, device):
+    def make_views(batch, pixels, device):
         views = [torch.empty(G * B, 3, *2 * [config.global_crops_size], device=device)]
         if L:
             views.append(torch.empty(L * B, 3, *2 * [config.local_crops_size], device=device))
@@ -248,7 +248,7 @@ def step_on_cuda(config):
     with torch.device("meta"):
         networks = (train.Network(config, config.drop_path_rate),
                     train.Network(config).requires_grad_(False), train.build_centerings(config))
-    with as_if_there_were_a_gpu(), patch("train.prepare_views", prepare_views):
+    with as_if_there_were_a_gpu(), patch("train.make_views", make_views):
         networks = [network.to_empty(device=CUDA.device) for network in networks]
         batch = dict(global_crops=[None] * G, index=[None] * B)
         step = Step(networks, batch, config, CUDA)
@@ -360,9 +360,9 @@ def on_gpu(things):
 
 
 # What one number costs when a function goes over it, in bytes. Logits have 2 of them, in
-# bfloat16, and targets 4. Clipping reads each gradient for its norm and then scales it (12), AdamW reads and
-# writes a weight, its gradient and two moments (32), and the average of the teacher is a
-# difference, a product and a sum of lists (12 + 8 + 12).
+# bfloat16, and targets 4. Clipping reads each gradient for its norm and then scales it (12),
+# AdamW reads and writes a weight, its gradient and two moments (32), and the average of the
+# teacher is a difference, a product and a sum of lists (12 + 8 + 12).
 OF_A_WEIGHT = 76
 # The student's: the loss reads target and logit (6); the backward pass does so once more, and
 # writes the gradient (8).

@@ -33,7 +33,7 @@ def input_clock(monkeypatch):
     clock = FakeClock()
     monkeypatch.setattr(bench.stages, "time", clock)
     monkeypatch.setattr(MultiCrop, "__call__", clock.takes(2, MultiCrop.__call__))
-    monkeypatch.setattr(train, "prepare_views", clock.takes(40, train.prepare_views))
+    monkeypatch.setattr(train, "make_views", clock.takes(40, train.make_views))
     open_images = bench.stages.open_images
     stage_loader = train.stage_loader
     crop_by_crop = bench.stages.crop_by_crop

@@ -54,7 +54,7 @@ def test_stages_add_up(clock, monkeypatch):
 
     # How long each function of a step takes by our clock. Each of the two networks has two heads.
     durations = [
-        (train, "prepare_views", 1),
+        (train, "make_views", 1),
         (version.teacher, "forward", 2),
         (version.student, "forward", 4),
         (version.teacher.dino_head, "forward", 8),
