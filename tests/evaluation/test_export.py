@@ -1,6 +1,6 @@
 """Claims
-1. The table has a row for each image and the text file its name; a row equals what the network
-   gives for that image alone.
+1. The table has a row for each image and the text file its name, of any bytes; a row equals what
+   the network gives for that image alone.
 """
 
 import numpy as np
@@ -13,9 +13,12 @@ from images.data import open_images
 
 
 def test_features(small_backbone, photos, tmp_path):
+    (photos / "cats/01.png").rename(photos / "cats/\udce9.png")  # a byte that is no letter
     output = tmp_path / "deep/x.npy"
-    run_evaluate(f"features --weights {small_backbone} --data folder:{photos}", output=output)
-    rows, names = np.load(output), output.with_suffix(".txt").read_text().split()
+    run_evaluate(f"features --weights {small_backbone} --data folder:{photos}", output=output,
+                 features_dir=tmp_path / "kept")
+    text = output.with_suffix(".txt").read_text(encoding="utf-8", errors="surrogateescape")
+    rows, names = np.load(output), text.split()
     images = open_images(f"folder:{photos}")
     assert rows.shape == (24, 64) and names == images.names and rows.dtype == np.float32
     image = normalise(center_crop(images.read(5), 16)[None])
