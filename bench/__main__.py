@@ -30,6 +30,7 @@ from machinery.flags import UsageError, command, parse, require, user_errors
 from machinery.process import Process, resolve_precision, start_process
 from training.check import check
 from training.recipes import PRESETS, auto_scale
+from training.warmstart import config_from_init
 
 # The name of a benchmark -> the function that runs it, and the dataclass of its flags. The
 # function is called with the configuration and the process, prints a table, and returns what
@@ -62,6 +63,13 @@ def read_flags(name: str, argv: list[str]) -> Config:
     # paper's recipe more often than of the drawn shapes, which train.py begins with.
     presets = {"dino_vits16": PRESETS["dino_vits16"], **PRESETS}
     config = parse(TASKS[name][1], argv, presets, USAGE.replace("TASK", name))
+
+    # The weights of --init decide what the network is. A plan is not worth a download.
+    if config.init and (name != "plan" or Path(config.init).expanduser().exists()):
+        config = config_from_init(config)
+    elif config.init:
+        print(f"--init {config.init} is not on this machine: what follows is for "
+              f"--arch {config.arch} --patch_size {config.patch_size}")
 
     # Each task has some of these fields only.
     counts = []

@@ -195,7 +195,7 @@ def input_stages(images: Images, multi_crop: Callable, collate: Callable,
         return samples
 
     def photometry(batch: dict) -> tuple:
-        return train.to_device(batch, config.pixels, torch.device("cpu"))
+        return train.make_views(batch, config.pixels, torch.device("cpu"))
 
     stages = {}
     stages["decode"] = decode  # file -> pixels
@@ -256,8 +256,8 @@ def extraction_rate(backbone: nn.Module, config: EvaluationConfig, process: Proc
     size = config.global_crops_size
     options = dict(batch_size=batch, precision=config.precision, num_workers=config.num_workers)
 
-    extract(backbone, noise(batch), size, process, **options)  # warms up
-    images = noise(batch * config.steps)
+    images = replace(noise(batch * config.steps, config.in_chans), pixels=config.pixels)
+    extract(backbone, images.subset(range(batch)), size, process, **options)  # warms up
     begun = time_when_done(process)
     extract(backbone, images, size, process, **options)
     return len(images) / (time_when_done(process) - begun)
@@ -381,7 +381,7 @@ def time_attention(config: Config, process: Process) -> dict:
 
     # A step calls attention once per block and crop size, with all crops of that size.
     crop_sizes = [(config.global_crops_number, config.global_crops_size)]
-    if config.local_crops_number and config.dino_weight:  # as train.batches_from cuts them
+    if config.local_crops_number and config.dino_weight:  # as train.stage_loader cuts them
         crop_sizes.append((config.local_crops_number, config.local_crops_size))
 
     results = {}

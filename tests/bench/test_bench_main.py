@@ -2,7 +2,8 @@
 1. One table, one truth: one more line in TASKS, GPUS or IDEAS is all that a new benchmark, GPU or
    idea needs to be understood on the command line.
 2. Without a task, or with --help, the program says which there are.
-3. Bad input is one line that names the flag, exit code 2, and nothing is written.
+3. With --init the network is that of the weights; images may have any number of channels.
+4. Bad input is one line that names the flag, exit code 2, and nothing is written.
 """
 
 import re
@@ -10,10 +11,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY, finish, program, start
 
 import bench.__main__
-from bench.__main__ import TASKS, main
+from bench.__main__ import TASKS, main, read_flags
+from vit import ARCHS, VisionTransformer
 
 ROOT = Path(bench.__main__.__file__).resolve().parents[1]
 
@@ -71,6 +74,23 @@ def test_help_lists_the_tasks(capsys):
 
 
 # -- 3
+
+
+def test_the_network_of_first_weights(tmp_path, capsys):
+    file = tmp_path / "weights.pth"
+    torch.save(VisionTransformer(24, 8, **ARCHS["vit_pico"]).state_dict(), file)
+    config = read_flags("step", ["shapes", "--init", str(file)])
+    assert config.arch == "vit_pico" and config.patch_size == 8
+    read_flags("plan", ["continue"])  # downloads nothing
+    assert "--init dinov2_vits14 is not on this machine" in capsys.readouterr().out
+
+
+def test_images_of_other_channels():
+    line = "eval shapes --in_chans 1 --steps 1 --batch_size_per_gpu 2 --num_workers 0 --bank 9 "
+    assert main([*line.split(), "--queries", "3", "--device", "cpu"])
+
+
+# -- 4
 
 
 @pytest.mark.parametrize("line, words", [
