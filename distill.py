@@ -300,6 +300,7 @@ def train_heads(config: Config, backbone: nn.Module) -> Path:
     names = {(arch["embed_dim"], arch["depth"]): name for name, arch in ARCHS.items()}
     arch = names.get((backbone.embed_dim, backbone.depth), config.arch)
     heads_config = replace(heads_config, arch=arch, patch_size=backbone.patch_size,
+                           num_register_tokens=backbone.num_register_tokens,
                            pos_embed_resize=backbone.pos_embed_resize)
 
     # 3. The run. The backbone's parameters need no gradient, so the optimizer leaves them out:
@@ -371,7 +372,8 @@ def open_teacher(config: Config) -> tuple[Config, Network]:
             raise UsageError(
                 f"--in_chans, --mean, --std: leave them to --teacher {config.teacher}")
         mean, std = backbone.pixels
-        config = replace(config, in_chans=len(mean), mean=mean, std=std)
+        pixels = dict(in_chans=len(mean), mean=mean, std=std)
+        config = replace(config, **pixels, taken_over=(*config.taken_over, *pixels))
 
     # Without a loss over prototypes features are matched, and no heads are needed. eval():
     # BatchNorm uses the statistics it has, and does not change them.
@@ -389,6 +391,11 @@ def open_teacher(config: Config) -> tuple[Config, Network]:
 
 def run(config: Config) -> dict:
     """train.run with a teacher that is opened first; returns the summary of the run."""
+    # With --init the weights decide what the student is, which the teacher has to fit.
+    if config.init:
+        from training.warmstart import config_from_init  # here, because few runs need it
+
+        config = config_from_init(config)
     check(config)
     with teacher_errors():
         config = identify_teacher(config)

@@ -666,7 +666,8 @@ class Run:
         # A run that was killed may have logged steps after its last checkpoint. Those lines are
         # deleted, because the steps are trained once more.
         last_known = self.step if checkpoint else -1
-        forget_metrics_after(self.folder / "metrics.jsonl", last_known, process)
+        forget_metrics_after(self.folder / "metrics.jsonl", last_known, process,
+                             judged=not self.figures.get("postponed"))
         self.begun = time.time() - self.figures["seconds"]
 
         if self.step == 0:

@@ -14,13 +14,14 @@
 import copy
 import json
 import shutil
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import (TINY, TINY_NETWORK, TINY_RUN, finish, heads_of, killed_in_step,
-                      metrics_of, same_tensors, saved, start, teacher_of, views_of,
+                      metrics_of, same_tensors, saved, start, teacher_of, tiny_config, views_of,
                       without_figures)
 
 import distill
@@ -421,6 +422,40 @@ def test_a_students_first_weights_leave_the_presets_crops(teacher):
     assert (config.arch, config.patch_size) == ("vit_nano", 8)  # as the weights say
     preset_size = DISTILLATION["shapes_distill"]["global_crops_size"]
     assert config.global_crops_size == preset_size != 24
+
+
+def test_first_weights_give_way_to_the_teacher(teacher, tmp_path, quick_runs):
+    """What both would decide, the pixels and the prototypes, is the teacher's to say."""
+    pixels = "--mean 0.1 0.1 0.1 --std 0.9 0.9 0.9 --n_prototypes 16 --epochs 1".split()
+    train.run(tiny_config(tmp_path / "first", *pixels))
+    line = ["shapes_distill", "--teacher", str(teacher), "--output_dir", str(tmp_path / "run")]
+
+    def begun_with(weights, *more):
+        """The settings with which train.run begins."""
+        flags = [*line, "--init", str(weights), *more]
+        with patch.object(train, "run", lambda config, *_: config_from_init(config)):
+            return distill.run(parse(distill.Config, flags, DISTILLATION))
+
+    config = begun_with(tmp_path / "first")
+    assert config.pixels == pixels_of(3) and config.n_prototypes == 32
+    assert config.arch == "vit_pico"  # the student's own, as the weights say
+    torch.save(
+        VisionTransformer(24, 4, **ARCHS["vit_pico"]).state_dict(), tmp_path / "fine.pth")
+    with pytest.raises(UsageError, match="--patch_size 4: patches are compared one by one"):
+        begun_with(tmp_path / "fine.pth", "--ibot_weight", "1")
+
+
+def test_heads_for_a_teacher_with_registers(tmp_path):
+    """Their run is judged and drawn as any other; --no_resume of the distillation keeps it."""
+    model = VisionTransformer(24, 8, num_register_tokens=2, mask_token=True,
+                              **ARCHS["vit_nano"])
+    torch.save(model.state_dict(), tmp_path / "registers.pth")
+    distill.run(
+        config_of(tmp_path / "registers.pth", "--train_teacher_heads_epochs", "1", "--epochs",
+                  "1", "--output_dir", str(tmp_path / "run"), "--no_resume"))
+    heads_run = tmp_path / "run/teacher_heads"
+    assert json.loads((heads_run / "config.json").read_text())["num_register_tokens"] == 2
+    assert (heads_run / "heads.pt").exists() and (tmp_path / "run/summary.json").exists()
 
 
 def test_the_student_is_shown_what_its_teacher_wants(tmp_path):

@@ -142,7 +142,7 @@ def create_run_dir(folder: Path, config: Config, process: Process, images: int):
     """
     # Only what a run has written is removed, by name: the folder may hold other files.
     if not config.resume:
-        for name in ("checkpoint", "code", "snapshots", "teacher_heads"):
+        for name in ("checkpoint", "code", "snapshots"):
             shutil.rmtree(folder / name, ignore_errors=True)
         for name in ("metrics.jsonl", "summary.json", "card.md", "config.json", "teacher.pt",
                      "heads.pt", "story.png", "story.pdf", "trace.json"):
@@ -192,8 +192,8 @@ def record(folder: Path, row: dict, process: Process):
             file.write(json.dumps(row) + "\n")
 
 
-def forget_metrics_after(file: Path, step: int, process: Process):
-    """Drop the rows of metrics.jsonl after `step`.
+def forget_metrics_after(file: Path, step: int, process: Process, judged: bool = True):
+    """Drop the rows of metrics.jsonl after `step`; without `judged` those of its judges, too.
 
     A run that was killed may have logged steps after its last checkpoint. It takes these steps
     once more, and would log them twice.
@@ -204,6 +204,7 @@ def forget_metrics_after(file: Path, step: int, process: Process):
     for line in file.read_text().splitlines():
         # The last line may be half written: then it is no JSON, and goes as well.
         with contextlib.suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= step:
+            row = json.loads(line)
+            if row["step"] < step or row["step"] == step and (judged or "loss" in row):
                 kept.append(line + "\n")
     write_text(file, "".join(kept))

@@ -92,13 +92,18 @@ def config_from_init(config: Config) -> Config:
         raise UsageError(
             f"--init {config.init} fixes the network: leave out {', '.join(flags)}{way_out}")
 
-    # The other settings of the weights are taken over; --auto_scale does not change them.
+    # The other settings of the weights are taken over; --auto_scale does not change them, nor is
+    # anything changed that was taken over before: from the teacher of a distillation.
     chosen = {*config.given, *(PRESETS | DISTILLATION).get(config.preset, ())}
+    if "in_chans" in chosen:  # as many means and deviations as the weights had would not fit
+        chosen |= {"mean", "std"}
     taken_over = {}
     for name in (*fixed, *CROPS):
-        if name in settings and (name in fixed or name not in chosen):
+        free = name in fixed or name not in chosen
+        if name in settings and free and name not in config.taken_over:
             taken_over[name] = settings[name]
-    config = dataclasses.replace(config, **taken_over, taken_over=tuple(taken_over))
+    config = dataclasses.replace(config, **taken_over,
+                                 taken_over=(*config.taken_over, *taken_over))
 
     # A crop size that no flag chose, and that does not come from the weights, is rounded to
     # whole patches of this network. Examples: the default of 96 pixels becomes 98 for patches

@@ -221,5 +221,10 @@ def test_metrics_after_a_checkpoint_are_forgotten(tmp_path):
         file.write('{"step": 4, "lo')  # killed while writing
     forget_metrics_after(tmp_path / "metrics.jsonl", 4, process)
     assert [row["step"] for row in metrics_of(tmp_path)] == [2, 4]
+    record(tmp_path, {"step": 4, "knn": 0.5}, process)
+    forget_metrics_after(tmp_path / "metrics.jsonl", 4, process)
+    assert [row["step"] for row in metrics_of(tmp_path)] == [2, 4, 4]
+    forget_metrics_after(tmp_path / "metrics.jsonl", 4, process, judged=False)
+    assert ["loss" in row for row in metrics_of(tmp_path)] == [True, True]
     forget_metrics_after(tmp_path / "none.jsonl", 4, process)
     assert not (tmp_path / "none.jsonl").exists()

@@ -16,6 +16,7 @@
 import json
 import re
 import shutil
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ import evaluate
 import train
 import training.warmstart
 import visualize
-from augment import Pixels
+from augment import Pixels, pixels_of
 from backbones.layouts import to_hf, write_safetensors
 from backbones.weights import load_backbone
 from evaluation.judge import Judge
@@ -142,6 +143,17 @@ def test_a_bare_backbone_rests_while_new_heads_learn(first, tmp_path, monkeypatc
     assert states[0][prototypes].shape[0] == 16
     assert not torch.equal(last_frozen[prototypes], states[0][prototypes])
     assert "below the weights that it began with" in capsys.readouterr().out
+
+
+def test_other_channels_have_other_means(tmp_path):
+    network = VisionTransformer(24, 8, **ARCHS["vit_pico"])
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    settings = init_settings(tmp_path / "weights.pth") | dict(mean=(0.1,) * 3, std=(0.9,) * 3)
+    with patch.object(training.warmstart, "init_settings", lambda _: settings):
+        line = ["shapes", "--init", str(tmp_path / "weights.pth")]
+        assert config_from_init(train.read_flags(line)).pixels.mean == (0.1,) * 3
+        config = config_from_init(train.read_flags([*line, "--in_chans", "1"]))
+    assert config.in_chans == 1 and config.pixels == pixels_of(1)
 
 
 def test_another_size(first, tmp_path, quick_runs):
