@@ -474,9 +474,7 @@ class VisionTransformer(nn.Module):
         """
         is_list = isinstance(images, (list, tuple))
         views = list(images) if is_list else [images]
-        if is_list and masks is not None:
-            masks = list(masks)
-        else:
+        if not is_list or masks is None:
             masks = [masks] * len(views)
 
         # Pack: the tokens of all images, one after the other.

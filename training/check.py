@@ -14,6 +14,7 @@ Tests    pytest tests/training/test_config.py
 
 import os
 
+from augment import BLUR_TAPS, PHOTOMETRY
 from machinery.flags import UsageError, require
 from training.config import Config
 
@@ -26,6 +27,7 @@ def check(config: Config, is_plan: bool = False):
     """
     check_sizes(config)
     check_curriculum(config)
+    check_blur(config)
     check_pixels(config)
     check_ranges(config)
     check_losses(config)
@@ -95,6 +97,20 @@ def check_curriculum(config: Config):
             except UsageError as error:
                 raise UsageError(f"--curriculum {given}: global crops of "
                                  f"{stage.global_crops_size} pixels: {error}") from None
+
+
+def check_blur(config: Config):
+    """Refuses crops that cannot be blurred, at any stage of --curriculum."""
+    # At the border the blur mirrors the image, over four pixels: it has to have more.
+    least = BLUR_TAPS // 2 + 1
+    for kind, size in (("global", "global_crops_size"), ("local", "local_crops_size")):
+        chances = PHOTOMETRY[config.photometry]["blur"]
+        blurred = any(chances[:2]) if kind == "global" else chances[2]
+        smallest = min(getattr(stage, size) for _, stage in config.stages(1))
+        if blurred and smallest < least and getattr(config, f"{kind}_crops_number"):
+            flag = "--curriculum: crops of" if smallest < getattr(config, size) else f"--{size}"
+            raise UsageError(f"{flag} {smallest} pixels cannot be blurred, expected at least "
+                             f"{least}; or give --photometry small, which does not blur")
 
 
 def check_pixels(config: Config):
