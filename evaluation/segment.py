@@ -302,7 +302,8 @@ def read_segmenter(what: str, backbone, classes: int) -> Segmenter:
         raise UsageError(f"--head {what} knows {len(weight)} classes, --data has {classes}")
     head = SegmentationHead(weight.shape[1], classes)
     load_strictly(head, state, f"--head {what}")
-    return Segmenter(backbone, head, n).to(weight.device).eval()
+    device = next(backbone.parameters()).device
+    return Segmenter(backbone, head, n).to(device).eval()
 
 
 # ----------------------------------------------------------------------------------------------

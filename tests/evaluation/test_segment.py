@@ -18,9 +18,10 @@ from PIL import Image
 
 from backbones.dense_heads import SegmentationHead
 from evaluation.dense import with_protocol
-from evaluation.segment import PROTOCOLS, Config, confusion, scores
+from evaluation.segment import PROTOCOLS, Config, confusion, read_segmenter, scores
 from images.pairs import IGNORE
 from machinery.flags import parse
+from vit import VisionTransformer
 
 
 def test_figures_against_a_count():
@@ -83,6 +84,14 @@ def test_protocols():
     assert config.steps == 7 and config.last_blocks == 4 and config.image_size == 640
     config = with_protocol(parse(Config, []), PROTOCOLS)
     assert config.steps == 300 and config.head_batch == 16
+
+
+def test_a_head_goes_where_its_backbone_is(tmp_path):
+    torch.save(SegmentationHead(64, 3).state_dict(), tmp_path / "three.pt")
+    with torch.device("meta"):  # stands for a GPU
+        backbone = VisionTransformer(16, 8, embed_dim=64, depth=2, num_heads=1)
+    segmenter = read_segmenter(str(tmp_path / "three.pt"), backbone, 3)
+    assert all(p.device.type == "meta" for p in segmenter.parameters())
 
 
 def test_misfits(small_backbone, colours, tmp_path, capsys):
