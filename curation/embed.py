@@ -19,6 +19,7 @@ Letters  n images, B of them in a batch, F numbers that describe an image at fir
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -93,8 +94,9 @@ def network_reader(config, process: Process) -> Reader:
     # The Extractor of all evaluations: any network, at the size that suits it.
     extractor = Extractor(config, process).at(size)
     facts = {
-        "weights": extractor.sha256, "descriptor": config.descriptor,
-        "image_size": extractor.size, "precision": config.precision}
+        "weights": extractor.sha256, "network": extractor.network,
+        "descriptor": config.descriptor, "image_size": extractor.size,
+        "precision": config.precision}
     return Reader(
         read(extractor.model).eval(), partial(shrink, size=extractor.size),
         extractor.model.pixels, facts)
@@ -172,12 +174,15 @@ def learned_axes(sample: Tensor, binary: bool) -> Tensor:
         return torch.cat([whitening.mean[:, None], axes], 1)
 
     # PCA: the directions in which images differ most. eigh gives the strongest last. Of small
-    # grey images they are smooth waves, coarse ones first, and what is fine is left out.
+    # grey images they are smooth waves, coarse ones first, and what is fine is left out. Here,
+    # too, a small sample tells the strong ones only: on which side of the others an image lies
+    # is chance, and two copies would not have the same bits. So it is one for every two images.
     sample = sample.double()
     mean = sample.mean(0)
     centred = sample - mean
     _, axes = torch.linalg.eigh(centred.T @ centred)  # (F, F)
-    return torch.cat([mean[:, None], axes.flip(1)[:, :HASH_BITS]], 1)
+    kept = max(1, min(HASH_BITS, len(sample) // 2))
+    return torch.cat([mean[:, None], axes.flip(1)[:, :kept]], 1)
 
 
 def on_axes(numbers: Tensor, axes: Tensor | None, binary: bool) -> Tensor:
@@ -197,12 +202,21 @@ def on_axes(numbers: Tensor, axes: Tensor | None, binary: bool) -> Tensor:
     return unit.float() * (numbers != 0).any(1, keepdim=True)
 
 
-def given_axes(folder: str) -> Path:
-    """The file of the axes of --axes_of. UsageError if it is not there."""
+def given_axes(folder: str, facts: dict) -> Path:
+    """The file of the axes of --axes_of. UsageError if it is not there, or of other features.
+
+    facts: those of the Reader whose features will be laid along the axes.
+    """
     file = Path(folder) / "axes.npy"
     if not file.exists():
         raise UsageError(f"--axes_of {folder}: there is no {file}; give the folder of a pool "
                          f"that was embedded with --whiten, or by --weights {HASH}")
+    learned_with = json.loads((Path(folder) / "stage.json").read_text())["embedding"]
+    different = [name for name in facts if facts[name] != learned_with.get(name)]
+    if different:
+        raise UsageError(
+            f"--axes_of {folder}: its axes were learned with another {different[0]} "
+            f"({learned_with.get(different[0])!s:.60}, here {facts[different[0]]!s:.60})")
     return file
 
 
@@ -218,7 +232,7 @@ def axes_of(config, reader: Reader, images: Images, folder: Path, process: Proce
     file = folder / "axes.npy"
     if process.main and not file.exists():
         if config.axes_of:
-            axes = np.load(given_axes(config.axes_of))
+            axes = np.load(given_axes(config.axes_of, reader.facts))
         else:
             # Images that are spread evenly over the pool, broken ones left out.
             count = min(len(images), SAMPLE)
@@ -265,7 +279,7 @@ def run(words: list[str], config: Config, process: Process) -> dict:
 
     # The axes of another pool are looked for before anything is written. Their content counts:
     # that pool may have been made anew since.
-    axes_file = given_axes(config.axes_of) if config.axes_of else None
+    axes_file = given_axes(config.axes_of, reader.facts) if config.axes_of else None
 
     # Everything that a feature depends on. The names stand for the images: a file that has got
     # other pixels under its old name is not noticed.

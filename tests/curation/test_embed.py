@@ -83,6 +83,16 @@ def test_a_whitening_is_taken_over(small_backbone, photos, tmp_path):
         same_embedding(a, plain, "--curated")
     with pytest.raises(UsageError, match="--axes_of .*plain: there is no"):
         stage(data, tmp_path / "c", small_backbone, axes_of=str(tmp_path / "plain"))
+    with pytest.raises(UsageError,
+                       match="--axes_of .*/a: .* another descriptor .class, here copy"):
+        stage(data, tmp_path / "c", small_backbone, axes_of=str(tmp_path / "a"),
+              descriptor="copy")
+
+
+def test_another_network_of_the_same_weights(small_backbone, photos, tmp_path):
+    stage(f"folder:{photos}", tmp_path / "a", small_backbone)
+    with pytest.raises(UsageError, match="other inputs: network"):
+        stage(f"folder:{photos}", tmp_path / "a", small_backbone, num_heads=2)
 
 
 def test_axes_are_those_of_the_largest_spread():
@@ -118,6 +128,14 @@ def test_the_hash_of_copies_and_of_others():
         assert (hashes * copies).sum(1).mean() > 0.9
     brighter = [(p * 0.7 + 60).byte() for p in originals]
     assert (hashes * on_axes(numbers(brighter), axes, True)).sum(1).mean() > 0.9
+
+    # A pool of a few images has few directions that can be told from chance.
+    few = originals[:30]
+    axes = learned_axes(numbers(few), binary=True)
+    hashes = on_axes(numbers(few), axes, True)
+    copies = on_axes(numbers([EDITS["jpeg 75"](p, 0) for p in few]), axes, True)
+    assert (hashes * copies).sum(1).mean() > 0.95
+    assert (hashes @ hashes.T - 3 * torch.eye(30)).max() < 0.95
 
 
 def test_killed_and_started_again(small_backbone, photos, tmp_path, monkeypatch):
