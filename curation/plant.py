@@ -21,7 +21,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from curation.pieces import claim
 from evaluation.copies import EDITS
-from images.data import open_images
+from images.data import first_line, open_images
 from machinery.clock import Progress
 from machinery.flags import UsageError, did_you_mean, require
 from machinery.process import Process
@@ -69,13 +69,20 @@ def run(words: list[str], config: Config, process: Process) -> dict:
     for i in range(len(images)):
         label = images.classes[images.labels[i]].replace("/", "-") if images.labels else ""
         names.append(Path("images") / label / f"{i:07d}.png")
+    broken = 0
+
     # One process writes. It is no work for a large pool: to find a threshold some thousand
     # images are enough.
     if process.main:
         report = Progress("written", len(images), process)
         rows = []
         for i, name in enumerate(names):
-            image = images.read(i)
+            try:
+                image = images.read(i)
+            except Exception as error:  # decoders raise exceptions of many kinds
+                process.print(f"left out: {images.names[i]}: {first_line(error)}")
+                broken += 1
+                continue
             write_png(folder / name, image)
             rows.append((name, i, ""))
             if i in edit_of:
@@ -86,11 +93,13 @@ def run(words: list[str], config: Config, process: Process) -> dict:
             report(i + 1)
 
         # An image without a copy is a group of its own.
-        with open(folder / "groups.csv", "w", newline="") as file:
+        with open(folder / "groups.csv", "w", newline="", encoding="utf-8",
+                  errors="surrogateescape") as file:
             csv.writer(file).writerows([("path", "group", "edit"), *rows])
     process.barrier()
-    process.print(f"plant: {len(images):,d} images of {words[0]} and {len(edit_of):,d} copies "
-                  f"in {folder}/images")
+    process.print(
+        f"plant: {len(images) - broken:,d} images of {words[0]} and {len(edit_of):,d} copies "
+        f"in {folder}/images")
     return {"images": len(images), "copies": len(edit_of)}
 
 

@@ -185,7 +185,7 @@ def read_groups(path: str | Path, names: list[str]) -> list[str]:
     in it.
     """
     try:
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = [(Path(row["path"]), row["group"]) for row in csv.DictReader(file)]
     except (OSError, KeyError, UnicodeDecodeError) as error:
         raise ValueError(

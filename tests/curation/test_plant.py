@@ -2,6 +2,7 @@
 1. All images are written as they are, in a folder for each class, and the wanted share of them
    gets one copy that an edit has made; groups.csv says which belong together.
 2. Images and edits follow from the seed; unknown edits are refused.
+3. An image that does not decode is named and left out; names may have any bytes.
 """
 
 import csv
@@ -13,6 +14,7 @@ from curation_helpers import CPU
 from curation import plant
 from curation.plant import Config
 from evaluation.copies import EDITS
+from evaluation.retrieval import read_groups
 from images.data import open_images
 from machinery.flags import UsageError
 
@@ -41,6 +43,17 @@ def test_planted_copies(tmp_path):
         assert torch.equal(image, expected)
         edits |= {row["edit"]} - {""}
     assert len(edits) > 3
+
+
+def test_a_broken_image_and_a_class_of_any_bytes(photos, tmp_path, capsys):
+    (photos / "cats/05.png").write_bytes(b"no image")
+    (photos / "dogs").rename(photos / "d\udce9gs")
+    plant.run([f"folder:{photos}"], Config(output_dir=str(tmp_path / "a"), share=0), CPU)
+    printed = capsys.readouterr().out
+    assert "left out: cats/05.png" in printed and "plant: 23 images" in printed
+    names = [
+        str(p.relative_to(tmp_path / "a")) for p in (tmp_path / "a").glob("images/*/*.png")]
+    assert len(set(read_groups(tmp_path / "a/groups.csv", names))) == len(names) == 23
 
 
 def test_seeds_and_edits(tmp_path):
