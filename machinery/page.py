@@ -14,6 +14,7 @@ Tests    pytest tests/machinery/test_page.py
 Letters  C channels, H W pixels.
 """
 
+import os
 import textwrap
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from torch import Tensor
 STYLE = {
     "font.size": 10, "axes.titlesize": 10, "axes.labelsize": 10, "legend.fontsize": 9,
     "xtick.labelsize": 9, "ytick.labelsize": 9, "figure.dpi": 120, "savefig.dpi": 120,
-    "axes.spines.top": False, "axes.spines.right": False}
+    "axes.spines.top": False, "axes.spines.right": False,
+    "text.parse_math": False}  # $ stands for itself, as names of files may have it
 
 # What is larger on a slide, so that it can be read from the last row of a lecture hall.
 SLIDE = {
@@ -156,6 +158,10 @@ def save(figure, path: Path, caption: str = "", colours: int = 0) -> Path:
     path = Path(path)
     if not path.suffix:
         path = path.with_suffix(".png")
+
+    # The name of a file may have bytes that are no letters, which no font can draw.
+    for text in figure.findobj(lambda part: hasattr(part, "set_text")):
+        text.set_text(os.fsencode(text.get_text()).decode("utf-8", "replace"))
     path.parent.mkdir(parents=True, exist_ok=True)
     nothing = {".png": {"Software": None}, ".pdf": {"CreationDate": None, "Creator": None}}
     figure.savefig(path, bbox_inches="tight", metadata=nothing.get(path.suffix.lower()))

@@ -1,6 +1,7 @@
 """Claims
 1. The same figure gives the same file, with its caption in it, as PNG and as PDF; a PNG of few
    colours has no more than was said.
+   Names of files, with any letters and bytes, can be drawn.
 2. Pictures of any channels are shown as colours from 0 to 1.
 3. Rows of pictures fill the page, do not overlap, and keep the shapes of the pictures.
 """
@@ -23,6 +24,16 @@ def test_the_same_file(ending, tmp_path):
     first = draw("first", "a network at 48 px")
     assert first == draw("second", "a network at 48 px")
     assert first != draw("third", "another network")
+
+
+def test_names_of_any_letters(tmp_path):
+    """A $ begins no formula, and a byte that is no letter is drawn as the sign for it."""
+    for name in ("a$b_$c", "cost$5$", "caf\udce9"):
+        figure, axes = pyplot().subplots(1, 1, squeeze=False)
+        show(axes[0, 0], torch.zeros(3, 4), name)
+        save(figure, tmp_path / "page.png", name)
+        kept = name.replace("\udce9", "\ufffd")
+        assert axes[0, 0].get_title() == kept and not axes[0, 0].title.get_parse_math()
 
 
 def test_few_colours(tmp_path):
