@@ -41,8 +41,13 @@ def read_file(file: Path | io.BytesIO, channels: int = 3) -> Tensor:
         # What a file is follows from its first bytes, because its name may be wrong or unknown.
         if stream.read(6) == b"\x93NUMPY":
             stream.seek(0)
-            # A pickle in an array could run code, so it is refused.
-            return from_array(np.load(stream, allow_pickle=False), channels)
+            # A pickle in an array could run code, so it is refused. A file whose end is missing
+            # is a broken one, as for a picture; numpy says ValueError to it.
+            try:
+                array = np.load(stream, allow_pickle=False)
+            except (ValueError, EOFError) as error:
+                raise OSError(f"not a readable array ({error})") from None
+            return from_array(array, channels)
 
         # Pillow's own message would show the Python object that it was given. The bytes from a
         # tar file have no name here: the caller knows it.

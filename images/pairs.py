@@ -30,6 +30,7 @@ from torch import Tensor
 
 from augment import RGB, Pixels
 from images.files import EXTENSIONS, in_channels, read_file
+from images.names import list_files
 from machinery.flags import command, user_errors
 
 IGNORE = -1  # in a map of classes: this pixel has no answer, and does not count
@@ -175,6 +176,9 @@ def open_folder(kind: str, argument: str, split: str, root: str, download: bool,
     # has only one part is PATH/images.
     path = Path(argument).expanduser()
     part = path / (split or "train")
+    if not split and (path / "train").is_dir() and (path / "val").is_dir():
+        raise ValueError(f"pairs:{argument} has train and val in it: give one of them, as in "
+                         f"pairs:{argument}:train")
     if split and not part.is_dir():
         raise ValueError(f"pairs:{argument}:{split}: there is no folder {part}")
     top = part if part.is_dir() else path
@@ -232,12 +236,7 @@ def _read_ade20k(file: Path) -> Tensor:
 
 def _files(folder: Path, endings: tuple[str, ...], flag: str) -> list[str]:
     """The names of the files below a folder that end so, sorted; ValueError without any."""
-    # A name that begins with a dot is a file that a system has left there, such as macOS's
-    # ._0001.jpg, which is no image although it ends like one.
-    names = []
-    for file in folder.rglob("*") if folder.is_dir() else ():
-        if file.suffix.lower() in endings and not file.name.startswith("."):
-            names.append(str(file.relative_to(folder)))
+    names = [name for name in list_files(folder) if name.lower().endswith(endings)]
     if not names:
         raise ValueError(f"{flag}: no {', '.join(endings)} files in {folder}")
     return sorted(names)
@@ -251,7 +250,7 @@ def _read_files(files: list[tuple[Path, Path]], channels: int, read_map, i: int)
     if image.suffix.lower() != ".npy":
         with Image.open(image) as photo:
             orientation = photo.getexif().get(ExifTags.Base.Orientation, 1)
-        if orientation != 1:
+        if orientation in range(2, 9):  # 1 is upright; others have no meaning
             raise ValueError(
                 f"{image} is to be turned by its EXIF (orientation {orientation}), "
                 "and its map is not: save it upright")

@@ -1,7 +1,7 @@
 """Claims
 1. Images of 16 bits and of any number of channels are read whole; a miss names both numbers.
 2. Numbers that are no image are refused: integers of more than 16 bits, which would be black, and
-   floats beyond 1.
+   floats beyond 1. An array whose end is missing is a broken file.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from augment import pixels_of
 from images.data import open_images
-from images.files import from_array
+from images.files import from_array, read_file
 
 
 @pytest.mark.parametrize("kind", ["png", "H,W npy", "1,H,W npy", "tif"])
@@ -68,3 +68,11 @@ def test_integers_of_many_bits_are_refused(dtype):
     with pytest.raises(ValueError, match="expected integers of 8 or 16 bits"):
         from_array(np.full((8, 8, 3), 200, dtype), 3)
     assert from_array(np.full((8, 8, 3), 200, np.uint8), 3).max() == 200
+
+
+def test_an_array_whose_end_is_missing(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((5, 8, 8), np.float32))
+    data = (tmp_path / "a.npy").read_bytes()
+    (tmp_path / "a.npy").write_bytes(data[:-100])
+    with pytest.raises(OSError, match="not a readable array"):
+        read_file(tmp_path / "a.npy", 5)

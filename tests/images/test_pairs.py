@@ -110,6 +110,10 @@ def test_an_image_that_is_to_be_turned(folder):
     pairs = open_pairs(MASKS, f"pairs:{folder}:val", read_mask)
     with pytest.raises(ValueError, match="0.jpg is to be turned by its EXIF .orientation 3."):
         pairs[0]
+    exif[0x0112] = 0  # says nothing
+    Image.new("RGB", (9, 6)).save(folder / "val/images/0.jpg", exif=exif)
+    with pytest.raises(ValueError, match="its mask has the class 7"):  # and not: to be turned
+        pairs[0]
 
 
 def test_misfits(folder):
@@ -121,8 +125,15 @@ def test_misfits(folder):
         opened("CIFAR10")
     with pytest.raises(ValueError, match=r"--val_data pairs:/nowhere: no .jpg"):
         opened("pairs:/nowhere")
+    (folder / "train").mkdir()
+    with pytest.raises(ValueError,
+                       match="--val_data pairs:.* has train and val in it: give one"):
+        opened(f"pairs:{folder}")
+    (folder / "train").rmdir()
     with pytest.raises(ValueError, match=r"pairs:.*/val:val: there is no folder"):
         opened(f"pairs:{folder}/val:val")  # which has no part called val: not its images again
+    (folder / "val/images/.ipynb_checkpoints").mkdir()
+    (folder / "val/images/.ipynb_checkpoints/0.jpg").touch()  # is left out
     with pytest.raises(ValueError, match="0.jpg: its mask has the class 7, and there are 3"):
         opened(f"pairs:{folder}:val")[0]
     (folder / "val/masks/1.png").unlink()
