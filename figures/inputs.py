@@ -74,7 +74,7 @@ def read(file: Path, model: VisionTransformer) -> Tensor:
     """A photograph in the channels that the network was trained on: (C, H, W)."""
     try:
         return read_file(file, model.pixels.channels)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # decoders raise exceptions of many kinds
         hint = "" if file.exists() else near_path(file)
         raise UsageError(f"{file}: not a readable image ({error}){hint}") from None
 

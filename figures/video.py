@@ -35,7 +35,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import GifImagePlugin, Image, ImageDraw, ImageFont, ImageSequence
+from PIL import ExifTags, GifImagePlugin, Image, ImageDraw, ImageFont, ImageSequence
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -91,24 +91,29 @@ def open_folder(path: Path, channels: int) -> Frames:
     if not files:
         raise UsageError(f"{path}: a video without frames; expected {', '.join(EXTENSIONS)}")
 
-    # A damaged file, or one of another size, would end a long computation in its middle. The
-    # head of a file tells both, and reading it is quick.
+    # A frame of another size would end a long computation in its middle. The head of a file
+    # tells its size, and whether it has to be turned (orientations 5 to 8); reading it is quick.
     sizes = {}
     for file in files:
         try:
             with Image.open(file) as image:
-                sizes[image.size] = file
-        except OSError as error:
+                lying = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
+                sizes[image.size[::-1] if lying else image.size] = file
+        except Exception as error:  # decoders raise exceptions of many kinds
             raise UsageError(f"{file}: not a readable frame ({error!s:.100})") from None
     if len(sizes) > 1:
         (size, file), (other_size, other) = list(sizes.items())[:2]
         raise UsageError(f"{path}: frames of several sizes, {file.name} has {size[0]} x "
                          f"{size[1]} pixels and {other.name} {other_size[0]} x {other_size[1]}")
 
-    def read(step):
-        return (read_file(file, channels) for file in files[::step])
+    # Only decoding the whole of a file tells that its end is missing.
+    def read_frame(file):
+        try:
+            return read_file(file, channels)
+        except Exception as error:
+            raise UsageError(f"{file}: not a readable frame ({error!s:.100})") from None
 
-    return Frames(len(files), FPS, read)
+    return Frames(len(files), FPS, lambda step: map(read_frame, files[::step]))
 
 
 def open_animation(path: Path, channels: int) -> Frames:
@@ -116,6 +121,7 @@ def open_animation(path: Path, channels: int) -> Frames:
     try:
         with Image.open(path) as image:
             count = getattr(image, "n_frames", 1)
+            image.load()  # before it WebP does not know how long a frame lasts
             milliseconds = image.info.get("duration", 0)
     except OSError as error:
         raise UsageError(f"{path}: not a readable video ({error!s:.100})") from None
@@ -326,13 +332,14 @@ def caption_strip(text: str, width: int) -> Tensor:
 
 
 def side_by_side(panels: list[Tensor], caption: str) -> Tensor:
-    """Panels (H, W, 3) uint8 with a white gap between them, and the caption below."""
+    """Panels (H, W, 3) uint8 with a white gap between them, and the caption, if any, below."""
     gap = torch.full((panels[0].shape[0], 8, 3), 255, dtype=torch.uint8)
     row = []
     for panel in panels:
         row += [panel, gap]
     page = torch.cat(row[:-1], 1)
-    page = torch.cat([page, caption_strip(caption, page.shape[1])])
+    if caption:
+        page = torch.cat([page, caption_strip(caption, page.shape[1])])
 
     # MP4 keeps colours for squares of 2 x 2 pixels, so both sides have to be even. The pixels
     # that are missing are white.
@@ -548,10 +555,13 @@ def draw(arguments: list[str], config: Config) -> Path:
     if config.maps_dir:
         Path(config.maps_dir).mkdir(parents=True, exist_ok=True)
 
+    patch = model.patch_size
+    shown_side = min(fit(torch.zeros(3, height, width), side, patch).shape[1:])
+
     # The pictures are made one by one, whenever the writer asks for the next.
     method = METHODS[config.method](model, config.block)
     caption = (f"{method.title}, block {config.block % model.depth} of 0 to "
-               f"{model.depth - 1}; {Path(config.weights).name}, shorter side {side} px")
+               f"{model.depth - 1}; {Path(config.weights).name}, shorter side {shown_side} px")
     if config.threshold:
         caption += f"; at the right the patches that hold {config.threshold:.0%} of it"
     report = Progress("video", frames.count, process)

@@ -160,7 +160,27 @@ def test_a_video_becomes_a_video(small_backbone, tmp_path):
         draw([str(tmp_path / "maps")], parse(Config, flags.split())))
     assert milliseconds == [200] * 4
     for picture, colours in zip(pictures, kept):
-        assert torch.equal(picture[:24], colours.long())
+        assert torch.equal(picture, colours.long())
+
+
+def test_frames_that_cannot_be_read(folder):
+    names = sorted(folder.iterdir())
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: to be turned by a quarter
+    with Image.open(names[1]) as frame:
+        frame.convert("RGB").save(folder / "x.jpg", exif=exif)
+    with pytest.raises(UsageError, match="frames of several sizes"):
+        open_frames(folder, 3)
+    (folder / "x.jpg").unlink()
+    names[1].write_bytes(names[1].read_bytes()[:-40])
+    with pytest.raises(UsageError, match=f"{names[1].name}: not a readable frame"):
+        list(open_frames(folder, 3).read(1))
+
+
+def test_the_speed_of_a_webp(tmp_path):
+    frames = [Image.new("RGB", (8, 8), (40 * i, 0, 0)) for i in range(3)]
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], duration=100)
+    assert open_frames(tmp_path / "a.webp", 3).fps == 10
 
 
 @pytest.mark.parametrize("kind", ["mp4", "avi"])
