@@ -35,8 +35,10 @@ def traced(batches: Iterable, steps: int, folder: Path, process: Process) -> Ite
 
     # Called by the profiler when the steps are recorded. The format is that of Chrome's tracing,
     # which the page of Perfetto draws without sending the file anywhere.
+    file = folder / "trace.json"
+    file.unlink(missing_ok=True)
+
     def write(profiler):
-        file = folder / "trace.json"
         profiler.export_chrome_trace(str(file))
         process.print(f"wrote {file}: drop it on https://ui.perfetto.dev to see these steps")
 
@@ -46,9 +48,14 @@ def traced(batches: Iterable, steps: int, folder: Path, process: Process) -> Ite
     activities = [ProfilerActivity.CPU]
     if process.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities, schedule=when,
-                                on_trace_ready=write) as profiler:
-        for batch in batches:
-            yield batch
-            # Back here the step is over: the loop asks for the next batch.
-            profiler.step()
+    try:
+        with torch.profiler.profile(activities=activities, schedule=when,
+                                    on_trace_ready=write) as profiler:
+            for batch in batches:
+                yield batch
+                # Back here the step is over: the loop asks for the next batch.
+                profiler.step()
+    finally:
+        if not file.exists():
+            process.print(f"--profile wrote nothing: the first {FIRST_STEPS + 1} steps are not "
+                          "recorded, and the run took no more")

@@ -75,7 +75,7 @@ class Config:
     head_bottleneck_dim: int = 256  # width before the prototypes in the class-token head
     head_nlayers: int = 3  # number of linear layers before the prototypes in the heads
     use_bn_in_head: bool = False  # BatchNorm in the hidden layers of the heads (convnets)
-    norm_last_layer: bool = True  # keep prototypes at length 1; False is better for small ViTs
+    norm_last_layer: bool = True  # keep the gain of each prototype at 1; False: it is learned
     separate_head: bool = False  # give the patches a head of their own
     ibot_n_prototypes: int = 65536  # K of the patch head (with --separate_head)
     ibot_head_bottleneck_dim: int = 256  # width before the prototypes in the patch head

@@ -1,6 +1,7 @@
 """Claims
 1. The batches are the same; the steps that are asked for are recorded, and no others.
-2. A run that is shorter writes what it has; only the main process writes.
+2. A run that is shorter writes what it has, or says that it has nothing; only the main process
+   writes.
 """
 
 import json
@@ -40,3 +41,8 @@ def test_other_processes_write_nothing(tmp_path):
     second = Process(torch.device("cpu"), rank=1, world_size=2)
     assert list(traced(range(9), 1, tmp_path, second)) == list(range(9))
     assert not list(tmp_path.iterdir())
+
+
+def test_too_few_steps(tmp_path, capsys):
+    assert list(traced(range(FIRST_STEPS), 2, tmp_path, CPU)) == list(range(FIRST_STEPS))
+    assert "--profile wrote nothing" in capsys.readouterr().out
