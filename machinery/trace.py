@@ -33,11 +33,11 @@ def traced(batches: Iterable, steps: int, folder: Path, process: Process) -> Ite
         yield from batches
         return
 
-    # Called by the profiler when the steps are recorded. The format is that of Chrome's tracing,
-    # which the page of Perfetto draws without sending the file anywhere.
     file = folder / "trace.json"
     file.unlink(missing_ok=True)
 
+    # Called by the profiler when the steps are recorded. The format is that of Chrome's tracing,
+    # which the page of Perfetto draws without sending the file anywhere.
     def write(profiler):
         profiler.export_chrome_trace(str(file))
         process.print(f"wrote {file}: drop it on https://ui.perfetto.dev to see these steps")
