@@ -223,7 +223,9 @@ class Shards:
 
     def __init__(self, pattern: str, extensions: tuple[str, ...], collect=list):
         """collect: what makes a sequence of the names that come one by one."""
-        self.files = sorted(glob.glob(os.path.expanduser(pattern)))
+        # Without the lists that list_members writes beside them, whole and half-written ones.
+        files = glob.glob(os.path.expanduser(pattern))
+        self.files = sorted(f for f in files if not f.endswith((".index", ".tmp")))
         expected = "expected tar files, as in 'shards:/data/train-*.tar'"
         if not self.files:
             raise ValueError(f"{pattern}: no such file; {expected}")

@@ -220,8 +220,16 @@ def test_the_list_beside_a_shard(shards, tmp_path):
     assert store.Shards(shards, EXTENSIONS).names == first.names
 
 
+def test_the_lists_are_no_shards(shards):
+    pattern = shards.replace("*.tar", "[0-9]*")
+    names = store.Shards(pattern, EXTENSIONS).names  # which writes the lists
+    open(shards.replace("*", "0") + ".index.7.tmp", "w").close()
+    assert os.path.exists(shards.replace("*", "0") + ".index")
+    assert store.Shards(pattern, EXTENSIONS).names == names
+
+
 def test_no_shards_and_half_shards(shards, tmp_path):
-    cases = (("/none/*.tar", "--data /none"), (f"{tmp_path}/*.index", "no whole"),
+    cases = (("/none/*.tar", "--data /none"), (f"{tmp_path}/*.index", "no such file"),
              (tmp_path, f"--data {tmp_path}: .* is no file"))
     for pattern, words in cases:
         open_images(f"shards:{shards}")  # leaves lists, which are no tar files
