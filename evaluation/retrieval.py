@@ -194,9 +194,9 @@ def read_groups(path: str | Path, names: list[str]) -> list[str]:
     # Each path is entered with all of its endings: photos/a/1.jpg, a/1.jpg, 1.jpg. Where two
     # paths end alike, the first one keeps the ending.
     groups = {}
-    for path, group in rows:
-        for i in range(len(path.parts)):
-            ending = str(Path(*path.parts[i:]))
+    for image, group in rows:
+        for i in range(len(image.parts)):
+            ending = str(Path(*image.parts[i:]))
             groups.setdefault(ending, group)
     missing = [name for name in names if str(Path(name)) not in groups]
     if missing:

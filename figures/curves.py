@@ -17,6 +17,7 @@ over the steps since the line before) and one for each evaluation ("knn", "patch
 panels get these rows as dictionaries; training/log.py says what the numbers mean.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -94,7 +95,11 @@ def read_history(run: Path) -> History:
         raise ValueError(f"{run}: no metrics.jsonl in it; is it the directory of a run?")
 
     # A row with a loss is of a log line, one with a k-NN or an mIoU is of an evaluation.
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    # The last line of a run that was killed may be half written: it is left out.
+    rows = []
+    for line in file.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
     steps = [row for row in rows if "loss" in row]
     if not steps:
         raise ValueError(f"{run}: its metrics.jsonl has no step yet")

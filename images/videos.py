@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from images.files import EXTENSIONS, in_channels, read_file
@@ -73,8 +73,13 @@ def video_of_files(name: str, frames: Path, masks: Path, channels: int) -> Video
         try:
             with Image.open(path) as image:
                 sizes[path] = image.size
+                orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         except OSError as error:
             raise UsageError(f"--data: {path} is no image ({error!s:.100})") from None
+        # Whether its mask was made before or after it was turned nobody can tell.
+        if orientation in range(2, 9):
+            raise UsageError(f"--data: {path} is to be turned by its EXIF (orientation "
+                             f"{orientation}), and its mask is not: save it upright")
         if sizes[path] != sizes[paths[0]]:
             raise UsageError("--data: {} has {} x {} pixels, but {} has {} x {}".format(
                 path, *sizes[path], paths[0].name, *sizes[paths[0]]))

@@ -102,7 +102,7 @@ def card_text(folder: Path) -> str:
         if name.endswith("_weight") and value]
 
     # What was left empty has a meaning of its own: images are held out, and weights are random.
-    judged = "images of the same, held out by their names"
+    judged = "images of the same, held out by their names" if config["val_share"] else "nothing"
     if config["val_data"]:
         judged = f"`{config['val_data']}`"
     start = "before training"

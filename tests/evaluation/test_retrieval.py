@@ -142,7 +142,8 @@ def test_groups(tmp_path):
     file = tmp_path / "groups.csv"
     file.write_text("path,group\nimages/a.jpg,x\nimages/b.jpg,x\nimages/c.jpg,y\n")
     assert read_groups(file, ["b.jpg", "images/c.jpg"]) == ["x", "y"]
-    with pytest.raises(ValueError, match="1 of 2 images are not in it, the first d.jpg"):
+    with pytest.raises(ValueError,
+                       match="groups.csv: 1 of 2 images are not in it, the first d"):
         read_groups(file, ["a.jpg", "d.jpg"])
     file.write_text("name,kind\n1,2\n")
     with pytest.raises(ValueError, match="columns path and group"):

@@ -135,3 +135,10 @@ def test_nothing_is_covered_and_all_is_named(tmp_path, panels_of):
         label = legend.axes.xaxis.label.get_window_extent()
         assert not legend.get_window_extent().overlaps(label)
     assert all(axis.get_xlabel() == "step" and axis.get_ylabel() for axis in figure.axes)
+
+
+def test_a_half_written_line_is_left_out(tmp_path):
+    run = write_run(tmp_path / "killed")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')
+    assert [row["step"] for row in read_history(run).steps] == [1, 2, 3]

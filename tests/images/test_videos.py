@@ -98,6 +98,17 @@ def test_broken_data(how, words, tmp_path):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+def test_frames_that_are_to_be_turned(tmp_path):
+    write_video(tmp_path / "bus/images", tmp_path / "bus/masks")
+    exif = Image.Exif()
+    exif[0x0112] = 3  # orientation: upside down
+    file = tmp_path / "bus/images/00002.jpg"
+    with Image.open(file) as image:
+        image.save(file, exif=exif)
+    with pytest.raises(UsageError, match="00002.jpg is to be turned by its EXIF"):
+        open_videos(f"frames:{tmp_path}", 96, 3)
+
+
 @pytest.mark.parametrize("spec, words", [
     ("frames:EMPTY", "found no videos; expected frames:PATH: PATH/NAME/images/*.jpg"),
     ("davis:/none", "found no videos; expected davis:PATH: PATH/JPEGImages/480p/NAME"),

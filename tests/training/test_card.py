@@ -63,6 +63,7 @@ def test_another_version_of_the_code_is_told(tmp_path):
     (dict(init="dinov2_vits14"), "| dinov2_vits14, before training | 28.1% |"),
     (dict(data="folder:a", val_data="folder:b"), "Data: `folder:a`, judged with `folder:b`."),
     (dict(in_chans=1), "images of 1 channels"),
+    (dict(val_data="", val_share=0.0), "judged with nothing."),
     (dict(curriculum=(0.75, 0.5)),
      "- Crops: 112 and 48 pixels until step 1,875, 224 and 96 pixels "
      "until step 2,500.")])
