@@ -211,8 +211,10 @@ def run(extractor: Extractor) -> dict:
     read = partial(read_depth, scale=config.depth_scale)
     val = open_for_patches(extractor, DEPTHS, "val_data", read, size)
 
-    depther = Depther(extractor.model, config.depth_head, config.nearest, config.farthest)
-    depther = depther.to(process.device)
+    # A head answers in the range that it was trained for. With --farthest less of the truth may
+    # count, but the head's answers stay what they are.
+    reach = [settings.get(name, getattr(config, name)) for name in ("nearest", "farthest")]
+    depther = Depther(extractor.model, config.depth_head, *reach).to(process.device)
 
     # The head is read from a file, or trained here. All processes train the same head on the
     # same batches, so one of them saves it.

@@ -31,7 +31,7 @@ from evaluation.knn import top_neighbours
 from evaluation.protocol import Extractor
 from evaluation.segment import confusion, scores
 from images.pairs import IGNORE, MASKS, Pairs, read_mask
-from machinery.flags import require
+from machinery.flags import UsageError, require
 from machinery.process import Process, autocast
 
 # ----------------------------------------------------------------------------------------------
@@ -125,6 +125,8 @@ def patch_knn(model: nn.Module, train: Pairs, val: Pairs, classes: int, size: in
     was_training = model.training
     model.eval()
     bank, labels = patch_bank(model, train, classes, size, process, most, precision)
+    if not len(labels):
+        raise UsageError(f"{train.name}: no patch has a class; is --ignore_label right?")
 
     # The vote, image by image. The shares of the vote are enlarged, and the largest is chosen
     # at each pixel: outlines then run between the patches, and not along their sides.
@@ -137,7 +139,11 @@ def patch_knn(model: nn.Module, train: Pairs, val: Pairs, classes: int, size: in
         votes = F.interpolate(votes, mask.shape, mode="bilinear", align_corners=False)
         counts += confusion(mask, votes.argmax(1)[0].cpu(), classes)
     model.train(was_training)
-    return scores(sum(process.all_gather(counts)))
+    counts = sum(process.all_gather(counts))
+    if not counts.any():
+        raise UsageError(f"{val.name}: every pixel of every mask is ignored; is --ignore_label "
+                         "right?")
+    return scores(counts)
 
 
 # ----------------------------------------------------------------------------------------------

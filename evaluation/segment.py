@@ -266,14 +266,15 @@ def segment(segmenter: Segmenter, image: Tensor, pixels, size: int, config,
                 return segmenter(part).float()
 
         # Windows overlap by a third, because a patch at the border of one sees only half of
-        # what is around it: windows of 512 pixels begin 342 pixels apart.
-        def in_parts(whole):
-            return in_windows(predict, whole, size, stride=-(-size * 2 // 3))
+        # what is around it: windows of 512 pixels begin 341 pixels apart. The answer is enlarged
+        # or shrunk to the image itself, at which the mask is given.
+        def answer(whole):
+            logits = in_windows(predict, whole, size, stride=size * 2 // 3)
+            logits = F.interpolate(logits, (height, width), mode="bilinear",
+                                   align_corners=False)
+            return logits.softmax(1)
 
-        logits = over_flips(in_parts, scaled) if config.flip else in_parts(scaled)
-        # The answer is enlarged or shrunk to the image itself, at which the mask is given.
-        logits = F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)
-        total = total + logits.softmax(1)
+        total = total + (over_flips(answer, scaled) if config.flip else answer(scaled))
     return total.argmax(1)[0].cpu()
 
 

@@ -2,7 +2,7 @@
 1. A random crop shows image and map at the same place, mirrored together; what is outside of
    the image is the mean colour and has no answer. Crops depend on seed, pass and image alone,
    and two processes share the batches of one.
-2. Windows cover an image of any size, and what they answer is averaged where they overlap.
+2. Images are resized in their own shape. Windows cover an image of any size, and what they answer is averaged where they overlap.
 """
 
 import itertools
@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from augment import Pixels
-from evaluation.dense import PairCrops, crop_batches, in_windows, over_flips, window_starts
+from evaluation.dense import (PairCrops, crop_batches, in_windows, over_flips, shape_at,
+                              window_starts)
 from images.pairs import IGNORE, Pairs
 from machinery.process import Process
 
@@ -61,6 +62,10 @@ def test_batches_are_shared():
     for whole, first, second in zip(alone, *parts):
         for i in (0, 1):  # images, maps
             assert torch.equal(torch.stack([first[i], second[i]], 1).flatten(0, 1), whole[i])
+
+
+def test_the_shape_is_kept():
+    assert shape_at(530, 730, 480) == [480, 661] and shape_at(730, 530, 480) == [661, 480]
 
 
 @pytest.mark.parametrize("length, window, stride", [(20, 8, 5), (8, 8, 5), (5, 8, 5),

@@ -171,4 +171,5 @@ def test_the_name_of_a_released_head(small_backbone, rooms, tmp_path, monkeypatc
     assert streets["protocol"].startswith("linear4, ")
     given = run_evaluate(f"{line} --farthest 80 --depth_head linear4 --nearest 0.001")
     assert given["depth"] == streets["depth"]
-    assert run_evaluate(f"{line} --farthest 10")["depth"]["rmse"] < streets["depth"]["rmse"] / 4
+    nearer = run_evaluate(f"{line} --farthest 10")  # what counts; the head answers as before
+    assert nearer["depth"] == streets["depth"]

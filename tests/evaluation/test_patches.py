@@ -2,10 +2,11 @@
 1. The class of a patch is the one that fills most of it, counted pixel by pixel.
 2. The vote equals a plain loop over all labelled patches.
 3. Of images whose colour tells the class the vote is nearly right, and two processes have the
-   figures of one.
+   figures of one. Masks without a class are refused.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from conftest import finish, run_evaluate, start
 from backbones.weights import load_backbone
 from evaluation.patches import classes_of_patches, patch_knn, vote_for_classes
 from images.pairs import IGNORE, MASKS, open_pairs, read_mask
+from machinery.flags import UsageError
 from machinery.process import Process, start_process
 
 
@@ -46,6 +48,15 @@ def test_the_vote_against_a_loop():
 def figures_of(process, weights):
     pairs = [open_pairs(MASKS, f"shapes:{n}", read_mask) for n in (9, 5)]
     return patch_knn(load_backbone(weights), *pairs, 11, 64, process, most=200)
+
+
+def test_nothing_has_a_class(small_backbone):
+    pairs = open_pairs(MASKS, "shapes:3", read_mask)
+    none = replace(pairs, draw=None, read=lambda i:
+                   (pairs.read(i)[0], pairs.read(i)[1] * 0 - 1))
+    for train, val in ((pairs, none), (none, pairs)):
+        with pytest.raises(UsageError, match="is --ignore_label right"):
+            patch_knn(load_backbone(small_backbone), train, val, 11, 64, start_process("cpu"))
 
 
 def write_figures(rank, weights, path):
