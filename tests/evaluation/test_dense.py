@@ -2,7 +2,8 @@
 1. A random crop shows image and map at the same place, mirrored together; what is outside of
    the image is the mean colour and has no answer. Crops depend on seed, pass and image alone,
    and two processes share the batches of one.
-2. Images are resized in their own shape. Windows cover an image of any size, and what they answer is averaged where they overlap.
+2. Images are resized in their own shape. Windows cover an image of any size, and what they
+   answer is averaged where they overlap.
 """
 
 import itertools
