@@ -79,7 +79,7 @@ class EMACenter(NoCenter):
     @torch.no_grad()
     def update(self, logits: Tensor, real: Tensor | None = None, ok: Tensor | bool = True):
         # The mean is over the images of all processes, so that every process has the same
-        # centre.
+        # centre. In a batch without a masked patch it is 0, and moves that centre a little to 0.
         mean = column_mean(logits.flatten(0, -2), real)  # (K,)
         moved = self.momentum * self.center + (1 - self.momentum) * mean
 

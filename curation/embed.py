@@ -211,7 +211,12 @@ def given_axes(folder: str, facts: dict) -> Path:
     if not file.exists():
         raise UsageError(f"--axes_of {folder}: there is no {file}; give the folder of a pool "
                          f"that was embedded with --whiten, or by --weights {HASH}")
-    learned_with = json.loads((Path(folder) / "stage.json").read_text())["embedding"]
+    stage = Path(folder) / "stage.json"
+    if not stage.exists():  # the axes come first, the features after them
+        raise UsageError(
+            f"--axes_of {folder}: that pool is not embedded to its end; repeat its "
+            "command first")
+    learned_with = json.loads(stage.read_text())["embedding"]
     different = [name for name in facts if facts[name] != learned_with.get(name)]
     if different:
         raise UsageError(

@@ -70,6 +70,7 @@ def run(words: list[str], config: Config, process: Process) -> dict:
         label = images.classes[images.labels[i]].replace("/", "-") if images.labels else ""
         names.append(Path("images") / label / f"{i:07d}.png")
     broken = 0
+    copies = len(edit_of)
 
     # One process writes. It is no work for a large pool: to find a threshold some thousand
     # images are enough.
@@ -82,6 +83,7 @@ def run(words: list[str], config: Config, process: Process) -> dict:
             except Exception as error:  # decoders raise exceptions of many kinds
                 process.print(f"left out: {images.names[i]}: {first_line(error)}")
                 broken += 1
+                copies -= i in edit_of
                 continue
             write_png(folder / name, image)
             rows.append((name, i, ""))
@@ -98,9 +100,9 @@ def run(words: list[str], config: Config, process: Process) -> dict:
             csv.writer(file).writerows([("path", "group", "edit"), *rows])
     process.barrier()
     process.print(
-        f"plant: {len(images) - broken:,d} images of {words[0]} and {len(edit_of):,d} copies "
+        f"plant: {len(images) - broken:,d} images of {words[0]} and {copies:,d} copies "
         f"in {folder}/images")
-    return {"images": len(images), "copies": len(edit_of)}
+    return {"images": len(images) - broken, "copies": copies}
 
 
 def write_png(path: Path, image):

@@ -64,9 +64,9 @@ def knn_vote(similarities: Tensor, labels: Tensor, temperature: float = 0.07,
     Each neighbour votes for its label with weight exp(similarity / temperature). At .07 a
     cosine of .9 counts four times as much as one of .8. Example with k = 3:
 
-        similarities   .90     .80     .80         weights, divided by exp(.80 / .07)
+        similarities   .90     .80     .80         weights, divided by exp(.90 / .07)
         labels          2       0       0
-        weights        4.2     1.0     1.0     --> class 2 has 4.2 votes, class 0 has 2.0
+        weights        1.0     .24     .24     --> class 2 has 1.0 votes, class 0 has .48
 
     So the answer is 2, and second 0. Class 1 has no vote at all: the places that are left over
     are -1, which is no class.

@@ -140,7 +140,8 @@ def create_run_dir(folder: Path, config: Config, process: Process, images: int):
 
     With --no_resume an old run in the same place is removed first.
     """
-    # Only what a run has written is removed, by name: the folder may hold other files.
+    # Only what a run has written is removed, by name: the folder may hold other files. The heads
+    # of a distillation's teacher are a run of their own, which begins anew by the same flag.
     if not config.resume:
         for name in ("checkpoint", "code", "snapshots"):
             shutil.rmtree(folder / name, ignore_errors=True)
