@@ -187,6 +187,14 @@ def test_which_clusters_are_taken(tmp_path):
                      Config(n_clusters=500, output_dir=str(tmp_path / "x")), CPU)
 
 
+def test_clusters_are_made_in_full_precision(tmp_path):
+    torch.set_float32_matmul_precision("high")  # as `embed --precision tf32` leaves it
+    make_pool(tmp_path / "pool", unit_rows(30, 8))
+    clusters.run([str(tmp_path / "pool")], Config(n_clusters=3,
+                                                  output_dir=str(tmp_path / "out")), CPU)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_a_sample_is_of_its_cluster():
     numbers = np.array([2, 0, 1, 2, 2, 0, 2])
     rows = np.arange(7) * 10

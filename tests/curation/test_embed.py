@@ -87,6 +87,10 @@ def test_a_whitening_is_taken_over(small_backbone, photos, tmp_path):
                        match="--axes_of .*/a: .* another descriptor .class, here copy"):
         stage(data, tmp_path / "c", small_backbone, axes_of=str(tmp_path / "a"),
               descriptor="copy")
+    (tmp_path / "a/stage.json").unlink()
+    with pytest.raises(UsageError,
+                       match="--axes_of .*/a: that pool is not embedded to its end"):
+        stage(data, tmp_path / "c", small_backbone, axes_of=str(tmp_path / "a"))
 
 
 def test_another_network_of_the_same_weights(small_backbone, photos, tmp_path):

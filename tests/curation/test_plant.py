@@ -48,6 +48,8 @@ def test_planted_copies(tmp_path):
 def test_a_broken_image_and_a_class_of_any_bytes(photos, tmp_path, capsys):
     (photos / "cats/05.png").write_bytes(b"no image")
     (photos / "dogs").rename(photos / "d\udce9gs")
+    every = Config(output_dir=str(tmp_path / "every"), share=1)
+    assert plant.run([f"folder:{photos}"], every, CPU) == {"images": 23, "copies": 23}
     plant.run([f"folder:{photos}"], Config(output_dir=str(tmp_path / "a"), share=0), CPU)
     printed = capsys.readouterr().out
     assert "left out: cats/05.png" in printed and "plant: 23 images" in printed

@@ -16,11 +16,13 @@ import torch
 from conftest import run_evaluate
 from PIL import Image
 
+from augment import RGB
 from backbones.dense_heads import SegmentationHead
 from evaluation.dense import with_protocol
-from evaluation.segment import PROTOCOLS, Config, confusion, read_segmenter, scores
+from evaluation.segment import PROTOCOLS, Config, confusion, read_segmenter, scores, segment
 from images.pairs import IGNORE
 from machinery.flags import parse
+from machinery.process import start_process
 from vit import VisionTransformer
 
 
@@ -84,6 +86,19 @@ def test_protocols():
     assert config.steps == 7 and config.last_blocks == 4 and config.image_size == 640
     config = with_protocol(parse(Config, []), PROTOCOLS)
     assert config.steps == 300 and config.head_batch == 16
+
+
+def test_probabilities_are_averaged_over_mirror_images():
+    """Class 2 would win by the mean of the logits, and class 1 wins by that of probabilities."""
+    answers = iter([[4.0, 0, 3], [0, 5.0, 3]])  # for the image, for its mirror image
+
+    def segmenter(part):
+        return torch.tensor(next(answers))[None, :, None, None].expand(1, 3, 16, 16)
+
+    segmenter.patch_size = 8
+    config = Config(scales=(1.0,), flip=True, precision="fp32")
+    classes = segment(segmenter, torch.zeros(3, 16, 16), RGB, 16, config, start_process("cpu"))
+    assert (classes == 1).all()
 
 
 def test_a_head_goes_where_its_backbone_is(tmp_path):
