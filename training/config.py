@@ -12,6 +12,7 @@ Change   a new setting is one field of Config; a weight of a new loss is called 
 Tests    pytest tests/training/test_config.py
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -89,7 +90,7 @@ class Config:
     photometry: Literal[*PHOTOMETRY] = "dino"  # table of colour changes for the crops
     # Small crops first: pairs of a share of the steps and a factor on both crop sizes. With 0.75
     # 0.5 the first three quarters of the steps have crops of half the size; the rest, as always,
-    # of the whole size.
+    # of the whole size. A smaller local crop covers less of the image: see `stages`, below.
     curriculum: tuple[float, ...] = ()  # share and crop factor of each early stage; empty: none
     # -- masks
     mask_probability: float = 0.5  # share of the global crops with a mask (if --ibot_weight)
@@ -161,8 +162,7 @@ class Config:
 
     def sharers(self, process: Process) -> int:
         """How many processes hold one copy of the network together."""
-        sizes = {"ddp": 1, "fsdp": process.world_size, "hsdp": process.node_size}
-        return sizes[self.parallel]
+        return {"ddp": 1, "fsdp": process.world_size, "hsdp": process.node_size}[self.parallel]
 
     @property
     def learns_patches(self) -> bool:
@@ -179,24 +179,26 @@ class Config:
     @property
     def objectives(self) -> dict[str, int]:
         """What has targets: "dino" (class tokens), "ibot" (patches) -> number of prototypes."""
-        prototypes = {}
+        counts = {}
         if self.dino_weight:
-            prototypes["dino"] = self.n_prototypes
+            counts["dino"] = self.n_prototypes
 
         # Without a head of their own the patches go through the head of the class tokens.
         if self.learns_patches:
-            own_head = self.separate_head
-            prototypes["ibot"] = self.ibot_n_prototypes if own_head else self.n_prototypes
-        return prototypes
+            counts["ibot"] = self.ibot_n_prototypes if self.separate_head else self.n_prototypes
+        return counts
 
     def stages(self, total: int) -> list[tuple[int, "Config"]]:
         """(step at which it ends, its Config) of each stage of a run of `total` steps, in order.
 
-        Stages differ in the crop sizes, which are whole numbers of patches, nearest to what
-        --curriculum says; without it there is one stage. FastDINOv2 (Zhang 2025) fig. 1.
+        Stages differ in the sizes of their crops, which are whole numbers of patches, and in the
+        share of an image that a local crop covers; without --curriculum there is one stage.
+        FastDINOv2 (Zhang 2025) fig. 1; that local crops cover less is our addition.
 
-        Example: with 0.75 0.5, patches of 5 pixels and 2,500 steps, crops of 40 and 25 pixels
-        are of 20 and 15 pixels until step 1,875: half of 25 is 2.5 patches, made 3.
+        Example: with 0.75 0.65, patches of 5 pixels and 2,500 steps, crops of 40 and 25 pixels
+        are of 25 and 20 pixels until step 1,875: 40 * 0.65 = 26 pixels are 5.2 patches, made 5,
+        and 25 * 0.65 = 16.25 pixels are 3.25 patches, made 4. Local crops of 0.1 to 0.4 of an
+        image cover 0.064 to 0.256 of it until then, because (20 / 25)^2 = 0.64.
         """
         # A convnet has no patches: its crops are whole numbers of pixels.
         p = 1 if self.convnet else self.patch_size
@@ -206,11 +208,17 @@ class Config:
         # The last stage has the sizes of this Config, and whatever is left of the steps.
         for share, factor in zip(self.curriculum[::2], self.curriculum[1::2]):
             done += share
-            sizes = {}
-            for name in ("global_crops_size", "local_crops_size"):
-                patches = int(getattr(self, name) * factor / p + 0.5)
-                sizes[name] = max(patches, 1) * p
-            stages.append((round(done * total), replace(self, **sizes)))
+            size = max(int(self.global_crops_size * factor / p + 0.5), 1) * p
+
+            # A local crop is rounded up, because it has few patches to begin with. It covers
+            # less of the image, so that its pixels are as large as those of the whole size: it
+            # shows the texture that a smaller picture of the same part would lose.
+            local = math.ceil(round(self.local_crops_size * factor / p, 6)) * p
+            less = (local / self.local_crops_size)**2
+            covered = tuple(less * part for part in self.local_crops_scale)
+            stages.append((round(done * total),
+                           replace(self, global_crops_size=size, local_crops_size=local,
+                                   local_crops_scale=covered)))
         return [*stages, (total, self)]
 
     def masking(self, rank: int = 0) -> Masking | None:

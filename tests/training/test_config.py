@@ -125,24 +125,40 @@ def test_a_new_entry_can_be_used_at_once(tmp_path):
 # ----------------------------------------------------------------------------------------------
 # Stages
 
+CROPS = ("--patch_size 5 --global_crops_size 40 --local_crops_size 25 "
+         "--local_crops_scale 0.1 0.4").split()
+
 
 @pytest.mark.parametrize(
     "flags, total, stages",
     [
         ("", 2500, [(2500, 40, 25)]),
-        # The example of Config.stages; and DINO's and DINOv2's crops at half their size.
-        ("--curriculum 0.75 0.5", 2500, [(1875, 20, 15), (2500, 40, 25)]),
+        # The example of Config.stages: 26 pixels are rounded down, 16.25 are rounded up.
+        ("--curriculum 0.75 0.65", 2500, [(1875, 25, 20), (2500, 40, 25)]),
         ("--curriculum 0.5 0.5 0.25 0.8", 10, [(5, 20, 15), (8, 30, 20), (10, 40, 25)]),
+        # Three whole patches stay three.
+        ("--curriculum 0.5 0.6", 2, [(1, 25, 15), (2, 40, 25)]),
         ("--curriculum 0.5 0.01", 3, [(2, 5, 5), (3, 40, 25)]),  # one patch at least
         ("--curriculum 0.5 0.5 --arch resnet18", 4, [(2, 20, 13), (4, 40, 25)])])
 def test_stages(flags, total, stages):
-    sizes = "--global_crops_size 40 --local_crops_size 25 --patch_size 5"
-    config = parse(Config, [*sizes.split(), *flags.split()])
+    config = parse(Config, [*CROPS, *flags.split()])
     found = config.stages(total)
     assert [(last, c.global_crops_size, c.local_crops_size) for last, c in found] == stages
     assert found[-1][1] is config
-    for _, stage in found:  # nothing else differs
-        assert dataclasses.replace(stage, global_crops_size=40, local_crops_size=25) == config
+    for _, stage in found:  # nothing else differs, but for what a local crop covers
+        as_at_the_end = dict(global_crops_size=40, local_crops_size=25,
+                             local_crops_scale=config.local_crops_scale)
+        assert dataclasses.replace(stage, **as_at_the_end) == config
+
+
+@pytest.mark.parametrize("factor", [0.2, 0.5, 0.65, 0.99])
+def test_local_crops_of_a_stage_are_not_enlarged_or_reduced(factor):
+    """A pixel of a local crop is as large a part of the image as at the end of the run."""
+    config = parse(Config, [*CROPS, "--curriculum", "0.5", str(factor)])
+    stage = config.stages(100)[0][1]
+    for early, late in zip(stage.local_crops_scale, config.local_crops_scale):
+        assert early**0.5 / stage.local_crops_size == pytest.approx(late**0.5 / 25)
+    assert stage.global_crops_scale == config.global_crops_scale
 
 
 def test_half_of_the_papers_crops():
