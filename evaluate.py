@@ -56,9 +56,9 @@ def run_all(extractor: Extractor) -> dict:
             if field.name in flags_of_all():
                 values[field.name] = getattr(extractor.config, field.name)
         config = task.Config(**values)
-        # Several tasks write a head.pt: each has a folder of its own in --output_dir.
-        if config.output_dir:
-            config.output_dir = str(Path(config.output_dir) / name)
+        # Several tasks write a head.pt: each has a folder of its own. It is not that of the task
+        # when it runs alone, whose results and unfinished training are left as they are.
+        config.output_dir = str(Path(config.output_dir or "evaluations/all") / name)
         if hasattr(task, "on_report_card"):
             config = task.on_report_card(config, extractor.model)
         if config is None:
@@ -82,7 +82,8 @@ def flags_of_all() -> set[str]:
 
     Example: --epochs and --seed of several protocols are one flag of `all`. But --temperature
     is .07 in knn and .1 in video: `all` does not have it, and each keeps its own. Nor does it
-    have --head, because a head fits the task that it was trained for, and no other.
+    have --head, because a head fits the task that it was trained for, and no other; or --lr,
+    which is the rate of SGD for linear probes, and of AdamW for a whole network.
     """
     # Two protocols mean the same by a flag if its type and its default are the same: a flag of
     # `all` has one default, and no protocol is to change because it runs beside others.
@@ -90,7 +91,7 @@ def flags_of_all() -> set[str]:
     for task in judging_tasks().values():
         for field in dataclasses.fields(task.Config):
             meanings.setdefault(field.name, set()).add((str(field.type), str(field.default)))
-    return {name for name, several in meanings.items() if len(several) == 1} - {"head"}
+    return {name for name, several in meanings.items() if len(several) == 1} - {"head", "lr"}
 
 
 def config_of_all() -> type:

@@ -112,6 +112,8 @@ def _classifier(name: str):
     """The function that torch.hub.load calls for NAME_lc."""
 
     def load(pretrained: bool = True, layers: int = 4, weights: str = "", img_size: int = 0):
+        if name.startswith("dinov2") and layers not in (1, 4):
+            raise ValueError(f"layers = {layers}: the classifiers of {name} read 1 or 4 blocks")
         with _our_modules():
             model = hub.backbone(name, pretrained, img_size=img_size)
             # Meta has classifiers for DINOv2 only. Those of DINO are ours alone, and read the

@@ -40,7 +40,7 @@ def hf_config(model: nn.Module) -> dict:
     """config.json of a Vision Transformer, by which AutoModel builds it again."""
     # What the three kinds have in common. Their names for it are those of BERT.
     kind = hf_type(model.state_dict())
-    options = architecture(model.state_dict())
+    options = architecture(model.state_dict(), None, model.num_heads)
     config = dict(hidden_size=model.embed_dim, num_hidden_layers=model.depth,
                   num_attention_heads=model.num_heads, hidden_act="gelu",
                   layer_norm_eps=model.norm.eps, image_size=model.img_size,

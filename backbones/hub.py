@@ -141,7 +141,7 @@ def head_file(weights: str, released: str, data_sets: dict) -> str:
     """
     if weights.lower() in data_sets:
         return released
-    if not Path(weights).expanduser().is_file() and "://" not in weights:
+    if not Path(weights).expanduser().is_file():
         choices = ", ".join(name.upper() for name in data_sets)
         raise ValueError(f"weights={weights!r}: expected {choices}, or the file of a head")
     return weights

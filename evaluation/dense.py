@@ -99,20 +99,23 @@ def open_for_patches(extractor: Extractor, table: dict, flag: str, read_map,
     return pairs.drawn_at(size)
 
 
-def common_classes(
+def with_common_classes(
     train: Pairs, val: Pairs, process: Process,
-    flags: tuple[str, str] = ("--data", "--val_data")) -> list[str]:
-    """The names of the classes 0, 1, ... of two sets; UsageError if they are not the same ones.
+    flags: tuple[str, str] = ("--data", "--val_data")) -> tuple[Pairs, Pairs]:
+    """Two sets with the same names of the classes 0, 1, ...; UsageError if theirs differ.
 
-    Where nothing names them, there are as many as the largest number in any of the masks says.
+    Where one set has names, they are those of the other, too, whose masks then may have no
+    further class: Pairs refuses a mask that has. Where nothing names the classes, there are as
+    many as the largest number in any of the masks says.
     """
     # A head answers with numbers. If class 3 were a road in one set and the sky in the other,
     # the figures would mean nothing, and nobody would see why.
     if train.classes and val.classes and train.classes != val.classes:
         raise UsageError(f"{flags[1]} has other classes than {flags[0]}: {val.classes[:3]} ... "
                          f"instead of {train.classes[:3]} ...")
-    if train.classes or val.classes:
-        return train.classes or val.classes
+    names = train.classes or val.classes
+    if names:
+        return replace(train, classes=names), replace(val, classes=names)
 
     # All masks of both have to be read once for this.
     largest = -1
@@ -125,7 +128,8 @@ def common_classes(
     if largest < 0:
         raise UsageError(f"{flags[0]}: every pixel of every mask is ignored; is --ignore_label "
                          "right?")
-    return [f"class {c}" for c in range(largest + 1)]
+    names = [f"class {c}" for c in range(largest + 1)]
+    return replace(train, classes=names), replace(val, classes=names)
 
 
 # ----------------------------------------------------------------------------------------------

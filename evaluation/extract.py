@@ -130,8 +130,8 @@ def gather(rows: Tensor, total: int, process: Process) -> Tensor:
 # Labels
 
 
-def same_labels(bank: Images, queries: Images) -> Tensor:
-    """Labels of the queries in the numbers of the bank, (n,).
+def same_labels(bank: Images, queries: Images, flag: str = "--val_data") -> Tensor:
+    """Labels of the queries, which `flag` names, in the numbers of the bank, (n,).
 
     Numbers follow the sorted names of the classes, and a split may lack a class: so classes are
     matched by name. ValueError if the queries have a class that the bank has not, or has twice.
@@ -149,8 +149,7 @@ def same_labels(bank: Images, queries: Images) -> Tensor:
     # A class that the bank lacks could never be answered: it may be a typing error in a name.
     unknown = sorted(set(queries.classes) - set(bank.classes))
     if unknown:
-        raise ValueError(
-            f"--val_data has classes that --data has not: {', '.join(unknown[:5])}")
+        raise ValueError(f"{flag} has classes that --data has not: {', '.join(unknown[:5])}")
     return torch.tensor([bank.classes.index(name) for name in queries.classes])[labels]
 
 

@@ -225,7 +225,7 @@ class PatchJudge:
 
     def __init__(self, config: Config, process: Process, folder: Path, epoch_steps: int):
         # Imported here, because few runs ask for it. 150 images suffice to see a trend.
-        from evaluation.dense import common_classes
+        from evaluation.dense import with_common_classes
         from images.pairs import MASKS, open_pairs, read_mask
 
         def open_few(flag: str, most: int):
@@ -237,11 +237,10 @@ class PatchJudge:
         self.process = process
         self.folder = folder
         self.epoch_steps = epoch_steps
-        self.bank = open_few("dense_data", 100)
-        self.queries = open_few("dense_val_data", 50)
-
+        bank = open_few("dense_data", 100)
+        queries = open_few("dense_val_data", 50)
         flags = ("--dense_data", "--dense_val_data")
-        self.classes = len(common_classes(self.bank, self.queries, process, flags))
+        self.bank, self.queries = with_common_classes(bank, queries, process, flags)
 
     def __call__(self, backbone: nn.Module, step: int, figures: dict):
         """Judge the backbone after this step; log the figure, and keep it in `figures`.
@@ -256,7 +255,7 @@ class PatchJudge:
         bank = self.bank.drawn_at(size)
         queries = self.queries.drawn_at(size)
         with torch.compiler.set_stance("force_eager"):
-            miou = patch_knn(backbone, bank, queries, self.classes, size, self.process,
+            miou = patch_knn(backbone, bank, queries, len(bank.classes), size, self.process,
                              precision=self.config.precision)["miou"]
         figures["patch_miou"] = miou
         record(self.folder, dict(step=step, patch_miou=miou), self.process)

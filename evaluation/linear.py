@@ -17,6 +17,7 @@ Letters  B rows of a batch, D width, n blocks, L learning rates, C classes, b be
          (five), w columns of one kind of input.
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -228,10 +229,19 @@ def run(extractor: Extractor) -> dict:
     model = extractor.model
     train = open_labelled(extractor)
     if config.head:
-        return judge_head(extractor, train, open_head(config.head))
+        state = open_head(config.head)
+        out = judge_head(extractor, train, state)
+        if config.test_data:
+            out["test"] = judge_head(extractor, train, state, "test_data")["linear"]
+        return out
+
+    # What is needed only after the training is asked for once now, so that a wrong flag is
+    # refused before it.
     val, labels = open_judged(extractor, train)
-    if config.real_labels:  # asked of the right answers, so that a wrong file is refused now
+    if config.real_labels:
         real_accuracy(labels, val.names, config.real_labels)
+    if config.test_data:
+        open_judged(extractor, train, "test_data")
     blocks, pools, lrs, epochs = grid(config, model)
     kinds = kinds_of_input(model.embed_dim, blocks, pools)
 
@@ -349,11 +359,12 @@ def sweep(extractor: Extractor, train: Images, read: Blocks, kinds: dict, lrs,
     # What the probes become depends on all of this. It is kept in the checkpoint, because the
     # training of other probes must not be continued.
     inputs = [title(kind) for kind in kinds]
+    labels = hashlib.sha256(repr((train.labels, train.classes)).encode()).hexdigest()
     settings = {
         "weights": extractor.sha256, "network": extractor.network,
-        "data": extractor.hash_of(train), "inputs": inputs, "lr": list(lrs), "epochs": epochs,
-        "batch_size": batch, "image_size": extractor.size, "precision": config.precision,
-        "seed": config.seed}
+        "data": extractor.hash_of(train), "labels": labels, "inputs": inputs, "lr": list(lrs),
+        "epochs": epochs, "batch_size": batch, "image_size": extractor.size,
+        "precision": config.precision, "seed": config.seed}
     folder = results_folder(config, "linear") / UNFINISHED
     start = continue_from(folder, probes, settings, config.resume, process)
 
@@ -438,6 +449,9 @@ def judge_head(extractor: Extractor, train: Images, state: dict, flag: str = "va
 
     # On which tokens the head was trained follows from its number of columns, unless the flags
     # say it: two blocks have as many columns as one block with the mean patch.
+    if config.avgpool_patchtokens is not None and not config.n_last_blocks and not kind:
+        raise UsageError("--avgpool_patchtokens says what --head reads only together with "
+                         "--n_last_blocks; give both or neither")
     if config.n_last_blocks:
         kind = kind or (config.n_last_blocks, bool(config.avgpool_patchtokens))
     try:

@@ -118,10 +118,13 @@ def run(extractor: Extractor) -> dict:
     networks = {config.weights: extractor.model}
     networks["the same, untrained"] = untrained_like(extractor.model).to(process.device)
     for what in config.others:
-        other = load_backbone(what, config.checkpoint_key)
+        other = load_backbone(what, config.checkpoint_key, config.num_heads)
         if not hasattr(other, "blocks"):
             raise UsageError(f"--others {what}: a convnet has no attention; expected Vision "
                              "Transformers")
+        if other.pixels.channels != pairs.pixels.channels:
+            raise UsageError(f"--others {what}: takes {other.pixels.channels} channels, and "
+                             f"--weights {config.weights} {pairs.pixels.channels}")
         networks[what] = other.to(process.device)
 
     table = {}

@@ -25,8 +25,8 @@ from torchvision.transforms.v2 import functional as TF
 
 from augment import normalise
 from backbones.dense_heads import at_pixels, frame, patch_maps
-from evaluation.dense import (PairsConfig, can_judge, common_classes, in_order,
-                              open_for_patches, shape_at, side_of_crops)
+from evaluation.dense import (PairsConfig, can_judge, in_order, open_for_patches, shape_at,
+                              side_of_crops, with_common_classes)
 from evaluation.knn import top_neighbours
 from evaluation.protocol import Extractor
 from evaluation.segment import confusion, scores
@@ -178,8 +178,8 @@ def run(extractor: Extractor) -> dict:
     # are often sorted by what they show, so they are taken evenly spread from the whole set.
     train = open_for_patches(extractor, MASKS, "data", read, size).spread_out(config.most)
     val = open_for_patches(extractor, MASKS, "val_data", read, size).spread_out(config.most)
-    classes = common_classes(train, val, process)
-    figures = patch_knn(extractor.model, train, val, len(classes), size, process,
+    train, val = with_common_classes(train, val, process)
+    figures = patch_knn(extractor.model, train, val, len(train.classes), size, process,
                         config.neighbours, config.most_patches, config.precision)
     how = f"{config.neighbours} neighbours, {len(train):,d} images vote, {size} px"
     process.print(f"patches: {how}, {len(val):,d} images judged\n  mIoU {figures['miou']:.2%}, "

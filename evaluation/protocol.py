@@ -291,7 +291,7 @@ def open_labelled(extractor: Extractor, flag: str = "data") -> Images:
 
 def open_judged(extractor: Extractor, train: Images,
                 flag: str = "val_data") -> tuple[Images, Tensor]:
-    """(images of --val_data, their labels in the numbers of the classes of `train`).
+    """(images of `flag`, their labels in the numbers of the classes of `train`).
 
     UsageError if a class to be judged has no image to learn from.
     """
@@ -301,7 +301,7 @@ def open_judged(extractor: Extractor, train: Images,
     images = open_labelled(extractor, flag)
     if config.class_mapping:
         images = replace(images, classes=mapped_classes(config.class_mapping, flag, images))
-    labels = same_labels(train, images)
+    labels = same_labels(train, images, f"--{flag}")
 
     # A class without an image to learn from could never be answered: every image of it would
     # count as an error, and nobody would see why.

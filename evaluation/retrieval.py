@@ -181,23 +181,32 @@ def read_groups(path: str | Path, names: list[str]) -> list[str]:
     """A .csv with the columns path and group -> the group of each of `names`.
 
     Images of one group are right for each other. Paths may be longer than names: photos/a/1.jpg
-    in the file is the group of a/1.jpg. ValueError if the file cannot be read, or a name is not
-    in it.
+    in the file is the group of a/1.jpg. ValueError if the file cannot be read, if a row has an
+    empty path or group, or if a name is not in it.
     """
     try:
-        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-            rows = [(Path(row["path"]), row["group"]) for row in csv.DictReader(file)]
+        # utf-8-sig: spreadsheets put a mark of three bytes before the first column.
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            rows = [(row["path"], row["group"]) for row in csv.DictReader(file)]
     except (OSError, KeyError, UnicodeDecodeError) as error:
         raise ValueError(
             f"--groups {path}: expected a .csv file with the columns path and group "
             f"({error!s:.100})") from None
-    # Each path is entered with all of its endings: photos/a/1.jpg, a/1.jpg, 1.jpg. Where two
-    # paths end alike, the first one keeps the ending.
-    groups = {}
+
+    # All images without a group would be taken for one group, and be right for each other.
+    for number, row in enumerate(rows, 1):
+        if not all(row):
+            raise ValueError(f"--groups {path}: row {number} below the header has no "
+                             f"{'group' if row[0] else 'path'}; an image that belongs to no "
+                             "other needs a group of its own")
+
+    # A name is looked for among the whole paths first, and then among their endings:
+    # photos/a/1.jpg has a/1.jpg and 1.jpg. Where two paths end alike, the first one keeps it.
+    groups = {str(Path(image)): group for image, group in rows}
     for image, group in rows:
-        for i in range(len(image.parts)):
-            ending = str(Path(*image.parts[i:]))
-            groups.setdefault(ending, group)
+        parts = Path(image).parts
+        for i in range(1, len(parts)):
+            groups.setdefault(str(Path(*parts[i:])), group)
     missing = [name for name in names if str(Path(name)) not in groups]
     if missing:
         raise ValueError(
@@ -265,6 +274,9 @@ def run(extractor: Extractor) -> dict:
     elif config.groups:
         images = extractor.open("data")
         groups = np.array(read_groups(config.groups, images.names))
+        if len(set(groups)) == len(groups):  # an image is not compared with itself
+            raise UsageError(f"--groups {config.groups}: no two images of --data {config.data} "
+                             "have the same group, so there is nothing to be found")
         rows = whole_features(images, name)
         numbers = torch.arange(len(images))
 

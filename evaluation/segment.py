@@ -32,9 +32,9 @@ from torchvision.transforms.v2 import functional as TF
 from augment import normalise
 from backbones.dense_heads import SegmentationHead, Segmenter, at_pixels, read_dense_head
 from backbones.weights import load_strictly
-from evaluation.dense import (PairsConfig, can_judge, common_classes, crop_batches, in_windows,
+from evaluation.dense import (PairsConfig, can_judge, crop_batches, in_windows,
                               open_for_patches, over_flips, page_of_rows, shape_at,
-                              side_of_crops, with_protocol)
+                              side_of_crops, with_common_classes, with_protocol)
 from evaluation.extract import gather
 from evaluation.protocol import Extractor, results_folder
 from images.pairs import IGNORE, MASKS, Pairs, read_mask
@@ -147,7 +147,8 @@ def run(extractor: Extractor) -> dict:
     read = partial(read_mask, ignore_label=config.ignore_label)
     train = open_for_patches(extractor, MASKS, "data", read, size)
     val = open_for_patches(extractor, MASKS, "val_data", read, size)
-    classes = common_classes(train, val, process)
+    train, val = with_common_classes(train, val, process)
+    classes = train.classes
 
     # The head is read from a file, or trained here. All processes train the same head on the
     # same batches, so one of them saves it.
@@ -207,6 +208,8 @@ def train_segmenter(backbone, train: Pairs, classes: int, size: int, config,
     # alone: nothing of the backbone changes.
     torch.manual_seed(config.seed)
     n = config.last_blocks
+    if n > backbone.depth:
+        raise UsageError(f"--last_blocks {n}: the network has {backbone.depth}")
     head = SegmentationHead(n * backbone.embed_dim, classes)
     segmenter = Segmenter(backbone, head, n).to(process.device)
     optimizer = torch.optim.AdamW(head.parameters(), config.head_lr, weight_decay=1e-4)

@@ -333,6 +333,12 @@ def test_classifiers(name, layers, file, columns, monkeypatch, tmp_path):
         assert other(images).shape == (2, 1000) and other.blocks == model.blocks
 
 
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_classifiers_of_other_blocks(pretrained):
+    with pytest.raises(ValueError, match="layers = 3: the classifiers of dinov2_vits14 read 1"):
+        hubconf.dinov2_vits14_lc(pretrained=pretrained, layers=3)
+
+
 # -- heads for every pixel
 #
 # Names and shapes of Meta's depthers, which its code gives for DepthEncoderDecoder: a backbone of

@@ -41,6 +41,8 @@ def test_labels_go_by_names():
     assert same_labels(bank, some).tolist() == [1, 2]
     with pytest.raises(ValueError, match="--val_data has classes that --data has not: cat"):
         same_labels(some, bank)
+    with pytest.raises(ValueError, match="--test_data has classes that --data has not: cat"):
+        same_labels(some, bank, "--test_data")
 
 
 def test_a_name_of_two_classes_is_refused():

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from conftest import Killed, finish, run_evaluate, start
 
 from backbones.classifier import Blocks, kinds_of_input
+from evaluation import linear
 from evaluation.linear import LRS, Probes, continue_from, real_accuracy
 from machinery.checkpoints import save_checkpoint
 from machinery.process import start_process
@@ -118,6 +119,9 @@ def test_saved_head(small_backbone, photos, tmp_path):
         assert judged_again["linear"][key] == trained["linear"][key]
     tested = run_evaluate(line, **flags, test_data=f"folder:{photos}")
     assert tested["test"]["top1"] == tested["linear"]["top1"]
+    assert run_evaluate(line, **with_head, test_data=f"folder:{photos}")["test"] == {
+        key: value
+        for key, value in judged_again["linear"].items()}
     state = torch.load(tmp_path / "head.pt")
     state["bias"] += torch.tensor([0.0, 100.0])  # it now answers dog, whatever it is shown
     torch.save(state, tmp_path / "head.pt")
@@ -160,6 +164,30 @@ def test_a_part_of_the_grid_ends_as_in_the_whole(small_backbone, tmp_path):
     whole = run_evaluate(line, output_dir=tmp_path)["probes"]
     part = run_evaluate(f"{line} --n_last_blocks 4 --lr 0.1", output_dir=tmp_path)["probes"]
     assert part == {name: whole[name] for name in part} and len(part) == 2
+
+
+def test_images_of_test_data_are_opened_before_the_training(small_backbone, photos, tmp_path,
+                                                            monkeypatch, capsys):
+    monkeypatch.setattr(linear, "sweep", lambda *_: pytest.fail("the probes were trained"))
+    line = f"linear --weights {small_backbone} --data folder:{photos}"
+    flags = dict(val_data=f"folder:{photos}", output_dir=tmp_path / "out")
+    for name in ("cats", "zebras"):
+        shutil.copytree(photos / "cats", tmp_path / "other" / name)
+    for test_data, words in ((f"folder:{tmp_path}/typo", "--test_data"),
+                             (f"folder:{tmp_path}/other", "--test_data has classes that --data "
+                              "has not: zebras")):
+        with pytest.raises(SystemExit):
+            run_evaluate(line, **flags, test_data=test_data)
+        assert words in capsys.readouterr().err
+
+
+def test_what_a_head_reads_is_told_by_both_flags_or_by_none(small_backbone, tmp_path, capsys):
+    line = f"{SWEEP} --epochs 1 --lr 0.1 --weights {small_backbone} --n_last_blocks 1"
+    run_evaluate(line, output_dir=tmp_path)
+    line = f"{SWEEP} --weights {small_backbone} --head {tmp_path}/head.pt"
+    with pytest.raises(SystemExit):
+        run_evaluate(f"{line} --no_avgpool_patchtokens", output_dir=tmp_path)
+    assert "only together with --n_last_blocks" in capsys.readouterr().err
 
 
 def test_more_blocks_than_there_are(small_backbone, tmp_path, capsys):

@@ -104,6 +104,22 @@ def test_untrained():
     assert not torch.equal(fresh.pos_embed, model.pos_embed)
 
 
+def test_other_networks(small_backbone, things, capsys):
+    """--num_heads holds for them, too; and they have to take images of as many channels."""
+    wide = VisionTransformer(16, 8, embed_dim=96, depth=2, num_heads=3)
+    torch.save(wide.state_dict(), things / "wide.pth")
+    line = f"masks --val_data pairs:{things} --image_size 64 --num_heads 3"
+    table = run_evaluate(f"{line} --weights {things}/wide.pth --others {things}/wide.pth")
+    assert len(table["masks"]) == 2  # the same name twice, and the untrained one
+
+    grey = VisionTransformer(16, 8, embed_dim=64, depth=2, num_heads=1, in_chans=1)
+    torch.save(grey.state_dict(), things / "grey.pth")
+    with pytest.raises(SystemExit):
+        run_evaluate(f"masks --val_data pairs:{things} --weights {small_backbone} --others "
+                     f"{things}/grey.pth")
+    assert "grey.pth: takes 1 channels" in capsys.readouterr().err
+
+
 def test_no_things(small_backbone, tmp_path, capsys):
     for name in ("images", "masks"):
         (tmp_path / name).mkdir()

@@ -150,6 +150,20 @@ def test_groups(tmp_path):
         read_groups(file, ["a.jpg"])
 
 
+def test_a_whole_path_goes_before_an_ending(tmp_path):
+    file = tmp_path / "groups.csv"
+    file.write_text("path,group\nold/photos/1.png,B\nphotos/1.png,A\n", encoding="utf-8-sig")
+    assert read_groups(file, ["photos/1.png", "old/photos/1.png", "1.png"]) == ["A", "B", "B"]
+
+
+@pytest.mark.parametrize("row, what", [("3.png,", "group"), ("3.png", "group"), (",x", "path")])
+def test_a_row_without_a_group_is_refused(row, what, tmp_path):
+    """Images without a group would all be right for each other."""
+    (tmp_path / "groups.csv").write_text(f"path,group\n1.png,x\n{row}\n")
+    with pytest.raises(ValueError, match=f"row 2 below the header has no {what}"):
+        read_groups(tmp_path / "groups.csv", ["1.png"])
+
+
 # -- the task
 
 
@@ -161,6 +175,13 @@ def test_retrieval_by_groups(small_backbone, photos, tmp_path, capsys):
     results = run_evaluate(line, groups=tmp_path / "groups.csv", output_dir=tmp_path)
     assert 0 < results["retrieval"]["groups"]["mAP"] < 1
     assert "mP@10" in capsys.readouterr().out
+
+    # Groups of one image each have no right answer, and the mean of no score is no number.
+    lines = [f"photos/{name},{i}\n" for i, name in enumerate(names)]
+    (tmp_path / "groups.csv").write_text("path,group\n" + "".join(lines))
+    with pytest.raises(SystemExit):
+        run_evaluate(line, groups=tmp_path / "groups.csv")
+    assert "no two images of --data" in capsys.readouterr().err
 
 
 def test_retrieval_by_ground_truth(small_backbone, photos, tmp_path):

@@ -130,6 +130,14 @@ def test_misfits(small_backbone, colours, tmp_path, capsys):
     assert "--val_data has other classes than --data" in refused("--data shapes:4 --val_data "
                                                                  f"pairs:{named(colours)}")
 
+    assert "--last_blocks 5: the network has 4" in refused("--last_blocks 5")
+
+    # The names of one set count for both. Two names are too few for masks of ten classes.
+    two = tmp_path / "two"
+    shutil.copytree(colours, two)
+    (two / "classes.txt").write_text("sky\nroad\n")
+    assert "its mask has the class" in refused(f"--val_data pairs:{two}")
+
     # A pair that is wrong is said in one line, whichever process finds it.
     broken = tmp_path / "broken"
     shutil.copytree(colours, broken)
