@@ -263,6 +263,8 @@ def identify_teacher(config: Config) -> Config:
     folder = Path(config.output_dir or f"runs/{config.preset}")
     if config.resume and (folder / "config.json").exists():
         began_with = read_config(folder / "config.json", Config)["teacher_sha256"]
+        if not began_with:  # no run of this program, or an old one: match_stored_run tells
+            return config
         if began_with != sha256:
             raise UsageError(f"--teacher {config.teacher} has other weights than when {folder} "
                              "began: give those, or --no_resume to start anew")

@@ -225,10 +225,10 @@ def koleo_loss(features: Tensor) -> Tensor:
         x = F.normalize(features.float(), dim=-1, eps=1e-8)  # (B, D)
 
         # On the unit sphere the nearest image is the one with the largest cosine. The diagonal,
-        # an image's cosine with itself, is set to the smallest possible one. Choosing has no
-        # gradient.
+        # an image's cosine with itself, is set below any cosine: that of opposite features is
+        # -1. Choosing has no gradient.
         with torch.no_grad():
-            nearest = (x @ x.T).fill_diagonal_(-1).argmax(1)  # (B,)
+            nearest = (x @ x.T).fill_diagonal_(-2).argmax(1)  # (B,)
 
         # The small constants bound the loss. pairwise_distance adds its eps to each of the D
         # coordinates, so two equal features are 1e-8 * sqrt(D) apart: about 15 nats, not

@@ -576,8 +576,9 @@ def run(config: Config, build=build, move_teacher=ema_update) -> dict:
         checkpoint = None
         if config.resume:
             checkpoint = find_checkpoint(folder / "checkpoint", process)
-        if checkpoint and checkpoint[1]["step"] >= config.epochs * epoch_steps:
-            if (folder / "summary.json").exists():
+            done = not checkpoint or checkpoint[1]["step"] >= config.epochs * epoch_steps
+            # A finished run stays as it is, also where its checkpoints were removed to save room.
+            if done and (folder / "summary.json").exists():
                 return finished(folder, process)
         with user_errors():
             training = Run(config, process, folder, images, val, epoch_steps, build,

@@ -30,7 +30,8 @@ class ConvNet(nn.Module):
 
     Those are also the keys of the released dino_resnet50. Called like vit.VisionTransformer:
     lists of sizes are run one size after the other (BatchNorm sees each size alone, as in the
-    official code), masks are refused, and there is no stochastic depth to plan.
+    official code), masks are refused, and there is no stochastic depth, which a ConvNeXt has in
+    torchvision: the teacher has none, and what a run draws must not depend on its past.
     """
 
     patch_size = 1  # pixels: images need not be multiples of anything
@@ -43,17 +44,17 @@ class ConvNet(nn.Module):
             raise ValueError(f"convnet {name!r}: choose from {', '.join(CONVNETS)}")
 
         # The parts of torchvision's network become parts of this one, under the same names.
-        whole = torchvision.models.get_model(name, weights=None)
+        options = {"stochastic_depth_prob": 0.0} if name.startswith("convnext") else {}
+        whole = torchvision.models.get_model(name, weights=None, **options)
+        linear_layers = []
         for child, module in whole.named_children():
-            if child not in CLASSIFIERS:
+            if child in CLASSIFIERS:
+                linear_layers += [m for m in module.modules() if isinstance(m, nn.Linear)]
+            else:
                 self.add_module(child, module)
 
         # D is what the first linear layer of the classifier takes: `fc` of a ResNet is one, the
         # `classifier` of the others has one inside.
-        linear_layers = []
-        for part in CLASSIFIERS:
-            modules = getattr(whole, part, nn.Identity()).modules()
-            linear_layers += [module for module in modules if isinstance(module, nn.Linear)]
         self.embed_dim = linear_layers[0].in_features
 
     def last_map(self, images: Tensor) -> Tensor:

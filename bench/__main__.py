@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+import train
 from bench.ablate import AblateConfig, ablate
 from bench.forecast import PlanConfig, growth, images_of, plan
 from bench.speedrun import SpeedrunConfig, speedrun
@@ -26,7 +27,7 @@ from bench.stages import (EvaluationConfig, InputConfig, ProbesConfig, SearchCon
 from bench.step import Config, StepConfig, time_step
 from bench.table import table
 from machinery.checkpoints import write_json
-from machinery.flags import UsageError, command, parse, require, user_errors
+from machinery.flags import UsageError, command, require, user_errors
 from machinery.process import Process, resolve_precision, start_process
 from training.check import check
 from training.recipes import PRESETS, auto_scale
@@ -62,7 +63,7 @@ def read_flags(name: str, argv: list[str]) -> Config:
     # `parse` takes the first preset where none is named. What a step costs is asked of a
     # paper's recipe more often than of the drawn shapes, which train.py begins with.
     presets = {"dino_vits16": PRESETS["dino_vits16"], **PRESETS}
-    config = parse(TASKS[name][1], argv, presets, USAGE.replace("TASK", name))
+    config = train.read_flags(argv, TASKS[name][1], presets, f"-m bench {name}")
 
     # The weights of --init decide what the network is. A plan is not worth a download.
     if config.init and (name != "plan" or Path(config.init).expanduser().exists()):
@@ -113,7 +114,8 @@ def main(argv):
 
     # --auto_scale sets what depends on the number of images and on the batch of all processes:
     # of all GPUs of a plan, else of the one process that is timed.
-    if config.auto_scale:
+    # speedrun does it itself, for all processes of its run.
+    if config.auto_scale and name != "speedrun":
         batch = config.batch_size_per_gpu * (config.gpus if is_plan else 1)
         with user_errors():
             config = auto_scale(config, images_of(config), batch)

@@ -128,7 +128,7 @@ class ShortRun(MeasuredRun):
 
     def evaluate(self):
         # Without the line and the warning of train.Run: the table says both.
-        self.figures["knn"] = self.judge(self.whole_teacher())
+        self.take_off(lambda: self.figures.update(knn=self.judge(self.whole_teacher())))
 
 
 def verdict_of(run: ShortRun) -> str:

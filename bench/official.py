@@ -37,6 +37,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 B = 8  # images of a step
 CROPS = [(2, 224), (8, 96)]  # (how many, pixels) of each size
+ENDINGS = (".jpg", ".jpeg", ".png")  # of images, in small letters
 PHOTOS = 24  # images that the loader of the official code reads
 
 
@@ -137,8 +138,7 @@ def official_loader(folder: Path) -> float:
     from PIL import Image
 
     augment = main_dino.DataAugmentationDINO((0.4, 1.0), (0.05, 0.4), 8)
-    files = sorted(f for f in folder.rglob("*")
-                   if f.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in ENDINGS)
     files = (files * PHOTOS)[:PHOTOS]  # a small folder is read again and again
 
     # process_time is the time of this process alone, so other programs do not count.
@@ -194,7 +194,7 @@ def read_flags() -> argparse.Namespace:
     if not (args.clone / "main_dino.py").exists():
         parser.error(
             f"{args.clone} holds no main_dino.py: expected a clone of the official code")
-    if args.data and not any(args.data.rglob("*.jp*g")) and not any(args.data.rglob("*.png")):
+    if args.data and not any(f.suffix.lower() in ENDINGS for f in args.data.rglob("*")):
         parser.error(f"--data {args.data}: expected a folder with JPEG or PNG files in it")
     return args
 

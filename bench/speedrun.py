@@ -52,6 +52,10 @@ class MeasuredRun(train.Run):
 
     def train(self):
         self.rows = []  # rows of the log
+        # Operations of a step of each stage. Counting takes a second, which would be charged to
+        # the training if it were done later.
+        self.work = [
+            sum(count_work(stage).values()) for _, stage in self.config.stages(self.planned)]
         self.begun_training = (time_when_done(self.process), time.process_time())
         super().train()
 
@@ -80,10 +84,10 @@ class MeasuredRun(train.Run):
         # them there is one stage.
         done = 0
         total = 0
-        for last, stage in self.config.stages(self.planned):
+        for (last, _), work in zip(self.config.stages(self.planned), self.work):
             steps = min(last, self.step) - done
             if steps > 0:
-                total += steps * sum(count_work(stage).values())
+                total += steps * work
                 done += steps
         return total * self.process.world_size
 

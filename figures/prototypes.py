@@ -60,7 +60,8 @@ def open_head(run: Path, width: int) -> tuple[DINOHead, Tensor]:
         tensors = read_tensors(file)
     except Exception as error:  # of any kind, for damage has many forms
         raise UsageError(f"{file} is not readable ({error!s:.200})") from None
-    if "dino_head" not in tensors:
+    # Where iBOT learned alone, the head is called so, too, and knows nothing but patches.
+    if "dino_head" not in tensors or not config["dino_weight"]:
         raise UsageError(f"{run}: a run without prototypes for class tokens")
 
     head = DINOHead(width, config["n_prototypes"], config["head_hidden_dim"],

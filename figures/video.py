@@ -23,7 +23,6 @@ import contextlib
 import functools
 import importlib.util
 import itertools
-import re
 import struct
 import textwrap
 import zlib
@@ -44,6 +43,7 @@ from backbones.weights import load_backbone
 from evaluation.masks import top_mass
 from figures.inputs import enlarge, fit
 from images.files import EXTENSIONS, in_channels, read_file
+from images.names import in_natural_order
 from machinery.clock import Progress
 from machinery.flags import UsageError, near_path, require
 from machinery.page import MAPS, picture, pyplot
@@ -78,16 +78,10 @@ def open_frames(path: Path, channels: int) -> Frames:
     return open_video(path, channels)
 
 
-def in_natural_order(path: Path) -> list:
-    """A key to sort by: frame-2.jpg comes before frame-10.jpg."""
-    parts = re.split(r"(\d+)", path.name)
-    return [int(part) if part.isdigit() else part for part in parts]
-
-
 def open_folder(path: Path, channels: int) -> Frames:
     """The pictures in a folder, sorted by their names."""
     files = [p for p in path.glob("[!.]*") if p.suffix.lower() in EXTENSIONS]
-    files.sort(key=in_natural_order)
+    files.sort(key=lambda file: in_natural_order(file.name))
     if not files:
         raise UsageError(f"{path}: a video without frames; expected {', '.join(EXTENSIONS)}")
 

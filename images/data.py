@@ -378,7 +378,7 @@ def beside_validation(data: str, val_data: str) -> str:
     Beside X:val the name X stands for X:train. So no image is in both, also where X alone would
     be all images of a set that is not divided.
     """
-    return f"{data}:train" if val_data == f"{data}:val" else data
+    return f"{data}:train" if val_data in (f"{data}:val", f"{data.rstrip('/')}:val") else data
 
 
 # ----------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ Tests    pytest tests/images/test_names.py
 
 import copy
 import os
+import re
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -110,6 +111,11 @@ def numbered(labels: Iterable[str]) -> tuple[list[int], list[str]] | tuple[None,
     return [place[number] for number in numbers], classes
 
 
+def in_natural_order(name: str) -> list:
+    """A key to sort by: frame-2.jpg comes before frame-10.jpg."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)]
+
+
 def read_list(path: Path) -> tuple[Names, list[int] | None, list[str] | None]:
     """A file of one path in each line, behind a tab its label -> (paths, labels, classes).
 
@@ -119,7 +125,7 @@ def read_list(path: Path) -> tuple[Names, list[int] | None, list[str] | None]:
     labels = []
 
     def paths():
-        with open(path, encoding="utf-8", errors="surrogateescape") as lines:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
             for number, line in enumerate(lines, 1):
                 name, *label = line.rstrip("\n").split("\t")
                 if not name and not label:

@@ -208,8 +208,13 @@ def open_folder(kind: str, argument: str, split: str, root: str, download: bool,
     classes = None
     for listed in (top / "classes.txt", path / "classes.txt"):
         if listed.exists():
-            classes = listed.read_text().split("\n")
-            classes = [line.strip() for line in classes if line.strip()]
+            classes = [line.strip() for line in listed.read_text("utf-8-sig").split("\n")]
+            while classes and not classes[-1]:
+                classes.pop()
+            if "" in classes:
+                raise ValueError(
+                    f"{listed}: line {classes.index('') + 1} is empty; expected the "
+                    f"name of class {classes.index('')}")
             break
     return Pairs("pairs", partial(_read_files, files, channels, read_map), images, classes)
 

@@ -224,7 +224,8 @@ class Shards:
     def __init__(self, pattern: str, extensions: tuple[str, ...], collect=list):
         """collect: what makes a sequence of the names that come one by one."""
         # Without the lists that list_members writes beside them, whole and half-written ones.
-        files = glob.glob(os.path.expanduser(pattern))
+        pattern = os.path.expanduser(pattern)
+        files = [pattern] if os.path.isfile(pattern) else glob.glob(pattern)
         self.files = sorted(f for f in files if not f.endswith((".index", ".tmp")))
         expected = "expected tar files, as in 'shards:/data/train-*.tar'"
         if not self.files:

@@ -26,6 +26,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from images.files import EXTENSIONS, in_channels, read_file
+from images.names import in_natural_order
 from images.shapes import video as draw_video
 from machinery.flags import UsageError
 
@@ -57,9 +58,9 @@ def video_of_files(name: str, frames: Path, masks: Path, channels: int) -> Video
 
     UsageError for a single frame, for sizes that differ, and if nothing is marked.
     """
-    # Frames are in the order of their names, so these have to be of one length: 00002 is before
-    # 00010, but 10 is before 2.
-    paths = sorted(p for p in frames.glob("[!.]*") if p.suffix.lower() in EXTENSIONS)
+    # Frames are in the order of the numbers in their names: 2.jpg is before 10.jpg.
+    paths = [p for p in frames.glob("[!.]*") if p.suffix.lower() in EXTENSIONS]
+    paths.sort(key=lambda path: in_natural_order(path.name))
     if len(paths) < 2:
         count = "1 image" if paths else "no images"
         raise UsageError(f"--data: {frames} has {count}, expected at least 2 frames")

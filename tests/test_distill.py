@@ -257,6 +257,13 @@ def test_a_teacher_that_has_changed_is_noticed(teacher, tmp_path, quick_runs):
     with pytest.raises(UsageError, match=f"--teacher {changing} has other weights"):
         distill.run(config)
 
+    # A run that knows no teacher has its real differences named.
+    path = tmp_path / "run/config.json"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps(stored | {"teacher_sha256": None, "lr": 0.5}))
+    with pytest.raises(UsageError, match="lr"):
+        distill.run(config)
+
 
 @pytest.mark.parametrize("ok", [0.0, 1.0])
 def test_nan_stays_out_of_the_average(ok, teacher):

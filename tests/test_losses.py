@@ -237,6 +237,14 @@ def test_koleo_against_the_loop():
     assert far.item() == pytest.approx(-0.29, abs=0.02)
 
 
+def test_koleo_of_opposite_features():
+    """An image is never its own nearest one, even where rounding makes a cosine of -1."""
+    for seed in range(20):
+        row = torch.randn(384, generator=torch.Generator().manual_seed(seed))
+        loss = koleo_loss(torch.stack([row, -row]))
+        torch.testing.assert_close(loss, torch.tensor(-math.log(2)), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_koleo_of_identical_features(dtype):
     x = torch.ones(4, 8, dtype=dtype, requires_grad=True)

@@ -25,6 +25,7 @@ import io
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import tokenize
 from unittest.mock import patch
@@ -262,6 +263,14 @@ def test_killed_and_resumed_equals_uninterrupted(workers, whole, tmp_path):
     logged = [[(row["step"], row.get("loss")) for row in metrics_of(run)]
               for run in (whole, broken)]
     assert logged[0] == logged[1]
+
+
+def test_a_finished_run_without_its_checkpoints_stays_as_it_is(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoint")
+    train.run(tiny_config(tmp_path / "run"))
+    for name in ("metrics.jsonl", "teacher.pt", "summary.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_resumed_in_bfloat16(tmp_path):
@@ -531,6 +540,13 @@ def test_images_given_are_not_judged_by_the_presets():
     ("--curriculum 0.75", "expected pairs"), ("--curriculum 0.5 0.5 0.5 0.8", "less than 1"),
     ("--curriculum 0 0.5", "above 0"),
     ("--curriculum 0.5 0.01 --arch resnet18 --ibot_weight 0", "pixels, expected at least 8"),
+    ("--arch convnext_tiny --global_crops_size 24", "24: expected at least 32 pixels for"),
+    ("--arch convnext_tiny --global_crops_size 64 --local_crops_size 48 --curriculum 0.5 0.5",
+     "local crops of 24 pixels, expected at least 32"),
+    ("--use_bn_in_head --koleo_weight 0 --batch_size_per_gpu 1 --global_crops_number 1",
+     "has one row a step"),
+    ("--use_bn_in_head --koleo_weight 0 --batch_size_per_gpu 1 --ibot_weight 1 "
+     "--mask_ratio 0.1 0.12 --mask_min_patches 1", "the ibot loss has one row a step"),
     ("--curriculum 0.75 2", "--curriculum 0.75 2: expected f"),
     ("--curriculum 0.5 0.3 --ibot_weight 1", "crops of 10 pixels: --mask_min_patches 4"),
     ("--layerwise_decay 1.5", "--layerwise_decay"), ("--parallel fsdp", "torchrun"),

@@ -38,11 +38,13 @@ def check(config: Config, is_plan: bool = False):
 
 def check_sizes(config: Config):
     """Refuses crops that are no whole number of patches, and counts and widths of 0."""
-    # Local crops may be left out; then their size does not matter. A convnet takes any size.
+    # Local crops may be left out; then their size does not matter. A convnet takes any size from
+    # its smallest one on.
     sizes = ["global_crops_size"]
-    if config.local_crops_number > 0:
+    if local_crops(config):
         sizes.append("local_crops_size")
     p = 1 if config.convnet else config.patch_size
+    least = smallest_of_convnet(config)
 
     # The patch embedding is a convolution whose stride is the patch size. It would drop the
     # rest of a crop without a word.
@@ -50,6 +52,9 @@ def check_sizes(config: Config):
         size = getattr(config, name)
         if p < 1 or size < p:
             raise UsageError(f"--{name} {size} is smaller than one patch of --patch_size {p}")
+        if size < least:
+            raise UsageError(f"--{name} {size}: expected at least {least} pixels for "
+                             f"--arch {config.arch}")
         if size % p:
             raise UsageError(
                 f"--{name} {size} is not a multiple of --patch_size {p}; try {size // p * p}")
@@ -63,6 +68,22 @@ def check_sizes(config: Config):
     require(config, lambda x: x <= 2**14, "at most 16,384", *sizes, "cache_side")
     require(config, lambda x: x <= 1000, "at most 1,000", "local_crops_number",
             "num_register_tokens", "num_workers")
+
+
+def local_crops(config: Config) -> int:
+    """The number of local crops that are cut: only the loss of the class tokens needs them."""
+    return config.local_crops_number if config.dino_weight else 0
+
+
+def smallest_of_convnet(config: Config) -> int:
+    """The smallest crop, in pixels, that a convnet takes; 0 for a ViT.
+
+    A ConvNeXt halves a crop five times, without a border around it, so that 32 pixels become
+    one. The others add a border, and would take a single pixel, which stands for nothing.
+    """
+    if not config.convnet:
+        return 0
+    return 32 if config.arch.startswith("convnext") else 8
 
 
 def check_curriculum(config: Config):
@@ -81,13 +102,14 @@ def check_curriculum(config: Config):
         raise UsageError(f"--curriculum {given}: expected factors of the crop sizes above 0, "
                          "at most 1; --global_crops_size is the size at the end")
 
-    # A ViT keeps at least one patch. The crops of a convnet could shrink to a pixel, in which
-    # there is nothing to be seen.
-    smallest = min(stage.global_crops_size for _, stage in config.stages(1))
-    if config.convnet and smallest < 8:
-        raise UsageError(
-            f"--curriculum {given}: global crops of {smallest} pixels, expected at "
-            "least 8")
+    # A ViT keeps at least one patch. The crops of a convnet could shrink to a pixel.
+    least = smallest_of_convnet(config)
+    for kind in ["global"] + ["local"] * bool(local_crops(config)):
+        smallest = min(getattr(stage, f"{kind}_crops_size") for _, stage in config.stages(1))
+        if smallest < least:
+            raise UsageError(
+                f"--curriculum {given}: {kind} crops of {smallest} pixels, expected "
+                f"at least {least} for --arch {config.arch}")
 
     # A smaller crop has fewer patches to hide.
     for _, stage in config.stages(1)[:-1]:
@@ -107,7 +129,8 @@ def check_blur(config: Config):
         chances = PHOTOMETRY[config.photometry]["blur"]
         blurred = any(chances[:2]) if kind == "global" else chances[2]
         smallest = min(getattr(stage, size) for _, stage in config.stages(1))
-        if blurred and smallest < least and getattr(config, f"{kind}_crops_number"):
+        cut = config.global_crops_number if kind == "global" else local_crops(config)
+        if blurred and smallest < least and cut:
             flag = "--curriculum: crops of" if smallest < getattr(config, size) else f"--{size}"
             raise UsageError(f"{flag} {smallest} pixels cannot be blurred, expected at least "
                              f"{least}; or give --photometry small, which does not blur")
@@ -178,6 +201,18 @@ def check_losses(config: Config):
     if config.learns_patches:
         check_masks(config)
 
+    # BatchNorm takes the mean and the deviation over the rows of all processes, which one row
+    # does not have. A row is a global crop, and for iBOT a masked patch.
+    crops = config.global_crops_number * config.batch_size_per_gpu
+    rows = {"dino": crops}
+    if config.learns_patches:
+        rows["ibot"] = config.masking().most(crops)
+    for objective in config.objectives if config.use_bn_in_head else ():
+        if rows[objective] * int(os.environ.get("WORLD_SIZE", 1)) < 2:
+            raise UsageError(f"--use_bn_in_head: the {objective} loss has one row a step, over "
+                             "which BatchNorm has no deviation; give a larger "
+                             "--batch_size_per_gpu")
+
 
 def check_masks(config: Config):
     """Refuses masks that would hide nothing, or cannot be drawn."""
@@ -201,7 +236,8 @@ def check_masks(config: Config):
         raise UsageError(
             f"--mask_probability {config.mask_probability} of {crops} global crops is "
             "not one crop; raise it or --batch_size_per_gpu, or --ibot_weight 0")
-    if not 1 <= config.mask_min_patches <= max(1, patches // 2):
+    of_blocks = config.mask_shape == "block"  # single patches are no rectangles
+    if of_blocks and not 1 <= config.mask_min_patches <= max(1, patches // 2):
         raise UsageError(f"--mask_min_patches {config.mask_min_patches}: expected 1 to "
                          f"{max(1, patches // 2)}, half of a global crop's {patches} patches")
 

@@ -214,7 +214,7 @@ class Config:
             # less of the image, so that its pixels are as large as those of the whole size: it
             # shows the texture that a smaller picture of the same part would lose.
             local = math.ceil(round(self.local_crops_size * factor / p, 6)) * p
-            less = (local / self.local_crops_size)**2
+            less = (local / max(self.local_crops_size, 1))**2
             covered = tuple(less * part for part in self.local_crops_scale)
             stages.append((round(done * total),
                            replace(self, global_crops_size=size, local_crops_size=local,

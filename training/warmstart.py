@@ -95,7 +95,8 @@ def config_from_init(config: Config) -> Config:
     # The other settings of the weights are taken over; --auto_scale does not change them, nor is
     # anything changed that was taken over before: from the teacher of a distillation.
     chosen = {*config.given, *(PRESETS | DISTILLATION).get(config.preset, ())}
-    if "in_chans" in chosen:  # as many means and deviations as the weights had would not fit
+    # Other channels have other means and deviations than those of the weights.
+    if "in_chans" in chosen and config.in_chans != settings.get("in_chans", config.in_chans):
         chosen |= {"mean", "std"}
     taken_over = {}
     for name in (*fixed, *CROPS):

@@ -48,6 +48,15 @@ def test_the_face(name):
         net.forward_features(images, torch.zeros(2, 6, dtype=torch.bool))
 
 
+def test_a_convnext_has_no_stochastic_depth():
+    """In training mode, as a teacher is: torchvision's would drop blocks, other ones each time."""
+    net = ConvNet("convnext_tiny").train()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(net(images), net(images), rtol=0, atol=0)
+    assert net.embed_dim == 768
+
+
 def test_unknown_convnet():
     with pytest.raises(ValueError, match="choose from resnet18"):
         ConvNet("vgg")

@@ -119,3 +119,10 @@ def test_misuse(line, words, tmp_path, capsys):
     assert words in error
     assert error.count("\n") == 1
     assert not out.exists()
+
+
+def test_other_data_have_no_validation_set_of_the_preset(photos):
+    """As in train.py: a part of --data is held out, and no judge asks about other images."""
+    line = f"shapes_dino --data folder:{photos}"
+    assert read_flags("ablate", line.split()).val_data == ""
+    assert read_flags("ablate", ["shapes_dino"]).val_data == "shapes:val"

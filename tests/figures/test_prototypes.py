@@ -78,6 +78,12 @@ def test_misuse(network_and_run):
         draw([f"{run}s"], config)
     with pytest.raises(UsageError, match="one run, not 2"):
         draw([str(run), str(run)], config)
+    stored = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(stored | {"dino_weight": 0.0}))
+    with pytest.raises(UsageError,
+                       match="without prototypes"):  # a shared head that saw patches
+        draw([str(run)], config)
+    (run / "config.json").write_text(json.dumps(stored))
     torch.save({"ibot_head": {}}, run / "heads.pt")
     with pytest.raises(UsageError, match="without prototypes"):
         draw([str(run)], config)

@@ -227,7 +227,8 @@ def test_folders_train_and_val(many, capsys):
     assert not capsys.readouterr().out
 
 
-@pytest.mark.parametrize("data, val_data", [("", ""), ("", ":val"), (":train", ":val")])
+@pytest.mark.parametrize("data, val_data", [("", ""), ("", ":val"), ("/", ":val"),
+                                            (":train", ":val")])
 def test_no_run_learns_from_what_it_is_judged_with(data, val_data, many, tmp_path):
     """Whether a run holds images out itself or is given a part of the same folder."""
     folder = f"folder:{many}"

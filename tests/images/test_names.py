@@ -76,6 +76,8 @@ def test_a_list_of_paths_and_labels(tmp_path):
     assert labels == [1, 0, 1] and classes == ["cat", "dog"]
     file.write_text("a b.jpg\n/else/where.png\n")
     assert read_list(file) == (["a b.jpg", "/else/where.png"], None, None)
+    file.write_text("a b.jpg\n", encoding="utf-8-sig")  # as some editors write it
+    assert read_list(file)[0] == ["a b.jpg"]
     assert numbered(iter(["x", "x"])) == (None, None)  # tells nothing apart
 
 

@@ -54,6 +54,18 @@ def test_files_of_maps(folder, tmp_path):
     assert read_depth(tmp_path / "d.npy").tolist() == [[1.5, 0], [0, 0]]
 
 
+def test_lines_of_the_names_of_classes(folder):
+    """An empty line would give all later classes the name of the one before."""
+    for listed in folder.rglob("classes.txt"):
+        listed.unlink()
+    listed = folder / "classes.txt"
+    listed.write_text("road\n\ncar\n")
+    with pytest.raises(ValueError, match="line 2 is empty; expected the name of class 1"):
+        open_pairs(MASKS, f"pairs:{folder}:val", read_mask)
+    listed.write_text("road\ncar\n\n", encoding="utf-8-sig")
+    assert open_pairs(MASKS, f"pairs:{folder}:val", read_mask).classes == ["road", "car"]
+
+
 def test_a_folder(folder):
     pairs = open_pairs(MASKS, f"pairs:{folder}:val", partial(read_mask, ignore_label=7))
     assert len(pairs) == 3 and pairs.classes == ["road", "car", "sky"]

@@ -236,6 +236,9 @@ def test_no_shards_and_half_shards(shards, tmp_path):
         with pytest.raises(ValueError, match=words):
             open_images(f"shards:{pattern}")
     whole = (tmp_path / "1.tar").read_bytes()
+    (tmp_path / "a [1].tar").write_bytes(whole)  # a file, and no pattern
+    assert len(open_images(f"shards:{tmp_path}/a [1].tar"))
+    (tmp_path / "a [1].tar").unlink()
     for size in (1000, len(whole) // 2, 700):
         (tmp_path / "1.tar").write_bytes(whole[:size])
         with pytest.raises(ValueError, match="1.tar is no whole tar file"):

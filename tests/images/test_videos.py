@@ -98,6 +98,17 @@ def test_broken_data(how, words, tmp_path):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+def test_frames_are_in_the_order_of_their_numbers(tmp_path):
+    """Names of several lengths: by letters 10 comes before 8, and would be shown first."""
+    write_video(tmp_path / "bus/images", tmp_path / "bus/masks", count=3)
+    for number, path in zip((8, 9, 10), sorted((tmp_path / "bus/images").iterdir())):
+        mask = tmp_path / "bus/masks" / f"{path.stem}.png"
+        mask.rename(mask.with_stem(f"f{number}"))
+        path.rename(path.with_stem(f"f{number}"))
+    (video,) = open_videos(f"frames:{tmp_path}", 96, 3)
+    assert video.frame_names == ["f8", "f9", "f10"]
+
+
 def test_frames_that_are_to_be_turned(tmp_path):
     write_video(tmp_path / "bus/images", tmp_path / "bus/masks")
     exif = Image.Exif()

@@ -161,6 +161,12 @@ def test_local_crops_of_a_stage_are_not_enlarged_or_reduced(factor):
     assert stage.global_crops_scale == config.global_crops_scale
 
 
+def test_stages_without_local_crops():
+    flags = "--local_crops_number 0 --local_crops_size 0 --curriculum 0.5 0.5"
+    stage = parse(Config, [*CROPS, *flags.split()]).stages(100)[0][1]
+    assert (stage.global_crops_size, stage.local_crops_size) == (20, 0)
+
+
 def test_half_of_the_papers_crops():
     for patch_size, local, half in ((16, 96, (112, 48)), (14, 98, (112, 56))):
         config = Config(patch_size=patch_size, local_crops_size=local, curriculum=(0.75, 0.5))

@@ -152,6 +152,8 @@ def test_other_channels_have_other_means(tmp_path):
     with patch.object(training.warmstart, "init_settings", lambda _: settings):
         line = ["shapes", "--init", str(tmp_path / "weights.pth")]
         assert config_from_init(train.read_flags(line)).pixels.mean == (0.1,) * 3
+        same = config_from_init(train.read_flags([*line, "--in_chans", "3"]))
+        assert same.pixels.mean == (0.1,) * 3  # as many channels as the weights have
         config = config_from_init(train.read_flags([*line, "--in_chans", "1"]))
     assert config.in_chans == 1 and config.pixels == pixels_of(1)
 
