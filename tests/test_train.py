@@ -546,7 +546,8 @@ def test_images_given_are_not_judged_by_the_presets():
     ("--use_bn_in_head --koleo_weight 0 --batch_size_per_gpu 1 --global_crops_number 1",
      "has one row a step"),
     ("--use_bn_in_head --koleo_weight 0 --batch_size_per_gpu 1 --ibot_weight 1 "
-     "--mask_ratio 0.1 0.12 --mask_min_patches 1", "the ibot loss has one row a step"),
+     "--global_crops_size 15 --mask_ratio 0.1 0.12 --mask_min_patches 1",
+     "the ibot loss has one row a step"),
     ("--curriculum 0.75 2", "--curriculum 0.75 2: expected f"),
     ("--curriculum 0.5 0.3 --ibot_weight 1", "crops of 10 pixels: --mask_min_patches 4"),
     ("--layerwise_decay 1.5", "--layerwise_decay"), ("--parallel fsdp", "torchrun"),
