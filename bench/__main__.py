@@ -60,7 +60,7 @@ def overview() -> str:
 
 def read_flags(name: str, argv: list[str]) -> Config:
     """The configuration of a task; UsageError for numbers that mean nothing."""
-    # `parse` takes the first preset where none is named. What a step costs is asked of a
+    # train.read_flags takes the first preset where none is named. What a step costs is asked of a
     # paper's recipe more often than of the drawn shapes, which train.py begins with.
     presets = {"dino_vits16": PRESETS["dino_vits16"], **PRESETS}
     config = train.read_flags(argv, TASKS[name][1], presets, f"-m bench {name}")
@@ -113,8 +113,8 @@ def main(argv):
         config.precision = resolve_precision(config.precision, process.device)
 
     # --auto_scale sets what depends on the number of images and on the batch of all processes:
-    # of all GPUs of a plan, else of the one process that is timed.
-    # speedrun does it itself, for all processes of its run.
+    # of all GPUs of a plan, else of the one process that is timed. A speedrun sets it itself, for
+    # all processes of its run.
     if config.auto_scale and name != "speedrun":
         batch = config.batch_size_per_gpu * (config.gpus if is_plan else 1)
         with user_errors():

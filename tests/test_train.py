@@ -43,6 +43,7 @@ from augment import Masking, MultiCrop, collate
 from images.data import Views
 from machinery.flags import UsageError
 from machinery.process import Process
+from training.check import check
 from training.optim import OPTIMIZERS, parameter_groups
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
@@ -263,6 +264,14 @@ def test_killed_and_resumed_equals_uninterrupted(workers, whole, tmp_path):
     logged = [[(row["step"], row.get("loss")) for row in metrics_of(run)]
               for run in (whole, broken)]
     assert logged[0] == logged[1]
+
+
+# Random masks are single patches, and no rectangles; without the DINO loss no local crops are cut.
+@pytest.mark.parametrize("flags", [
+    "--global_crops_size 16 --ibot_weight 1 --mask_shape random",
+    "--dino_weight 0 --ibot_weight 1 --local_crops_size 4"])
+def test_settings_that_are_not_used_are_not_refused(flags, tmp_path):
+    check(tiny_config(tmp_path, *flags.split()))
 
 
 def test_a_finished_run_without_its_checkpoints_stays_as_it_is(whole, tmp_path):

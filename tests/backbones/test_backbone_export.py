@@ -17,6 +17,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from augment import RGB, center_crop, normalise
 from backbones.__main__ import main
 from backbones.convnet import ConvNet
+from backbones.export import hf_config
 from backbones.weights import load_backbone, read_backbone
 from vit import VisionTransformer
 
@@ -90,6 +91,12 @@ def test_transformers_read_the_folder(kind, model_type, tmp_path):
     patches = inside[:, 1 + model.num_register_tokens:]
     torch.testing.assert_close(patches, ours["x_norm_patchtokens"], rtol=0, atol=1e-4)
     torch.testing.assert_close(tokens, inside[0], rtol=0, atol=1e-4)
+
+
+def test_heads_of_another_width_are_told():
+    """The tensors do not say how many heads there are; the network does."""
+    model = VisionTransformer(32, 16, embed_dim=96, depth=2, num_heads=3)
+    assert hf_config(model)["num_attention_heads"] == 3
 
 
 def test_the_card_of_a_run_comes_along(tmp_path):

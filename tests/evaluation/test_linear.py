@@ -13,6 +13,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -236,6 +237,16 @@ def test_killed_and_started_again(small_backbone, tmp_path, monkeypatch, capsys)
         run_evaluate(f"{line} --lr 0.1", output_dir=tmp_path / "killed")
     error = capsys.readouterr().err
     assert "unfinished training with other lr" in error and "--no_resume" in error
+
+    # The same images with other labels are another training.
+    opened = linear.open_labelled
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            linear, "open_labelled",
+            lambda extractor: replace(opened(extractor), labels=opened(extractor).labels[::-1]))
+        with pytest.raises(SystemExit):
+            run_evaluate(line, output_dir=tmp_path / "killed")
+    assert "unfinished training with other labels" in capsys.readouterr().err
     shutil.copytree(tmp_path / "killed", tmp_path / "anew")
     resumed = run_evaluate(line, output_dir=tmp_path / "killed")
     assert len(steps) == 11 + 4 and "continuing from step 8" in capsys.readouterr().out
