@@ -85,16 +85,22 @@ def versions_of(config: AblateConfig) -> dict[str, Config]:
     """The runs by name: the preset as it is, and one for each ingredient; UsageError for others.
     """
     # A collapse shows within one epoch of a small preset, which is a minute on a laptop. That
-    # leaves no epoch for a warm-up, nor for prototypes that rest.
+    # leaves no epoch for a warm-up, of the learning rate or of the teacher's temperature, nor for
+    # prototypes that rest.
     if "epochs" not in config.given:
         config = replace(config, epochs=1)
-        for name in ("warmup_epochs", "freeze_last_layer_epochs"):
+        for name in ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer_epochs"):
             if name not in config.given:
                 config = replace(config, **{name: 0})
     versions = {"as it is": config}
 
+    # A convnet has no patches to mask, so of all ingredients it is spared this one.
+    names = config.without
+    if config.convnet and "without" not in config.given:
+        names = tuple(name for name in names if name != "mask")
+
     # Both `--without a,b` and `--without a b`.
-    for name in filter(None, ",".join(config.without).split(",")):
+    for name in filter(None, ",".join(names).split(",")):
         if name not in INGREDIENTS:
             raise UsageError(f"--without {name}: choose from {', '.join(INGREDIENTS)}")
         ingredient = INGREDIENTS[name]

@@ -172,7 +172,8 @@ def rates_of_processes(config: Config, process: Process) -> list[dict]:
                 str(Path(train.__file__)), config.preset, *flags, "--data",
                 f"shapes:{B * count * steps}", "--val_data", "shapes:1:val", "--device",
                 process.device.type, "--precision", config.precision, "--batch_size_per_gpu",
-                str(B), "--epochs", "1", "--warmup_epochs", "0", "--epoch_length",
+                str(B), "--epochs", "1", "--warmup_epochs", "0", "--warmup_teacher_temp_epochs",
+                "0", "--freeze_last_layer_epochs", "0", "--epoch_length",
                 str(steps), "--output_dir", folder]
             # One thread each: otherwise the first process would use all cores by itself, and
             # further ones would seem to bring nothing.

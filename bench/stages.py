@@ -50,7 +50,7 @@ from curation.search import Exact
 from evaluation.extract import extract
 from evaluation.knn import SIMILARITIES_AT_ONCE, knn_vote, top_neighbours
 from evaluation.linear import LRS, Probes
-from images.data import Images, cached, open_images
+from images.data import Images, Views, cached, open_images
 from machinery.clock import time_when_done
 from machinery.flags import UsageError
 from machinery.process import LOW, Process, autocast, keep_freed_memory
@@ -184,7 +184,14 @@ def input_stages(images: Images, multi_crop: Callable, collate: Callable,
     """
 
     def decode(keys: list[tuple[int, int]]) -> list[tuple]:
-        return [(turn, index, images.read(index)) for turn, index in keys]
+        # As in training, a file that does not decode is replaced by another, and named.
+        decoded = []
+        for turn, index in keys:
+            image, broken = files.read(turn, index)
+            for reason in broken:
+                print(f"does not decode: {reason}")
+            decoded.append((turn, index, image))
+        return decoded
 
     def geometry(decoded: list[tuple]) -> list[dict]:
         # As images.data.Views does it, with the turn in the place of the epoch.
@@ -197,6 +204,7 @@ def input_stages(images: Images, multi_crop: Callable, collate: Callable,
     def photometry(batch: dict) -> tuple:
         return train.make_views(batch, config.pixels, torch.device("cpu"))
 
+    files = Views(images, multi_crop, config.seed)
     stages = {}
     stages["decode"] = decode  # file -> pixels
     stages["geometry"] = geometry  # crops and flips; the colours are drawn, as numbers

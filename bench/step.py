@@ -323,6 +323,13 @@ def time_step(config: StepConfig, process: Process) -> dict:
     keep_freed_memory(process)  # as in training
     taken_out = ideas_taken_out(config, process)
 
+    # Opened before anything is timed, so that a wrong --data is said at once.
+    images = None
+    if "data" in config.given:
+        images = open_images(config.data, config.data_root, config.download, "--data",
+                             config.pixels)
+        images = cached(images, config.cache, config.cache_side, config.num_workers)
+
     # How long one waits for a first step: building the networks, and compiling them.
     begun = time.perf_counter()
     versions = build_versions(taken_out, config, process)
@@ -366,8 +373,8 @@ def time_step(config: StepConfig, process: Process) -> dict:
         "first_step_seconds": first_step_seconds, "ceiling_tflops": ceiling / 1e12,
         "gflop_per_image": done / B / 1e9}
     result = result_of(rows, measured)
-    if "data" in config.given:
-        result["from_files"] = from_files(versions["ours"], config, process)
+    if images is not None:
+        result["from_files"] = from_files(versions["ours"], images, config, process)
     return result
 
 
@@ -535,12 +542,8 @@ def result_of(rows: dict[str, dict], measured: dict) -> dict:
 # The same step with images from files
 
 
-def from_files(version: Step, config: Config, process: Process) -> dict:
+def from_files(version: Step, images: Images, config: Config, process: Process) -> dict:
     """The step fed by the loader: images a second, and the share of time that it waits."""
-    images = open_images(config.data, config.data_root, config.download, "--data",
-                         config.pixels)
-    images = cached(images, config.cache, config.cache_side, config.num_workers)
-
     # The clock leaves its first five steps out: the workers begin with full queues, or empty
     # ones, and neither says how fast they are in the long run.
     total = config.steps + FIRST_STEPS

@@ -538,9 +538,10 @@ def main(argv):
         with user_errors():
             images = open_images(spec)
         kinds = f"{len(set(images.labels))} classes" if images.labels else "no labels"
-        shape = tuple(images.read(0).shape)
+        # The first one, or another in its place where that file does not decode.
+        image, _ = Views(images, None).read(0, 0)
         by_name = sum(map(held_out, images.names))
-        print(f"{spec}: {len(images):,d} images, {kinds}, the first {shape}, "
+        print(f"{spec}: {len(images):,d} images, {kinds}, one of {tuple(image.shape)}, "
               f"{by_name:,d} of them held out by name")
     of_two = [next(iter(Sampler(100, 3, 9, rank=rank, world_size=2))) for rank in (0, 1)]
     of_one = next(iter(Sampler(100, 6, 9)))

@@ -57,6 +57,15 @@ def test_names_with_commas_and_the_users_epochs():
     assert {version.epochs for version in versions.values()} == {3}
 
 
+@pytest.mark.parametrize("preset", ["dino_vits16_300ep", "dino_resnet50", "dinov2_vitl14"])
+def test_presets_with_long_warm_ups_and_convnets(preset):
+    """One epoch leaves none to warm up in; a convnet has no patches to mask."""
+    config = config_of([preset], AblateConfig)
+    versions = versions_of(config)
+    assert all(version.warmup_teacher_temp_epochs == 0 for version in versions.values())
+    assert any("mask" in name for name in versions) != config.convnet
+
+
 def test_table_and_figure(tmp_path, monkeypatch, capsys):
     """Tiny runs are too short to collapse: the verdict is given; all else is what they did."""
     verdict = "one prototype"

@@ -32,6 +32,7 @@ from bench.count import count_work
 from bench.forecast import growth, point, rates_of_processes, values_of
 from bench.step import Config
 from machinery.flags import UsageError
+from training.check import check
 
 # -- 1
 
@@ -263,10 +264,15 @@ def test_growth_of_processes_trains_what_was_asked(monkeypatch):
         return subprocess.CompletedProcess(command, 1)
 
     monkeypatch.setattr(bench.forecast.subprocess, "run", fails)
-    config = config_of(["--arch", "vit_pico", "--mask_ratio", 0.2, 0.4], Config)
+    flags = ["dino_vits16_300ep", "--arch", "vit_pico", "--mask_ratio", 0.2, 0.4]
+    config = config_of(flags, Config)
     with pytest.raises(UsageError, match="with 1 processes failed"):
         rates_of_processes(config, CPU)
     line = " ".join(commands[0])
     assert "--arch vit_pico" in line
     assert "--mask_ratio 0.2 0.4" in line
     assert "--steps" not in line  # that is a flag of bench, not of train.py
+
+    # train.py takes it, although this preset has 30 epochs of a rising temperature.
+    begin = commands[0].index(train.__file__) + 1
+    check(train.read_flags(commands[0][begin:]))

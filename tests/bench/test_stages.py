@@ -1,6 +1,6 @@
 """Claims
 1. The input path is timed stage by stage, and the stages add up to the whole; the papers' worker
-   stands beside ours.
+   stands beside ours. A file that does not decode is named, and ends nothing.
 2. Evaluation is timed, and k-NN stands beside the bare matrix product in it.
 3. Every kernel of attention that this machine has is timed at the lengths of the preset.
 4. The 52 probes of the linear protocol are timed beside one, by turns.
@@ -83,6 +83,14 @@ def test_data_beside_the_plain_way(input_clock, tmp_path, photos):
     rates = result["images_per_second_per_core"]
     assert 1 / rates["plain"] == pytest.approx(1 + 16)  # it decodes, too
     assert result["ratio"] == pytest.approx(rates["worker"] / rates["plain"])
+
+
+def test_a_file_that_does_not_decode_is_replaced_and_named(photos, capsys):
+    (photos / "cats" / "01.png").write_bytes(b"no picture")
+    main(["data", *TINY, "--data", f"folder:{photos}", "--steps", "3"])
+    printed = capsys.readouterr().out
+    assert "does not decode: cats/01.png: " in printed
+    assert "photometry" in printed
 
 
 # -- 2

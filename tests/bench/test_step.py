@@ -150,6 +150,14 @@ def test_step_from_files(clock, tmp_path, photos, monkeypatch):
     assert from_files["images_per_second"] == 8 / 4
 
 
+def test_wrong_data_is_said_before_anything_is_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench.step, "build_versions", lambda *_: pytest.fail("was built"))
+    with pytest.raises(SystemExit):
+        main(["step", *TINY, "--data", f"folder:{tmp_path / 'missing'}"])
+    error = capsys.readouterr().err
+    assert "--data" in error and "missing" in error
+
+
 def waits_a_second(clock):
     """machinery.clock.Clock.wait for batches that come after one second each."""
     wait = machinery.clock.Clock.wait
