@@ -18,6 +18,7 @@ Tests    pytest tests/docs/test_exercise.py
 """
 
 import ast
+import shlex
 import shutil
 import subprocess
 import sys
@@ -194,12 +195,13 @@ def instructions(number: int, folder: Path) -> str:
     tests = " ".join(exercise.tests)
 
     # A copy elsewhere has to be named again when it is checked.
+    quoted = shlex.quote(str(folder))  # for a shell, to which a blank is the end of a word
     again = f"python -m docs.exercise {number} --check"
     if folder != default_folder(number):
-        again += f" --folder {folder}"
+        again += f" --folder {quoted}"
     return (f"exercise {number}, {exercise.title}: {task}\n"
             f"read   docs/workshop.md, exercise {number}\n"
-            f"tests  cd {folder} && pytest {tests}\n"
+            f"tests  cd {quoted} && pytest {tests}\n"
             f"check  {again}")
 
 

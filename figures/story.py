@@ -180,7 +180,13 @@ def draw_story(run: Path, device: torch.device | str = "cpu", path: Path | None 
     available = panels([history])
     if len(history.prototypes) > 1:
         del available["loss"]
-    drawn = [available[name] for name in CURVES if name in available]
+
+    # The only loss of a run may have a name of its own, such as "feature" of a distillation; then
+    # there is no weighted sum either.
+    names = CURVES
+    if not history.prototypes and "loss" not in available:
+        names = (*history.further_terms, *CURVES)
+    drawn = [available[name] for name in names if name in available]
     grid = fig.add_gridspec(1, len(drawn), left=0.05, right=0.99, top=0.845, bottom=0.695,
                             wspace=0.3)
     for draw_panel, place in zip(drawn, grid):

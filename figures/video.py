@@ -114,11 +114,14 @@ def open_animation(path: Path, channels: int) -> Frames:
     """A GIF, an animated PNG (APNG) or WebP, which Pillow reads."""
     try:
         with Image.open(path) as image:
-            count = getattr(image, "n_frames", 1)
-            image.load()  # before it WebP does not know how long a frame lasts
-            milliseconds = image.info.get("duration", 0)
+            # Each frame may last as long as it likes; what is written has one speed, the mean.
+            durations = []
+            for frame in ImageSequence.Iterator(image):
+                frame.load()  # before it WebP does not know how long a frame lasts
+                durations.append(frame.info.get("duration", 0))
     except OSError as error:
         raise UsageError(f"{path}: not a readable video ({error!s:.100})") from None
+    count = len(durations)
     if count < 2:
         raise UsageError(f"{path}: one picture and no video; python visualize.py attention "
                          "draws one photo")
@@ -129,7 +132,8 @@ def open_animation(path: Path, channels: int) -> Frames:
             for frame in frames:
                 yield in_channels(pil_to_tensor(frame.convert("RGB")), channels)
 
-    return Frames(count, 1000 / milliseconds if milliseconds else FPS, read)
+    total = sum(durations)  # milliseconds; 0 where the file says nothing
+    return Frames(count, 1000 * count / total if total else FPS, read)
 
 
 def pyav(what: str):

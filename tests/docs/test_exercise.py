@@ -16,6 +16,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -238,6 +239,12 @@ def test_the_lines_of_the_first_exercise(tmp_path, monkeypatch, capsys):
 
 
 def test_the_copy_and_what_is_said_of_it(tmp_path, capsys):
+    main(["12", "--folder", str(tmp_path / "a copy")])
+    said = capsys.readouterr().out
+    quoted = f"'{tmp_path}/a copy'"  # as a shell needs a name with a blank
+    assert f"cd {quoted} && pytest" in said and f"--folder {quoted}" in said
+    shutil.rmtree(tmp_path / "a copy")
+
     main(["12", "--folder", str(tmp_path / "copy")])
     said = capsys.readouterr().out
     assert "SinkhornKnopp.forward" in said and "tests/test_losses.py::test_sinkhorn" in said

@@ -112,6 +112,23 @@ def test_the_page(run, tmp_path, monkeypatch):
     assert (path.read_bytes(), path.with_suffix(".pdf").read_bytes()) == before
 
 
+def test_the_only_loss_of_a_run_is_drawn(run, tmp_path, monkeypatch):
+    """One without prototypes has another name, as in a distillation of features."""
+    one = shutil.copytree(run, tmp_path / "one")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if "dino" in row:
+            row["feature"] = row["dino"]
+        for name in [name for name in row if name.startswith("dino")]:
+            del row[name]
+    (one / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("figures.story.draw_pictures", lambda *args: None)
+    monkeypatch.setattr("figures.story.what_it_sees", lambda *args: {})
+    figure = kept_open(one, tmp_path / "page.png", monkeypatch)
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert titles[0].startswith("feature") and len(titles) == 3
+
+
 def test_legends_of_two_objectives_stand_apart(run, tmp_path, monkeypatch):
     both = shutil.copytree(run, tmp_path / "both")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -177,10 +177,15 @@ def test_frames_that_cannot_be_read(folder):
         list(open_frames(folder, 3).read(1))
 
 
-def test_the_speed_of_a_webp(tmp_path):
+def test_the_speed_of_an_animation(tmp_path):
     frames = [Image.new("RGB", (8, 8), (40 * i, 0, 0)) for i in range(3)]
     frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], duration=100)
     assert open_frames(tmp_path / "a.webp", 3).fps == 10
+
+    # Frames of different lengths: three of them in a second.
+    frames[0].save(tmp_path / "b.gif", save_all=True, append_images=frames[1:],
+                   duration=[100, 200, 700])
+    assert open_frames(tmp_path / "b.gif", 3).fps == 3
 
 
 @pytest.mark.parametrize("kind", ["mp4", "avi"])
