@@ -77,6 +77,10 @@ def config_from_init(config: Config) -> Config:
     fixed = [*NETWORK]
     if init_heads(config):
         fixed += HEADS
+        # A run that did not learn patches has no head for them: a new one may be of any kind.
+        if not settings.get("ibot_weight"):
+            of_patches = ("separate_head", "ibot_n_prototypes", "ibot_head_bottleneck_dim")
+            fixed = [name for name in fixed if name not in of_patches]
     contradictions = []
     for name in fixed:
         wanted = getattr(config, name)

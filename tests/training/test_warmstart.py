@@ -116,6 +116,17 @@ def test_from_a_run(first, tmp_path, monkeypatch, quick_runs):
     assert (config["patch_size"], config["n_prototypes"]) == (8, 32)
 
 
+def test_a_head_of_patches_that_did_not_come_along_is_free(first, tmp_path, monkeypatch,
+                                                           quick_runs):
+    flags = "--ibot_weight 0.2 --separate_head --ibot_n_prototypes 16 --mask_min_patches 1".split(
+    )
+    run = tmp_path / "run"
+    learner = stopped_learner(config_of(run, "--init", str(first), *flags), monkeypatch)
+    heads = learner.student.heads()
+    assert same_tensors(heads["dino_head"].state_dict(), heads_of(first)["dino_head"])
+    assert heads["ibot_head"].state_dict()["last_layer.weight_v"].shape[0] == 16
+
+
 def test_a_bare_backbone_rests_while_new_heads_learn(first, tmp_path, monkeypatch, capsys,
                                                      quick_runs):
     bare = tmp_path / "bare.pt"
