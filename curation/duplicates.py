@@ -201,8 +201,11 @@ def run(words: list[str], config: Config, process: Process) -> dict:
     if process.main:
         save_array(folder / "components.npy", roots)
         names = pool.images.names
-        removed = [f"{names[i]}\t{names[roots[i]]}\n" for i in pool.rows if roots[i] != i]
-        write_text(folder / "copies.txt", "".join(removed))  # removed, and what stays for it
+        removed = np.setdiff1d(pool.rows, left)
+        # For an image that is like one to be judged with none stays: its copies go as well.
+        stays = ["--against" if in_a_test[i] else names[roots[i]] for i in removed]
+        lines = [f"{names[i]}\t{reason}\n" for i, reason in zip(removed, stays)]
+        write_text(folder / "copies.txt", "".join(lines))
     content = finish(folder, "dedup", pool, left, facts, process)
     if process.main:
         draw_groups(folder, pool, roots, hits)

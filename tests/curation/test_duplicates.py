@@ -139,6 +139,8 @@ def test_what_touches_a_test_goes_as_a_whole(tmp_path):
     assert content["counts"] == {
         "pool": 5, "components": 4, "copies removed": 1,
         "representatives removed as like --against": 3}
+    lines = (tmp_path / "dedup/copies.txt").read_text().splitlines()
+    assert lines == [f"000{i}.png\t--against" for i in range(3)] + ["0004.png\t0003.png"]
 
 
 def test_everything_of_random_touched_components_goes(tmp_path):
