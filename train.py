@@ -597,6 +597,8 @@ class Run:
     the teacher's backbone in one piece, to be judged and kept; under FSDP it is a copy.
     """
 
+    left_behind = "saved; the same command continues"  # what is said when a signal stops it
+
     def __init__(self, config: Config, process: Process, folder: Path, images: Images,
                  val: Images, epoch_steps: int, build, move_teacher):
         # Imported here and not above: they are needed once in a run, and the imports at the top
@@ -790,8 +792,7 @@ class Run:
                 # signal n.
                 if stopped_by and not done:
                     name = signal.Signals(stopped_by).name
-                    process.print(f"{name}: stopped after step {self.step}, saved; the same "
-                                  "command continues")
+                    process.print(f"{name}: stopped after step {self.step}, {self.left_behind}")
                     del batches
                     raise SystemExit(128 + stopped_by)
 

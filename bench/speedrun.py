@@ -50,6 +50,8 @@ class MeasuredRun(train.Run):
     processes do not count, so they tell the whole only with --num_workers 0.
     """
 
+    left_behind = "and nothing of it is kept"
+
     def train(self):
         self.rows = []  # rows of the log
         # Operations of a step of each stage. Counting takes a second, which would be charged to

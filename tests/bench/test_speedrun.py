@@ -4,12 +4,15 @@
 2. Until then it is the run of train.py: the judge says the same at the same steps.
 3. Seconds are those of training, without the judge's; images and operations are those of the
    steps, with those of each stage of --curriculum.
-4. Bad input is one line that names the flag.
+4. Stopped by a signal it says that nothing is kept.
+5. Bad input is one line that names the flag.
 
 Time is that of a clock which the work under test moves (bench_helpers.FakeClock).
 """
 
 import json
+import os
+import signal
 
 import pytest
 from bench_helpers import FakeClock, config_of
@@ -83,6 +86,22 @@ def test_what_it_costs(tmp_path, monkeypatch):
             config_of([*TINY, "--global_crops_size", side, "--local_crops_size", local],
                       SpeedrunConfig)).values()) for side, local in ((16, 16), (24, 16)))
     assert small < large and found["operations"] == 8 * small + 4 * large
+
+
+def test_stopped_it_keeps_nothing(monkeypatch, capsys):
+    train_step = train.train_step
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return train_step(*args)
+
+    monkeypatch.setattr(train, "train_step", signalled)
+    with pytest.raises(SystemExit) as stop:
+        main(["speedrun", *TINY])
+    printed = capsys.readouterr().out
+    assert stop.value.code == 128 + signal.SIGINT
+    assert "SIGINT: stopped after step 1, and nothing of it is kept" in printed
+    assert "saved" not in printed
 
 
 @pytest.mark.parametrize("flags, words", [
