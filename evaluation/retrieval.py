@@ -237,7 +237,8 @@ class Scales(nn.Module):
         self.scales = scales
 
     def forward(self, images: Tensor) -> Tensor:
-        # No side becomes smaller than a patch, which is the least that the network takes.
+        # No side is smaller than a patch, which is the least that the network takes: neither that
+        # of a smaller view, nor the short one of a very long image.
         height, width = images.shape[-2:]
         least = self.model.patch_size
         features = []
@@ -258,7 +259,7 @@ def run(extractor: Extractor) -> dict:
     config = extractor.config
     process = extractor.process
     model = extractor.model
-    read = Scales(model) if config.multiscale else model
+    read = Scales(model) if config.multiscale else Scales(model, (1,))
     name = "retrieval-multiscale" if config.multiscale else "retrieval"
 
     def whole_features(images, name):

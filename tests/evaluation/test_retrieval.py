@@ -168,6 +168,8 @@ def test_a_row_without_a_group_is_refused(row, what, tmp_path):
 
 
 def test_retrieval_by_groups(small_backbone, photos, tmp_path, capsys):
+    # One image is so long that its short side would be less than a patch.
+    TF.to_pil_image(torch.zeros(3, 4, 200, dtype=torch.uint8)).save(photos / "dogs/long.png")
     names = open_images(f"folder:{photos}").names
     lines = [f"photos/{name},{i // 2}\n" for i, name in enumerate(names)]
     (tmp_path / "groups.csv").write_text("path,group\n" + "".join(lines))
