@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curation.pieces import Table, claim, make_pieces, save_array
-from curation.pool import Pool, finish, open_pool
+from curation.pool import Pool, can_be_listed, finish, open_pool
 from curation.report import draw_clusters, write_report
 from curation.retrieve import class_precision, open_curated
 from machinery.clock import Progress
@@ -216,6 +216,7 @@ def run(words: list[str], config: Config, process: Process) -> dict:
     # folder they would be wrong.
     pool = open_pool(words[0])
     curated = open_curated(config, pool) if config.curated else None
+    can_be_listed(pool, curated if config.with_curated else None)
     if config.n_clusters > len(pool.rows):
         raise UsageError(f"--n_clusters {config.n_clusters}: the pool has {len(pool.rows)} "
                          "images; give fewer")

@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from curation.pieces import Table, claim, save_array
-from curation.pool import Pool, finish, open_pool, same_embedding
+from curation.pool import (Pool, can_be_listed, finish, open_pool, same_embedding,
+                           some_are_left)
 from curation.report import draw_groups, write_report
 from curation.search import SearchConfig, edges, neighbours, search_facts
 from evaluation.retrieval import read_groups
@@ -162,7 +163,7 @@ def run(words: list[str], config: Config, process: Process) -> dict:
     """One image of each group of copies, and none that is like one of --against."""
     # What cannot be compared is refused before anything is computed.
     pool = open_pool(words[0])
-    pool.path(int(pool.rows[0]))  # drawn images have no files: no list could name them
+    can_be_listed(pool)
     references = [open_pool(folder, "--against") for folder in config.against]
     for reference in references:
         same_embedding(pool, reference, "--against")
@@ -196,6 +197,8 @@ def run(words: list[str], config: Config, process: Process) -> dict:
                       f"{figures['precision']:.3f}, recall {figures['recall']:.3f}")
         best = try_thresholds(pool, graph, groups, process)
         facts["by_groups"] = figures | {"best": best}
+
+    some_are_left(left, pool, "dedup")
 
     # The component of each image is kept for whoever wants to look at its groups, and in words.
     if process.main:

@@ -196,6 +196,9 @@ def on_axes(numbers: Tensor, axes: Tensor | None, binary: bool) -> Tensor:
         return F.normalize(numbers, dim=1)
     # In float64, because axes of little spread are divided by small numbers.
     moved = (numbers.double() - axes[:, 0]) @ axes[:, 1:]  # (m, D)
+    # An image that is exactly the mean, such as the only one of a pool, has no direction. It is
+    # given one, because a row of zeros means an image that does not decode.
+    moved[(moved == 0).all(1), 0] = 1.0
     if binary:
         moved = torch.where(moved > 0, 1.0, -1.0)
     unit = F.normalize(moved, dim=1)

@@ -130,6 +130,22 @@ def same_embedding(pool: Pool, other: Pool, flag: str):
             )
 
 
+def can_be_listed(pool: Pool, curated: Pool | None = None):
+    """UsageError where no list could name the images of a pool, or the curated ones.
+
+    Drawn images and those in tar files are no files. It is asked before hours of work.
+    """
+    for part in (pool, curated):
+        if part:
+            part.path(int(part.rows[0]))
+
+
+def some_are_left(rows: np.ndarray, pool: Pool, stage: str):
+    """UsageError where a stage would leave nothing."""
+    if not len(rows):
+        raise UsageError(f"{stage}: of the {len(pool.rows):,d} images of the pool none is left")
+
+
 def finish(folder: Path, stage: str, pool: Pool, rows: np.ndarray, facts: dict,
            process: Process, curated: Pool | None = None) -> dict:
     """Write what the next stage takes up, stage.json last -> the content of stage.json.
@@ -137,8 +153,7 @@ def finish(folder: Path, stage: str, pool: Pool, rows: np.ndarray, facts: dict,
     rows: the images that are left, ascending. UsageError if none is. Their paths and labels go
     into list.txt, on which `--data list:FILE` trains, and those of `curated` behind them.
     """
-    if not len(rows):
-        raise UsageError(f"{stage}: of the {len(pool.rows):,d} images of the pool none is left")
+    some_are_left(rows, pool, stage)
 
     # The folder of the stage before is noted as seen from this one, so that all of them can be
     # moved together.

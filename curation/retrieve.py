@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from curation.pieces import Table, claim
-from curation.pool import Pool, finish, open_pool, same_embedding
+from curation.pool import Pool, can_be_listed, finish, open_pool, same_embedding
 from curation.report import draw_queries, write_report
 from curation.search import NOTHING, SearchConfig, neighbours, search_facts
 from machinery.flags import UsageError, require
@@ -81,6 +81,7 @@ def run(words: list[str], config: Config, process: Process) -> dict:
     # anew each time.
     pool = open_pool(words[0])
     curated = open_curated(config, pool)
+    can_be_listed(pool, curated if config.with_curated else None)
     folder = Path(config.output_dir or "curations/retrieve")
     claim(folder, {"pool": pool.sha256, "curated": curated.sha256, **search_facts(config)},
           process)

@@ -99,6 +99,13 @@ def open_for_patches(extractor: Extractor, table: dict, flag: str, read_map,
     return pairs.drawn_at(size)
 
 
+def remedy(flag: str) -> str:
+    """What to do where the masks of this flag have too few answers; train.py has one way only."""
+    if flag in ("--data", "--val_data"):
+        return "; is --ignore_label right?"
+    return "; 255 in a mask means that there is no answer"
+
+
 def with_common_classes(
     train: Pairs, val: Pairs, process: Process,
     flags: tuple[str, str] = ("--data", "--val_data")) -> tuple[Pairs, Pairs]:
@@ -117,7 +124,8 @@ def with_common_classes(
     if names:
         return replace(train, classes=names), replace(val, classes=names)
 
-    # All masks of both have to be read once for this.
+    # All masks of both have to be read once for this. A mask of 0 and 255 has one class, because
+    # 255 is what --ignore_label leaves out; then every answer would be right.
     largest = -1
     for pairs, flag in ((train, flags[0]), (val, flags[1])):
         report = Progress(f"reading the masks of {flag}", len(pairs), process)
@@ -126,8 +134,10 @@ def with_common_classes(
             report(i + 1)
     largest = max(process.all_gather(largest))
     if largest < 0:
-        raise UsageError(f"{flags[0]}: every pixel of every mask is ignored; is --ignore_label "
-                         "right?")
+        raise UsageError(f"{flags[0]}: every pixel of every mask is ignored{remedy(flags[0])}")
+    if largest == 0:
+        raise UsageError(f"{flags[0]}: the masks have the class 0 alone, beside what is "
+                         f"ignored{remedy(flags[0])}")
     names = [f"class {c}" for c in range(largest + 1)]
     return replace(train, classes=names), replace(val, classes=names)
 

@@ -288,6 +288,7 @@ def train_head(depther: Depther, train: Pairs, size: int, config, process: Proce
     batches = crop_batches(train, size, (1.0, 1.0), 0.0, batch, config.steps, process,
                            config.num_workers, config.seed)
     report = Progress("training the head", config.steps, process)
+    answers = 0  # pixels with a depth, in all crops
     for step, (images, truth) in enumerate(batches):
         # As in segment.py: each process runs the backbone on its share of the crops, and the
         # head learns from the whole batch on all of them.
@@ -299,6 +300,7 @@ def train_head(depther: Depther, train: Pairs, size: int, config, process: Proce
                                     process), gather(cls.float(), batch, process)))
         truth = gather(truth, batch, process)  # (B, s, s)
         truth = truth.where(truth <= config.farthest, 0)
+        answers += (truth > 0).sum()
 
         # The loss is taken at the size of the crop, as it will be judged.
         metres = at_pixels(head(gathered), truth.shape[-2:], depther.backbone.patch_size)[:, 0]
@@ -319,6 +321,12 @@ def train_head(depther: Depther, train: Pairs, size: int, config, process: Proce
         torch.nn.utils.clip_grad_norm_(head.parameters(), 35.0)
         optimizer.step()
         report(step + 1)
+
+    if not answers:
+        raise UsageError(
+            f"--data {config.data}: in no crop has a pixel a depth up to --farthest "
+            f"{config.farthest:g} m, so the head has learned nothing; are "
+            "--depth_scale and --farthest right?")
 
 
 # What a head of ours has in its file beside its tensors.

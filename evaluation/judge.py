@@ -239,8 +239,8 @@ class PatchJudge:
         self.epoch_steps = epoch_steps
         bank = open_few("dense_data", 100)
         queries = open_few("dense_val_data", 50)
-        flags = ("--dense_data", "--dense_val_data")
-        self.bank, self.queries = with_common_classes(bank, queries, process, flags)
+        self.flags = ("--dense_data", "--dense_val_data")
+        self.bank, self.queries = with_common_classes(bank, queries, process, self.flags)
 
     def __call__(self, backbone: nn.Module, step: int, figures: dict):
         """Judge the backbone after this step; log the figure, and keep it in `figures`.
@@ -256,7 +256,7 @@ class PatchJudge:
         queries = self.queries.drawn_at(size)
         with torch.compiler.set_stance("force_eager"):
             miou = patch_knn(backbone, bank, queries, len(bank.classes), size, self.process,
-                             precision=self.config.precision)["miou"]
+                             precision=self.config.precision, flags=self.flags)["miou"]
         figures["patch_miou"] = miou
         record(self.folder, dict(step=step, patch_miou=miou), self.process)
 

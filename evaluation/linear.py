@@ -182,6 +182,8 @@ def real_accuracy(predicted: Tensor, names: list[str], file: str) -> float:
         truth = json.loads(Path(file).read_text())
         numbers = [int(re.search(r"_val_(\d{8})", name)[1]) - 1 for name in names]
         right = [int(p) in truth[i] for p, i in zip(predicted, numbers) if truth[i]]
+        if not right:
+            raise ValueError("none of these images has a label in it")
     except (OSError, ValueError, TypeError, IndexError) as error:
         raise ValueError(f"--real_labels {file}: expected real.json, and images named "
                          f"ILSVRC2012_val_*: {error}") from None
@@ -458,9 +460,13 @@ def judge_head(extractor: Extractor, train: Images, state: dict, flag: str = "va
         n, pool, weight, bias = released_head(state, model.embed_dim, kind)
     except ValueError as error:
         raise UsageError(f"--head {config.head}: {error}") from None
-    if len(bias) <= max(train.labels):
-        raise UsageError(f"--head {config.head} knows {len(bias)} classes, --data has "
-                         f"{1 + max(train.labels)}")
+
+    # An output of the head is a number, and --data says which class it stands for. A part of the
+    # classes would be numbered anew, and each answer would be for another class.
+    known = len(train.classes) if train.classes else 1 + max(train.labels)
+    if len(bias) != known:
+        raise UsageError(f"--head {config.head} knows {len(bias)} classes, --data has {known}; "
+                         "expected the classes that it was trained on")
     rows = extractor(images, f"linear{n}-{flag}", Blocks(model, n))
     columns = kinds_of_input(model.embed_dim, (n,), (pool,))[n, pool]
     logits = rows[:, columns] @ weight.T + bias

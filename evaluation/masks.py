@@ -118,7 +118,10 @@ def run(extractor: Extractor) -> dict:
     networks = {config.weights: extractor.model}
     networks["the same, untrained"] = untrained_like(extractor.model).to(process.device)
     for what in config.others:
-        other = load_backbone(what, config.checkpoint_key, config.num_heads)
+        try:
+            other = load_backbone(what, config.checkpoint_key, config.num_heads)
+        except ValueError as error:
+            raise UsageError(str(error).replace("--weights", "--others")) from None
         if not hasattr(other, "blocks"):
             raise UsageError(f"--others {what}: a convnet has no attention; expected Vision "
                              "Transformers")
@@ -126,6 +129,10 @@ def run(extractor: Extractor) -> dict:
             raise UsageError(f"--others {what}: takes {other.pixels.channels} channels, and "
                              f"--weights {config.weights} {pairs.pixels.channels}")
         networks[what] = other.to(process.device)
+    for name, model in networks.items():
+        if not -model.depth <= config.block < model.depth:
+            raise UsageError(f"--block {config.block}: {name} has the blocks 0 to "
+                             f"{model.depth - 1}")
 
     table = {}
     process.print(
@@ -171,7 +178,8 @@ def judge(model: VisionTransformer, pairs: Pairs, size: int, config,
     by_image = in_order(own, process)
     if not by_image:
         raise UsageError(f"--val_data {config.val_data}: no image has a pixel that is not "
-                         f"--background {config.background}")
+                         f"--background {config.background} or --ignore_label "
+                         f"{config.ignore_label}")
 
     # Rows are images, columns are heads. "best" takes the maximum of each row and then the
     # mean, which is what DINO reports; "one_head" the mean of each column and then the maximum,

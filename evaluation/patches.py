@@ -26,7 +26,7 @@ from torchvision.transforms.v2 import functional as TF
 from augment import normalise
 from backbones.dense_heads import at_pixels, frame, patch_maps
 from evaluation.dense import (PairsConfig, can_judge, in_order, open_for_patches, shape_at,
-                              side_of_crops, with_common_classes)
+                              remedy, side_of_crops, with_common_classes)
 from evaluation.knn import top_neighbours
 from evaluation.protocol import Extractor
 from evaluation.segment import confusion, scores
@@ -114,19 +114,21 @@ def patch_bank(model: nn.Module, train: Pairs, classes: int, size: int, process:
 
 
 @torch.no_grad()
-def patch_knn(model: nn.Module, train: Pairs, val: Pairs, classes: int, size: int,
-              process: Process, k: int = 20, most: int = 20_000,
-              precision: str = "fp32") -> dict:
+def patch_knn(
+    model: nn.Module, train: Pairs, val: Pairs, classes: int, size: int, process: Process,
+    k: int = 20, most: int = 20_000, precision: str = "fp32",
+    flags: tuple[str, str] = ("--data", "--val_data")) -> dict:
     """The figures of evaluation.segment.scores for the vote of patches, on all processes.
 
-    most: how many patches vote at most; they are drawn evenly from all images.
+    most: how many patches vote at most; they are drawn evenly from all images. flags: those that
+    named the two sets, for messages.
     """
     # A training run calls this for its teacher, and gets it back in the mode that it was in.
     was_training = model.training
     model.eval()
     bank, labels = patch_bank(model, train, classes, size, process, most, precision)
     if not len(labels):
-        raise UsageError(f"{train.name}: no patch has a class; is --ignore_label right?")
+        raise UsageError(f"{flags[0]}: no patch has a class{remedy(flags[0])}")
 
     # The vote, image by image. The shares of the vote are enlarged, and the largest is chosen
     # at each pixel: outlines then run between the patches, and not along their sides.
@@ -141,8 +143,7 @@ def patch_knn(model: nn.Module, train: Pairs, val: Pairs, classes: int, size: in
     model.train(was_training)
     counts = sum(process.all_gather(counts))
     if not counts.any():
-        raise UsageError(f"{val.name}: every pixel of every mask is ignored; is --ignore_label "
-                         "right?")
+        raise UsageError(f"{flags[1]}: every pixel of every mask is ignored{remedy(flags[1])}")
     return scores(counts)
 
 

@@ -284,8 +284,9 @@ def open_labelled(extractor: Extractor, flag: str = "data") -> Images:
     """The images of --data, or of another flag; UsageError if they have no labels."""
     images = extractor.open(flag)
     if not images.labels:
-        raise UsageError(f"--{flag} {getattr(extractor.config, flag)}: this task needs labels; "
-                         "put the images into one folder per class")
+        raise UsageError(
+            f"--{flag} {getattr(extractor.config, flag)}: this task needs labels of "
+            "two classes or more; put the images into one folder per class")
     return images
 
 
@@ -321,7 +322,8 @@ def mapped_classes(file: str, flag: str, images: Images) -> list[str]:
     """
     # A line with another number of commas makes the unpacking below fail with ValueError.
     try:
-        lines = [line for line in Path(file).read_text().splitlines() if line]
+        # Spreadsheets write an invisible mark before the first letter, which utf-8-sig skips.
+        lines = [line for line in Path(file).read_text("utf-8-sig").splitlines() if line]
         names = {}
         for line in lines:
             judged_name, learned_name = line.split(",")
@@ -331,7 +333,14 @@ def mapped_classes(file: str, flag: str, images: Images) -> list[str]:
     except (OSError, ValueError) as error:
         raise UsageError(f"--class_mapping {file}: expected lines 'class in --{flag}, "
                          f"class in --data' ({error})") from None
-    return [names.get(name, name) for name in images.classes or ()]
+
+    # A file may serve for several sets, so a line may name a class of another one; but where
+    # none fits, nothing would be renamed.
+    classes = images.classes or []
+    if names and not set(names) & set(classes):
+        raise UsageError(f"--class_mapping {file}: no line begins with a class of --{flag}, "
+                         f"such as {', '.join(classes[:3])}; the first is {next(iter(names))}")
+    return [names.get(name, name) for name in classes]
 
 
 # ----------------------------------------------------------------------------------------------

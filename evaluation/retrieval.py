@@ -259,6 +259,9 @@ def run(extractor: Extractor) -> dict:
     config = extractor.config
     process = extractor.process
     model = extractor.model
+    if config.crop_queries and not config.ground_truth:
+        raise UsageError(
+            "--crop_queries cuts queries to the boxes of --ground_truth: give it too")
     read = Scales(model) if config.multiscale else Scales(model, (1,))
     name = "retrieval-multiscale" if config.multiscale else "retrieval"
 

@@ -221,6 +221,7 @@ def train_segmenter(backbone, train: Pairs, classes: int, size: int, config,
     batches = crop_batches(train, size, config.resize, IGNORE, batch, config.steps, process,
                            config.num_workers, config.seed)
     report = Progress("training the head", config.steps, process)
+    answers = 0  # pixels with a class, in all crops
     for step, (images, masks) in enumerate(batches):
         # Each process runs the backbone on its share. The head sees the whole batch on all of
         # them, because its BatchNorm needs all of it; it is so small that this costs little.
@@ -240,11 +241,18 @@ def train_segmenter(backbone, train: Pairs, classes: int, size: int, config,
         # any answer would be 0 / 0, so the sum is divided here.
         logits = at_pixels(head(features), masks.shape[-2:], backbone.patch_size)
         loss = F.cross_entropy(logits, masks, ignore_index=IGNORE, reduction="sum")
-        loss = loss / (masks != IGNORE).sum().clamp(min=1)
+        count = (masks != IGNORE).sum()
+        loss = loss / count.clamp(min=1)
+        answers += count
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         report(step + 1)
+
+    if not answers:
+        raise UsageError(
+            f"--data {config.data}: in no crop has a pixel a class, so the head has "
+            "learned nothing; is --ignore_label right?")
     return segmenter.eval()
 
 

@@ -56,6 +56,8 @@ def read_file(file: Path | io.BytesIO, channels: int = 3) -> Tensor:
         except UnidentifiedImageError:
             name = file if isinstance(file, Path) else "this"
             raise OSError(f"{name} is no image that Pillow can read") from None
+        except Image.DecompressionBombError as error:  # some hundred megapixels: for every
+            raise OSError(str(error)) from None  # caller a file like one that does not decode
 
         with image:
             # A camera that was held sideways writes the image as its sensor saw it, and beside

@@ -68,15 +68,20 @@ class Names(Sequence):
         return os.fsdecode(bytes(self.letters[start:end]))
 
 
-def list_files(folder: Path, prefix: str = "") -> Iterator[str]:
+def list_files(folder: Path, prefix: str = "", above: tuple = ()) -> Iterator[str]:
     """The names of all files below a folder, relative to it and sorted.
 
     Hidden files and folders, such as the ._x.jpg of macOS and the .ipynb_checkpoints of
-    Jupyter, are left out; links are followed.
+    Jupyter, are left out; links are followed. above: the folders that this one lies in.
     """
-    # A folder that may not be read counts as empty.
+    # A folder that may not be read counts as empty. So does one that lies in itself, by a link to
+    # a folder above: its images would be listed again and again.
     entries = []
     try:
+        status = os.stat(folder)
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
+            return
         for entry in os.scandir(folder):
             if not entry.name.startswith("."):
                 entries.append(f"{entry.name}/" if entry.is_dir() else entry.name)
@@ -89,7 +94,7 @@ def list_files(folder: Path, prefix: str = "") -> Iterator[str]:
     # "/" below "0".
     for name in sorted(entries):
         if name.endswith("/"):
-            yield from list_files(folder / name, prefix + name)
+            yield from list_files(folder / name, prefix + name, (*above, identity))
         else:
             yield prefix + name
 

@@ -134,8 +134,8 @@ def read_mask(file: Path, ignore_label: int = 255) -> Tensor:
 def read_depth(file: Path, scale: float = 1000.0) -> Tensor:
     """Depths -> metres (H, W) float32, 0 where nothing was measured.
 
-    A .npy holds metres. A picture holds integers, of which `scale` are a metre (1000: they are
-    millimetres). 0 and the largest number of 16 bits mean "not measured", as NaN and infinity
+    A .npy holds metres, and so does a picture of floats. A picture of integers holds as many of
+    them as `scale` says to a metre (1000: they are millimetres). 0 and the largest number of 16 bits mean "not measured", as NaN and infinity
     do in an array. ValueError for colours, and for an array that is not (H, W).
     """
     # 65,535 is the largest number of 16 bits, which some cameras write for "too far". NumPy's
@@ -146,7 +146,9 @@ def read_depth(file: Path, scale: float = 1000.0) -> Tensor:
     else:
         with Image.open(file) as image:
             values = np.array(image)
-        metres = np.where(values == 65535, 0, values).astype(np.float32) / np.float32(scale)
+        metres = values.astype(np.float32)
+        if values.dtype.kind != "f":
+            metres = np.where(values == 65535, 0, metres) / np.float32(scale)
     if metres.ndim != 2:
         raise ValueError(f"{file}: an array {metres.shape}, expected one depth for each pixel")
 
@@ -204,10 +206,10 @@ def open_folder(kind: str, argument: str, split: str, root: str, download: bool,
         files.append((top / "images" / name, top / kind / map_of[Path(name).with_suffix("")]))
 
     # Line 3 of classes.txt is the name of the class 2, as classes are counted from 0. The names
-    # are the same for all splits, so they may lie beside these.
+    # are the same for all splits, so they may lie beside these. Depths have no classes.
     classes = None
     for listed in (top / "classes.txt", path / "classes.txt"):
-        if listed.exists():
+        if kind == "masks" and listed.exists():
             classes = [line.strip() for line in listed.read_text("utf-8-sig").split("\n")]
             while classes and not classes[-1]:
                 classes.pop()

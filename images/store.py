@@ -305,7 +305,11 @@ class Shards:
             raise ValueError(f"{file} is no whole tar file ({error})") from None
         members = []
         for entry in entries:
-            label = labels.get(os.path.splitext(entry.name)[0])
+            # What belongs together has the same name up to its first dot: 01.rgb.png and 01.cls.
+            # Some write 01.a.png and 01.a.cls, which the name up to the last dot tells apart.
+            folder, name = os.path.split(entry.name)
+            first = os.path.join(folder, name.split(".")[0])
+            label = labels.get(os.path.splitext(entry.name)[0], labels.get(first))
             members.append([
                 entry.name.removeprefix("./"), entry.offset_data, entry.size, label])
 

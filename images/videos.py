@@ -75,7 +75,7 @@ def video_of_files(name: str, frames: Path, masks: Path, channels: int) -> Video
             with Image.open(path) as image:
                 sizes[path] = image.size
                 orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        except OSError as error:
+        except (OSError, Image.DecompressionBombError) as error:
             raise UsageError(f"--data: {path} is no image ({error!s:.100})") from None
         # Whether its mask was made before or after it was turned nobody can tell.
         if orientation in range(2, 9):

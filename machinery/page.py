@@ -22,6 +22,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from machinery.flags import UsageError
+
 # What matplotlib is told before a figure is drawn. Sizes are in points, 1/72 of an inch.
 STYLE = {
     "font.size": 10, "axes.titlesize": 10, "axes.labelsize": 10, "legend.fontsize": 9,
@@ -158,6 +160,9 @@ def save(figure, path: Path, caption: str = "", colours: int = 0) -> Path:
     path = Path(path)
     if not path.suffix:
         path = path.with_suffix(".png")
+    known = figure.canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise UsageError(f"--output {path}: expected a file of the kind {', '.join(known)}")
 
     # The name of a file may have bytes that are no letters, which no font can draw.
     for text in figure.findobj(lambda part: hasattr(part, "set_text")):

@@ -176,8 +176,11 @@ def test_what_is_refused(tmp_path):
         stage(tmp_path, against=(str(tmp_path / "other"),))
     with pytest.raises(UsageError, match="--relative_threshold 0.95: expected at most"):
         stage(tmp_path, against=(str(tmp_path / "pool"),), relative_threshold=0.95)
+    stage(tmp_path)
+    before = (tmp_path / "dedup/copies.txt").read_text()
     with pytest.raises(UsageError, match="of the 9 images of the pool none is left"):
         stage(tmp_path, against=(str(tmp_path / "pool"),), relative_threshold=0.9)
+    assert (tmp_path / "dedup/copies.txt").read_text() == before  # it belongs to the list there
     (tmp_path / "groups.csv").write_text("path,group\n0001.png,a\n")
     with pytest.raises(UsageError, match="--groups .*: 8 of 9 images are not in it"):
         stage(tmp_path, groups=str(tmp_path / "groups.csv"))

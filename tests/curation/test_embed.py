@@ -9,6 +9,7 @@
 """
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -180,6 +181,15 @@ def test_what_a_set_without_files_leaves(small_backbone, tmp_path):
     with pytest.raises(ValueError, match="DATA folder:.*found 0 images"):
         (tmp_path / "empty").mkdir()
         stage(f"folder:{tmp_path}/empty", tmp_path / "b", small_backbone)
+
+
+def test_an_image_that_is_the_mean_is_no_broken_one(small_backbone, photos, tmp_path):
+    """Whitening leaves nothing of it; a row of zeros would say that it does not decode."""
+    one = tmp_path / "one"
+    one.mkdir()
+    shutil.copy(sorted(photos.rglob("*.jpg"))[0], one)
+    content = stage(f"folder:{one}", tmp_path / "pool", small_backbone, whiten=True)
+    assert content["images"] == 1 and content["broken"] == 0
 
 
 def test_an_image_of_one_colour_is_no_broken_one():

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from curation_helpers import CPU, make_pool, unit_rows
 
-from curation import retrieve
-from curation.pool import open_pool
+from curation import clusters, retrieve
+from curation.pool import Pool, open_pool
 from curation.retrieve import Config
 from machinery.flags import UsageError
 
@@ -65,6 +65,23 @@ def test_the_curated_images_are_listed(tmp_path):
     lines = (tmp_path / "out/list.txt").read_text().splitlines()
     assert len(lines) == content["images"] + 9
     assert lines[-1] == f"{tmp_path}/curated/images/0008.png\towl"
+
+
+def test_what_cannot_be_listed_is_not_searched(tmp_path, monkeypatch):
+    """Drawn images, and those in tar files, are no files that list.txt could name."""
+    pools(tmp_path)
+
+    def no_file(pool, row):
+        raise UsageError("no files that a list could name")
+
+    monkeypatch.setattr(Pool, "path", no_file)
+    monkeypatch.setattr(retrieve, "neighbours", lambda *_: pytest.fail("was searched"))
+    monkeypatch.setattr(clusters, "kmeans", lambda *_: pytest.fail("was clustered"))
+    with pytest.raises(UsageError, match="no files that a list could name"):
+        stage(tmp_path)
+    with pytest.raises(UsageError, match="no files that a list could name"):
+        config = clusters.Config(n_clusters=2, output_dir=str(tmp_path / "out"))
+        clusters.run([str(tmp_path / "pool")], config, CPU)
 
 
 def test_what_is_refused(tmp_path):

@@ -9,6 +9,7 @@
 """
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -145,7 +146,12 @@ def test_misfits(small_backbone, rooms, tmp_path, capsys):
         return capsys.readouterr().err
 
     assert "--farthest" in refused("--farthest 0.0001")
-    assert "no pixel of any image was measured" in refused("--farthest 0.1")
+    assert "in no crop has a pixel a depth up to --farthest 0.1 m" in refused("--farthest 0.1")
+    shutil.copytree(rooms / "images", tmp_path / "dark/images")
+    shutil.copytree(rooms / "images", tmp_path / "dark/depth")
+    for file in (tmp_path / "dark/depth").iterdir():
+        Image.new("I;16", (32, 32)).save(file)  # 0 everywhere: not measured
+    assert "no pixel of any image was measured" in refused(f"--val_data pairs:{tmp_path}/dark")
     torch.save({"conv_depth.weight": torch.zeros(256, 8, 1, 1)}, tmp_path / "other.pt")
     assert "--depth_head" in refused(f"--head {tmp_path}/other.pt")
 

@@ -90,6 +90,8 @@ def test_real_labels(tmp_path):
     assert real_accuracy(torch.tensor([1, 2, 0]), names, str(tmp_path / "real.json")) == 0.5
     with pytest.raises(ValueError, match="--real_labels"):
         real_accuracy(torch.tensor([1]), ["cat.jpg"], str(tmp_path / "real.json"))
+    with pytest.raises(ValueError, match="--real_labels .*none of these images has a label"):
+        real_accuracy(torch.tensor([1]), names[2:], str(tmp_path / "real.json"))
 
 
 def test_real_labels_of_trained_probes(small_backbone, photos, tmp_path, capsys):
@@ -110,7 +112,7 @@ def test_real_labels_of_trained_probes(small_backbone, photos, tmp_path, capsys)
     assert "--real_labels" in error and "probes" not in error
 
 
-def test_saved_head(small_backbone, photos, tmp_path):
+def test_saved_head(small_backbone, photos, tmp_path, capsys):
     line = f"linear --weights {small_backbone} --data folder:{photos} --epochs 2"
     flags = dict(val_data=f"folder:{photos}", output_dir=tmp_path)
     trained = run_evaluate(line, **flags)
@@ -133,6 +135,13 @@ def test_saved_head(small_backbone, photos, tmp_path):
     with_head["val_data"] = f"folder:{tmp_path / 'german'}"
     mapped = run_evaluate(line, **with_head, class_mapping=tmp_path / "map.csv")
     assert mapped["linear"]["top1"] == 1
+
+    # A head of other classes would answer in numbers that mean something else here.
+    state = {name: torch.cat([values, values]) for name, values in state.items()}
+    torch.save(state, tmp_path / "head.pt")
+    with pytest.raises(SystemExit):
+        run_evaluate(line, **flags, head=tmp_path / "head.pt")
+    assert "knows 4 classes, --data has 2" in capsys.readouterr().err
 
 
 # -- a part of the grid, and a training that goes on

@@ -126,4 +126,14 @@ def test_no_things(small_backbone, tmp_path, capsys):
         Image.new("L", (16, 16)).save(tmp_path / name / "0.png")  # class 0 everywhere
     with pytest.raises(SystemExit):
         run_evaluate(f"masks --weights {small_backbone} --val_data pairs:{tmp_path}")
-    assert "no image has a pixel that is not --background 0" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "no image has a pixel that is not --background 0 or --ignore_label 255" in error
+
+
+def test_misuse(small_backbone, things, capsys):
+    line = f"masks --weights {small_backbone} --val_data pairs:{things} --image_size 64"
+    for flag in ("--others nowhere", "--block 9"):
+        with pytest.raises(SystemExit) as stop:
+            run_evaluate(f"{line} {flag}")
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and flag in error and error.count("\n") == 1

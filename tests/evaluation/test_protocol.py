@@ -168,6 +168,12 @@ def test_classes_by_other_names(tmp_path):
     config = SimpleNamespace(class_mapping=str(file), data="a", val_data="b")
     extractor = SimpleNamespace(config=config, open=lambda flag: val)
     assert open_judged(extractor, train)[1].tolist() == [0, 1]
+    file.write_text("katze, cat\neule, dog\n", encoding="utf-8-sig")  # as spreadsheets do
+    assert open_judged(extractor, train)[1].tolist() == [0, 1]
+    file.write_text("hund, dog\n")
+    with pytest.raises(UsageError,
+                       match="no line begins with a class of --val_data, such as eule"):
+        open_judged(extractor, train)
     file.write_text("katze, cat\neule, owl\n")  # no image of an owl to learn from
     with pytest.raises(UsageError, match="--data a has no image of 1 classes .* first: owl"):
         open_judged(extractor, train)

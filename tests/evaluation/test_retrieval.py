@@ -184,6 +184,10 @@ def test_retrieval_by_groups(small_backbone, photos, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_evaluate(line, groups=tmp_path / "groups.csv")
     assert "no two images of --data" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_evaluate(f"{line} --crop_queries", groups=tmp_path / "groups.csv")
+    assert "--crop_queries cuts queries to the boxes of --ground_truth" in capsys.readouterr(
+    ).err
 
 
 def test_retrieval_by_ground_truth(small_backbone, photos, tmp_path):

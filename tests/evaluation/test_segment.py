@@ -132,6 +132,20 @@ def test_misfits(small_backbone, colours, tmp_path, capsys):
 
     assert "--last_blocks 5: the network has 4" in refused("--last_blocks 5")
 
+    # Masks of 0 and 255 have one class only; and a set whose names are known may have no answer.
+    binary = tmp_path / "binary"
+    shutil.copytree(colours / "images", binary / "images")
+    (binary / "masks").mkdir()
+    for file in (colours / "masks").iterdir():
+        Image.fromarray(np.array(Image.open(file)) // 9 * 255).save(binary / "masks"
+                                                                    / file.name)
+    data = f"--data pairs:{binary} --val_data pairs:{binary}"
+    assert "the masks have the class 0 alone" in refused(data)
+    (binary / "classes.txt").write_text("thing\nground\n")
+    for file in (binary / "masks").iterdir():
+        Image.new("L", (48, 32), 255).save(file)
+    assert "in no crop has a pixel a class" in refused(data)
+
     # The names of one set count for both. Two names are too few for masks of ten classes.
     two = tmp_path / "two"
     shutil.copytree(colours, two)

@@ -70,6 +70,14 @@ def test_integers_of_many_bits_are_refused(dtype):
     assert from_array(np.full((8, 8, 3), 200, np.uint8), 3).max() == 200
 
 
+def test_a_picture_that_is_too_large(tmp_path, monkeypatch):
+    """For Pillow it is an attack; for us it is one file more that cannot be read."""
+    Image.new("L", (20, 20)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(OSError, match="exceeds limit"):
+        read_file(tmp_path / "a.png", 3)
+
+
 def test_an_array_whose_end_is_missing(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((5, 8, 8), np.float32))
     data = (tmp_path / "a.npy").read_bytes()

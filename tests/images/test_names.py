@@ -61,6 +61,10 @@ def test_files_of_a_folder(tmp_path):
     assert len(list(list_files(tmp_path))) in (7, 8)
     (tmp_path / "a/b").chmod(0o700)
 
+    # A link to a folder above would list everything again and again.
+    (tmp_path / "a/up").symlink_to(tmp_path)
+    assert list(list_files(tmp_path)) == sorted(expected)
+
 
 # -- 3
 

@@ -52,6 +52,9 @@ def test_files_of_maps(folder, tmp_path):
     np.testing.assert_allclose(depth[1:], millimetres[1:] / 1000, rtol=1e-6)
     np.save(tmp_path / "d.npy", np.array([[1.5, np.nan], [np.inf, -1.0]]))
     assert read_depth(tmp_path / "d.npy").tolist() == [[1.5, 0], [0, 0]]
+    # A picture of floats holds metres, too.
+    Image.fromarray(np.array([[1.5, np.nan]], np.float32)).save(tmp_path / "d.tif")
+    assert read_depth(tmp_path / "d.tif").tolist() == [[1.5, 0]]
 
 
 def test_lines_of_the_names_of_classes(folder):
@@ -64,6 +67,13 @@ def test_lines_of_the_names_of_classes(folder):
         open_pairs(MASKS, f"pairs:{folder}:val", read_mask)
     listed.write_text("road\ncar\n\n", encoding="utf-8-sig")
     assert open_pairs(MASKS, f"pairs:{folder}:val", read_mask).classes == ["road", "car"]
+
+
+def test_depths_have_no_classes(folder):
+    """A set may have both kinds of maps, and names of the classes beside them."""
+    pairs = open_pairs(DEPTHS, f"pairs:{folder}:val", read_depth)
+    assert pairs.classes is None
+    assert float(pairs[0][1].max()) > len("abc")  # metres; as a class it would have no name
 
 
 def test_a_folder(folder):

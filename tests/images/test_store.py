@@ -206,6 +206,16 @@ def test_labels_of_webdataset(photos, tmp_path):
     assert images.classes == ["9", "10"] and images.labels == [0, 1, 0]
     assert images.names[0] == "x.tar/000.png"
 
+    # A name may have more parts behind its first dot, and what belongs to it has the first.
+    with tarfile.open(tmp_path / "y.tar", "w") as tar:
+        for name in ("0.rgb", "1.rgb", "2.a", "2.b"):
+            tar.add(sorted(photos.rglob("*.*"))[0], f"z.d/{name}.png")
+        for name, label in (("0", "9"), ("1", "10"), ("2.a", "9"), ("2.b", "10")):
+            info = tarfile.TarInfo(f"z.d/{name}.cls")
+            info.size = len(label)
+            tar.addfile(info, io.BytesIO(label.encode()))
+    assert open_images(f"shards:{tmp_path}/y.tar").labels == [0, 1, 0, 1]
+
 
 def test_the_list_beside_a_shard(shards, tmp_path):
     first = store.Shards(shards, EXTENSIONS)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from machinery.flags import UsageError
 from machinery.page import PAGE, picture, pyplot, rows_of_pictures, save, show
 
 
@@ -34,6 +35,13 @@ def test_names_of_any_letters(tmp_path):
         save(figure, tmp_path / "page.png", name)
         kept = name.replace("\udce9", "\ufffd")
         assert axes[0, 0].get_title() == kept and not axes[0, 0].title.get_parse_math()
+
+
+def test_a_kind_of_file_that_cannot_be_drawn(tmp_path):
+    figure, axes = pyplot().subplots(1, 1, squeeze=False)
+    with pytest.raises(UsageError,
+                       match="--output .*page.xyz: expected a file of the kind .*png"):
+        save(figure, tmp_path / "page.xyz")
 
 
 def test_few_colours(tmp_path):
