@@ -42,7 +42,7 @@ from machinery.flags import UsageError, command
 from machinery.process import Process, start_process
 from train import Network
 from training.config import Config as TrainingConfig
-from training.check import check
+from training.check import check, check_sources
 from training.stored import read_config
 from training.optim import ema_update
 from training.recipes import DISTILLATION
@@ -301,7 +301,9 @@ def train_heads(config: Config, backbone: nn.Module) -> Path:
     # The name of the architecture is for the record: the backbone is not built but given.
     names = {(arch["embed_dim"], arch["depth"]): name for name, arch in ARCHS.items()}
     arch = names.get((backbone.embed_dim, backbone.depth), config.arch)
-    heads_config = replace(heads_config, arch=arch, patch_size=backbone.patch_size,
+    p = backbone.patch_size
+    local = max(1, round(config.local_crops_size / p)) * p  # whole patches of the teacher
+    heads_config = replace(heads_config, arch=arch, patch_size=p, local_crops_size=local,
                            num_register_tokens=backbone.num_register_tokens,
                            pos_embed_resize=backbone.pos_embed_resize)
 
@@ -380,6 +382,10 @@ def open_teacher(config: Config) -> tuple[Config, Network]:
     # Without a loss over prototypes features are matched, and no heads are needed. eval():
     # BatchNorm uses the statistics it has, and does not change them.
     if not config.objectives:
+        if "train_teacher_heads_epochs" in config.given and config.train_teacher_heads_epochs:
+            raise UsageError(
+                f"--train_teacher_heads_epochs {config.train_teacher_heads_epochs}: no loss needs "
+                "heads, as --dino_weight and --ibot_weight are 0; leave it out")
         return config, Network(config, backbone=backbone).eval()
     run = Path(config.teacher).expanduser()
     if config.train_teacher_heads_epochs:
@@ -399,6 +405,7 @@ def run(config: Config) -> dict:
 
         config = config_from_init(config)
     check(config)
+    check_sources(config, config.teacher)
     with teacher_errors():
         config = identify_teacher(config)
     config, frozen = open_teacher(config)

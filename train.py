@@ -46,8 +46,8 @@ import losses
 from augment import MultiCrop, Pixels, photometry, send
 from backbones.convnet import ConvNet
 from heads import DINOHead
-from images.data import (Images, Sampler, Views, beside_validation, cached, open_images,
-                         part_by_name, training_loader)
+from images.data import (Images, Sampler, Views, cached, open_images, part_by_name,
+                         training_loader)
 from losses import CENTERING, all_sum, koleo_loss, make_targets, patch_loss, view_pair_loss
 from machinery import process as machine
 from machinery.checkpoints import (find_checkpoint, live_state, load_checkpoint,
@@ -481,14 +481,15 @@ def open_data(config: Config) -> tuple[Images, Images]:
     Without --val_data a --val_share of the images is held out, one in twenty by default, chosen
     by a hash of the name: the same ones in every run, whatever other files lie beside them.
     """
+    from images.names import beside_validation
+
     data = beside_validation(config.data, config.val_data)
     images = open_images(data, config.data_root, config.download, "--data", config.pixels)
     images = cached(images, config.cache, config.cache_side, config.num_workers)
     if config.val_data:  # read as they are: the cache is for images that are read every epoch
         return images, open_images(config.val_data, config.data_root, config.download,
                                    "--val_data", config.pixels)
-    share = config.val_share
-    return part_by_name(images, "train", share), part_by_name(images, "val", share)
+    return tuple(part_by_name(images, part, config.val_share) for part in ("train", "val"))
 
 
 def batches_from(step: int, total: int, images: Images, config: Config, process: Process):
@@ -542,7 +543,7 @@ def run(config: Config, build=build, move_teacher=ema_update) -> dict:
     # Imported here, because a reader of the algorithm needs neither: read_once is for runs on
     # several processes, and check refuses settings that do not fit together.
     from machinery.read_once import read_once
-    from training.check import check
+    from training.check import check, check_stages
 
     # With --init the weights decide what the network is; `config` has to follow them first.
     if config.init:
@@ -569,6 +570,7 @@ def run(config: Config, build=build, move_teacher=ema_update) -> dict:
         one_step = Sampler(len(images), config.batch_size_per_gpu, 1,
                            world_size=process.world_size)
         epoch_steps = config.epoch_length or one_step.steps_per_pass
+        check_stages(config, config.epochs * epoch_steps)
 
     # From here on the folder belongs to this program: two that write the same run would spoil
     # it.

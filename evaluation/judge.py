@@ -58,10 +58,12 @@ class Judge:
         if self.labelled:
             same_labels(train, val)
         self.protocol = "k-NN(20)" if self.labelled else "other-view retrieval"
+        # The part X:train is what --val_share leaves: of it nothing more is held out.
+        way_out = "give --val_data, or hold images out by --val_share"
+        if config.data.endswith(":train"):
+            way_out = f"give --val_data {config.data.removesuffix('train')}val"
         if len(self.queries) < 2:
-            process.print(
-                f"{len(val)} images to judge with: nothing will be judged; give --val_data, "
-                "or hold images out by --val_share")
+            process.print(f"{len(val)} images to judge with: nothing will be judged; {way_out}")
         elif len(self.queries) < 100:
             process.print(
                 f"warning: {len(self.queries)} images to judge with are few: each is "

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from augment import MultiCrop, normalise
 from evaluation.extract import extract, same_labels, spread
-from images.data import (Images, Sampler, Views, beside_validation, open_images,
-                         training_loader)
+from images.data import Images, Sampler, Views, open_images, training_loader
+from images.names import beside_validation
 from machinery.checkpoints import save_tensors
 from machinery.clock import Progress
 from machinery.flags import UsageError, require

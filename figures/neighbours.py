@@ -30,8 +30,9 @@ from evaluation.extract import same_labels
 from evaluation.judge import evenly_spaced
 from evaluation.knn import top_neighbours
 from evaluation.protocol import Extractor
-from images.data import Images, beside_validation, open_images
+from images.data import Images, open_images
 from images.files import read_file
+from images.names import beside_validation
 from machinery.flags import UsageError, near_path, require
 from machinery.page import draw_frame, picture, pyplot, rows_of_pictures, save, show
 from machinery.process import start_process

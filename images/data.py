@@ -372,15 +372,6 @@ def repeated_class(classes: list[str]) -> str | None:
     return None
 
 
-def beside_validation(data: str, val_data: str) -> str:
-    """--data as it is meant beside this --val_data.
-
-    Beside X:val the name X stands for X:train. So no image is in both, also where X alone would
-    be all images of a set that is not divided.
-    """
-    return f"{data}:train" if val_data in (f"{data}:val", f"{data.rstrip('/')}:val") else data
-
-
 # ----------------------------------------------------------------------------------------------
 # Order, and the loader of training batches
 

@@ -116,6 +116,22 @@ def numbered(labels: Iterable[str]) -> tuple[list[int], list[str]] | tuple[None,
     return [place[number] for number in numbers], classes
 
 
+def beside_validation(data: str, val_data: str) -> str:
+    """--data as it is meant beside this --val_data.
+
+    Beside X:val the name X stands for X:train. So no image is in both, also where X alone would
+    be all images of a set that is not divided.
+    """
+
+    # The same folder can be written in many ways: with a slash at its end, with ~, or from here.
+    def place(spec: str) -> tuple[str, str]:
+        kind, _, path = spec.partition(":")
+        return kind, os.path.realpath(os.path.expanduser(path))
+
+    name, _, split = val_data.rpartition(":")
+    return f"{data}:train" if split == "val" and place(name) == place(data) else data
+
+
 def in_natural_order(name: str) -> list:
     """A key to sort by: frame-2.jpg comes before frame-10.jpg."""
     return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)]

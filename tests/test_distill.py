@@ -465,6 +465,30 @@ def test_heads_for_a_teacher_with_registers(tmp_path):
     assert (heads_run / "heads.pt").exists() and (tmp_path / "run/summary.json").exists()
 
 
+def test_heads_for_a_teacher_of_other_patches(tmp_path, monkeypatch):
+    """Its own crops are whole patches of its own, beside those of the student."""
+    model = VisionTransformer(24, 12, **ARCHS["vit_pico"])
+    torch.save(model.state_dict(), tmp_path / "coarse.pth")
+    shown = []
+    monkeypatch.setattr(train, "run",
+                        lambda config, build: shown.append(config) or check(config))
+    config = config_of(tmp_path / "coarse.pth", "--patch_size", "8", "--ibot_weight", "0",
+                       "--local_crops_size", "16", "--train_teacher_heads_epochs", "1")
+    distill.train_heads(config, load_backbone(tmp_path / "coarse.pth"))
+    assert (shown[0].patch_size, shown[0].global_crops_size,
+            shown[0].local_crops_size) == (12, 24, 12)
+
+
+def test_a_teacher_is_not_emptied(teacher, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        distill.main([
+            *STUDENT, "--teacher",
+            str(teacher), "--output_dir",
+            str(teacher), "--no_resume"])
+    assert "lies in --output_dir" in capsys.readouterr().err
+    assert (teacher / "teacher.pt").exists() and (teacher / "heads.pt").exists()
+
+
 def test_the_student_is_shown_what_its_teacher_wants(tmp_path):
     model = VisionTransformer(24, 8, 1, **ARCHS["vit_pico"])
     torch.save(model.state_dict(), tmp_path / "grey.pth")
@@ -488,6 +512,8 @@ def test_the_student_is_shown_what_its_teacher_wants(tmp_path):
      "--curriculum: crops of 12 is not a"),
     ("--arch resnet18 --ibot_weight 0 --patch_feature_weight 1", "--patch_feature_weight 0"),
     ("--dino_weight 0 --ibot_weight 0", "nothing to learn"),
+    ("--dino_weight 0 --ibot_weight 0 --class_feature_weight 1 --train_teacher_heads_epochs 1",
+     "--train_teacher_heads_epochs 1: no loss needs heads"),
     ("--patch_tokens some", "--patch_tokens"), ("--in_chans 1", "leave them to --teacher"),
     ("--class_feature_weight -1", "--class_feature_weight"),
     ("--mask_ratio 0.1 0.5", "--mask_ratio: --patch_tokens all compares every patch"),

@@ -13,6 +13,7 @@ Tests    pytest tests/training/test_config.py
 """
 
 import os
+from pathlib import Path
 
 from augment import BLUR_TAPS, PHOTOMETRY
 from machinery.flags import UsageError, require
@@ -34,6 +35,7 @@ def check(config: Config, is_plan: bool = False):
     check_parallel(config, is_plan)
     check_schedule(config)
     check_evaluation(config)
+    check_sources(config, config.init)
 
 
 def check_sizes(config: Config):
@@ -119,6 +121,19 @@ def check_curriculum(config: Config):
             except UsageError as error:
                 raise UsageError(f"--curriculum {given}: global crops of "
                                  f"{stage.global_crops_size} pixels: {error}") from None
+
+
+def check_stages(config: Config, total: int):
+    """Refuses a stage of --curriculum, or the whole size after it, without any step of `total`."""
+    # Example: 0.95 of 8 steps are 7.6, rounded to all 8; nothing would be left for the end.
+    begun = 0
+    for last, stage in config.stages(total):
+        if last <= begun:
+            raise UsageError(
+                f"--curriculum {' '.join(f'{number:g}' for number in config.curriculum)}: of "
+                f"{total} steps none is left for crops of {stage.global_crops_size} pixels; "
+                "train longer, or give other shares")
+        begun = last
 
 
 def check_blur(config: Config):
@@ -207,6 +222,16 @@ def check_losses(config: Config):
     rows = {"dino": crops}
     if config.learns_patches:
         rows["ibot"] = config.masking().most(crops)
+    # In the last layers of a ResNet a crop of 32 pixels or less is one place, so a crop is a row.
+    if config.convnet and not config.arch.startswith("convnext"):
+        counts = {"global": crops, "local": local_crops(config) * config.batch_size_per_gpu}
+        for kind, count in counts.items():
+            alone = count * int(os.environ.get("WORLD_SIZE", 1)) == 1
+            if alone and getattr(config, f"{kind}_crops_size") <= 32:
+                raise UsageError(
+                    f"--batch_size_per_gpu {config.batch_size_per_gpu}: one {kind} "
+                    f"crop a step, over which the BatchNorm of {config.arch} has "
+                    "no deviation; give a larger one")
     for objective in config.objectives if config.use_bn_in_head else ():
         if rows[objective] * int(os.environ.get("WORLD_SIZE", 1)) < 2:
             raise UsageError(f"--use_bn_in_head: the {objective} loss has one row a step, over "
@@ -309,8 +334,23 @@ def check_schedule(config: Config):
         )
 
 
+def check_sources(config: Config, *sources: str):
+    """Refuses to begin anew in the folder in which a network lies that is to be begun with."""
+    # --no_resume removes what is in the folder, and then there would be nothing to go on with.
+    folder = Path(config.output_dir or f"runs/{config.preset}").resolve()
+    for source in filter(None, sources):
+        path = Path(source).expanduser().resolve()
+        if not config.resume and folder in (path, *path.parents):
+            raise UsageError(f"{source} lies in --output_dir {folder}, which --no_resume would "
+                             "empty; give another --output_dir")
+
+
 def check_evaluation(config: Config):
-    """Refuses a judge of patches where there are none."""
+    """Refuses a judge of patches where there are none, and a share that is not held out."""
+    if config.val_data and "val_share" in config.given and config.val_share:
+        raise UsageError(
+            f"--val_share {config.val_share}: nothing is held out of --data, because "
+            f"{config.val_data} is there to judge with; leave it out")
     if config.dense_every and config.convnet:
         raise UsageError(f"--dense_every {config.dense_every}: --arch {config.arch} has no "
                          "patch tokens to judge; give a ViT, or leave it out")

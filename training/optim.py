@@ -143,9 +143,10 @@ def parameter_groups(model: nn.Module, layerwise_decay: float = 1.0,
             lr_mult = lr_mult * patch_embed_lr_mult
 
         # Weight decay keeps matrices small. Biases and the scales of norms and LayerScale are
-        # vectors, and do not decay: nothing is gained by a small shift or scale. Class token
-        # and positions have three dimensions, and decay as in the papers' code.
-        is_free = p.ndim == 1 or name.endswith(".bias")
+        # vectors (a ConvNeXt stores the last as a map of one pixel), and do not decay: nothing is
+        # gained by a small shift or scale. Class token and positions have three dimensions, and
+        # decay as in the papers' code.
+        is_free = p.ndim == 1 or name.endswith((".bias", ".layer_scale"))
         decay = 0.0 if is_free else 1.0
 
         # Parameters of equal settings share a group, in the order in which they first come.

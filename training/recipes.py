@@ -66,7 +66,7 @@ def auto_scale(config: Config, images: int, batch: int) -> Config:
     # To recognise an object by a twentieth of its image takes millions of views. A small data
     # set gives fewer views, and its images are usually small. So the smallest local crop is
     # larger for fewer images, up to a quarter of the image.
-    smallest = 0.05 * (1e6 / images)**0.35
+    smallest = 0.05 * (1e6 / max(images, 1))**0.35
     smallest = min(max(smallest, 0.05), 0.25)
     local_crops = (round(smallest, 2), round(smallest + 0.35, 2))
 

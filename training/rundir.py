@@ -42,7 +42,10 @@ def match_stored_run(config: Config, folder: Path, process: Process, images: int
     if not (config.resume and stored_file.exists()):
         if config.auto_scale:
             config = auto_scale(config, images, global_batch)
-        config.precision = resolve_precision(config.precision, process.device)
+        # On a CPU PyTorch's gradient of a convolution in bfloat16 is wrong where an image is one
+        # pixel (2.14), as small crops are in the last layers of a ResNet.
+        kinds = () if config.convnet and process.device.type == "cpu" else ("bf16", "fp16")
+        config.precision = resolve_precision(config.precision, process.device, kinds)
         return config
 
     # Imported here, because a new run has nothing to read.

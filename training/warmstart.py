@@ -165,7 +165,11 @@ def load_init(network: nn.Module, config: Config):
     heads = init_heads(config)
     for name, head in network.heads().items():
         if name in heads:
-            load_strictly(head, heads[name], f"--init {config.init}/heads.pt")
+            try:
+                load_strictly(head, heads[name], f"--init {config.init}/heads.pt")
+            except ValueError as error:
+                raise ValueError(f"{error}; or begin with {config.init}/teacher.pt, the "
+                                 "backbone alone") from None
 
 
 def init_heads(config: Config) -> dict[str, dict[str, Tensor]]:

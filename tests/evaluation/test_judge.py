@@ -189,8 +189,12 @@ def test_a_run_warns_of_dimensional_collapse(tmp_path, capsys, quick_runs, monke
 def test_what_there_is_to_judge_with(tmp_path, capsys):
     images = open_images("shapes:32")
     judge = Judge(images, images.subset([0]), tiny_config(tmp_path), ALONE)
-    assert "1 images to judge with: nothing will be judged" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 images to judge with: nothing will be judged; give --val_data, or hold" in printed
     assert judge(RawPixels()) is None
+    config = tiny_config(tmp_path, "--data", "folder:x:train")  # X without its part for judging
+    Judge(images, images.subset([0]), config, ALONE)
+    assert "nothing will be judged; give --val_data folder:x:val" in capsys.readouterr().out
 
     bank = Images("a", images.read, ["0", "1"], [0, 1], ["cat", "dog"])
     queries = Images("b", images.read, ["0", "1"], [0, 1], ["cat", "horse"])

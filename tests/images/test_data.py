@@ -228,7 +228,8 @@ def test_folders_train_and_val(many, capsys):
 
 
 @pytest.mark.parametrize("data, val_data", [("", ""), ("", ":val"), ("/", ":val"),
-                                            (":train", ":val")])
+                                            (":train", ":val"), ("", "/:val"),
+                                            ("/../many", ":val")])
 def test_no_run_learns_from_what_it_is_judged_with(data, val_data, many, tmp_path):
     """Whether a run holds images out itself or is given a part of the same folder."""
     folder = f"folder:{many}"

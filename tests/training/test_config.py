@@ -20,6 +20,7 @@ from augment import MASK_SHAPES, PHOTOMETRY
 from backbones.convnet import CONVNETS
 from losses import CENTERING
 from machinery.flags import UsageError, describe, parse
+from training.check import check_stages
 from training.config import NEUTRAL, Config
 from training.optim import OPTIMIZERS
 from vit import ARCHS, FFNS, POS_EMBED_RESIZE
@@ -159,6 +160,18 @@ def test_local_crops_of_a_stage_are_not_enlarged_or_reduced(factor):
     for early, late in zip(stage.local_crops_scale, config.local_crops_scale):
         assert early**0.5 / stage.local_crops_size == pytest.approx(late**0.5 / 25)
     assert stage.global_crops_scale == config.global_crops_scale
+
+
+def test_every_stage_has_steps():
+    config = parse(Config, [*CROPS, "--curriculum", "0.95", "0.65"])
+    check_stages(config, 100)
+    with pytest.raises(
+            UsageError, match="--curriculum 0.95 0.65: of 8 steps none is left for "
+            "crops of 40 pixels"):
+        check_stages(config, 8)
+    config = parse(Config, [*CROPS, "--curriculum", "0.02", "0.65"])
+    with pytest.raises(UsageError, match="for crops of 25 pixels"):
+        check_stages(config, 8)
 
 
 def test_stages_without_local_crops():

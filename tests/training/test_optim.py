@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from backbones.convnet import ConvNet
 from heads import DINOHead
 from training.optim import (LARS, OPTIMIZERS, LossScale, clip_gradients, cosine, ema_update,
                             linear, parameter_groups, set_schedule)
@@ -50,6 +51,12 @@ def test_groups():
         else:
             assert id(p) in (plain
                              if name.endswith("bias") or "norm" in name else decayed), name
+    # torchvision's ConvNeXt has its LayerScale as maps of one pixel.
+    convnext = ConvNet("convnext_tiny")
+    free = {id(p) for g in parameter_groups(convnext) for p in g["params"] if not g["decay"]}
+    scales = [p for name, p in convnext.named_parameters() if name.endswith("layer_scale")]
+    assert scales and all(p.ndim == 3 and id(p) in free for p in scales)
+
     optimizer = OPTIMIZERS["adamw"](groups)
     set_schedule(optimizer, dict(lr=0.3, weight_decay=0.2))
     assert {(g["lr"], g["weight_decay"])

@@ -12,6 +12,7 @@
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -22,15 +23,17 @@ import signal
 import time
 
 import pytest
+import torch
 from conftest import TINY, metrics_of, same_tensors, start, teacher_of, tiny_config
 
+import machinery.process
 import train
 from figures import story
 from machinery.flags import UsageError, parse
-from machinery.process import start_process
+from machinery.process import Process, start_process
 from training.config import Config
 from training.recipes import PRESETS
-from training.rundir import forget_metrics_after, locked, record
+from training.rundir import forget_metrics_after, locked, match_stored_run, record
 
 FIGURES = {"story.png", "story.pdf"}
 
@@ -124,8 +127,9 @@ def test_other_images_are_refused(run):
 
 
 def test_what_does_not_change_the_result_may_differ(run, capsys):
-    # There is a --val_data, so that nothing is held out of --data.
-    train.run(tiny_config(run, *"--num_workers 1 --log_every 3 --val_share 0.1".split()))
+    # There is a --val_data, so that nothing is held out of --data, whatever a preset says.
+    config = tiny_config(run, *"--num_workers 1 --log_every 3".split())
+    train.run(dataclasses.replace(config, val_share=0.1))
     assert "is finished" in capsys.readouterr().out
 
 
@@ -165,6 +169,14 @@ def test_auto_scale_is_settled_when_a_run_begins(tmp_path, capsys, quick_runs):
     assert stored["ibot_n_prototypes"] == 256 and stored["local_crops_scale"] == [0.25, 0.6]
     train.run(scaled)  # the same command finds its run
     assert "is finished" in capsys.readouterr().out
+
+
+def test_a_convnet_learns_in_float32_on_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(machinery.process, "fast_precisions", lambda device: ("bf16",))
+    for arch, expected in (("vit_pico", "bf16"), ("resnet18", "fp32")):
+        config = tiny_config(tmp_path / arch, "--arch", arch, "--precision", "auto")
+        alone = Process(torch.device("cpu"))
+        assert match_stored_run(config, tmp_path / arch, alone, 64).precision == expected
 
 
 def test_auto_scale_does_not_keep_a_flag_that_was_dropped(tmp_path, quick_runs):

@@ -202,6 +202,11 @@ def test_the_last_stage_takes_any_patch(patch_size, sizes, tmp_path):
     ("--init RUN --n_prototypes 16", "--n_prototypes 16 .they have 32.*/teacher.pt"),
     ("--init RUN --global_crops_size 20", "--global_crops_size 20"),
     ("--init RUN --freeze_backbone_epochs 2", "leaves nothing"),
+    ("--init RUN --no_resume --output_dir RUN", "RUN lies in --output_dir .*give another"),
+    ("--init RUN/teacher.pt --no_resume --output_dir RUN/..", "lies in --output_dir"),
+    ("--patch_size 8 --val_share 0.2", "--val_share 0.2: nothing is held out"),
+    ("--arch resnet18 --local_crops_number 1 --batch_size_per_gpu 1",
+     "--batch_size_per_gpu 1: one local crop a step"),
     ("--init RUN --freeze_backbone_epochs -1", "expected 0 or more"),
     ("--patch_size 8 --in_chans 0", "--in_chans 0: expected 1 to 1,000"),
     ("--patch_size 8 --mean 0.5", "--mean 0.5: expected 3 numbers"),
@@ -214,10 +219,11 @@ def test_the_last_stage_takes_any_patch(patch_size, sizes, tmp_path):
 def test_misuse(flags, words, first, tmp_path, capsys):
     line = flags.replace("RUN", str(first)).split()
     with pytest.raises(SystemExit) as stop:
-        train.main([*TINY_RUN, *line, "--output_dir", str(tmp_path / "run")])
+        train.main([*TINY_RUN, "--output_dir", str(tmp_path / "run"), *line])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error:") and error.count("\n") == 1
-    assert re.search(words, error), error
+    assert re.search(words.replace("RUN", str(first)), error), error
+    assert (first / "teacher.pt").exists()
     assert not (tmp_path / "run").exists()
 
 
