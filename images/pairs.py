@@ -134,9 +134,9 @@ def read_mask(file: Path, ignore_label: int = 255) -> Tensor:
 def read_depth(file: Path, scale: float = 1000.0) -> Tensor:
     """Depths -> metres (H, W) float32, 0 where nothing was measured.
 
-    A .npy holds metres, and so does a picture of floats. A picture of integers holds as many of
-    them as `scale` says to a metre (1000: they are millimetres). 0 and the largest number of 16 bits mean "not measured", as NaN and infinity
-    do in an array. ValueError for colours, and for an array that is not (H, W).
+    A .npy holds metres, and so does a picture of floats. A picture of integers has `scale` of them
+    in a metre (1000: they are millimetres). "Not measured" is 0, the largest number of 16 bits,
+    or among floats NaN and infinity. ValueError for colours, and for an array that is not (H, W).
     """
     # 65,535 is the largest number of 16 bits, which some cameras write for "too far". NumPy's
     # files are read without pickles, which could run code.
