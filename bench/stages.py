@@ -183,6 +183,8 @@ def input_stages(images: Images, multi_crop: Callable, collate: Callable,
     first three run in a worker of the loader, for one batch, and the last on the device.
     """
 
+    files = Views(images, multi_crop, config.seed)
+
     def decode(keys: list[tuple[int, int]]) -> list[tuple]:
         # As in training, a file that does not decode is replaced by another, and named.
         decoded = []
@@ -204,7 +206,6 @@ def input_stages(images: Images, multi_crop: Callable, collate: Callable,
     def photometry(batch: dict) -> tuple:
         return train.make_views(batch, config.pixels, torch.device("cpu"))
 
-    files = Views(images, multi_crop, config.seed)
     stages = {}
     stages["decode"] = decode  # file -> pixels
     stages["geometry"] = geometry  # crops and flips; the colours are drawn, as numbers

@@ -198,6 +198,7 @@ def run(words: list[str], config: Config, process: Process) -> dict:
         best = try_thresholds(pool, graph, groups, process)
         facts["by_groups"] = figures | {"best": best}
 
+    # Asked before anything is written: what is there already belongs to an earlier list.
     some_are_left(left, pool, "dedup")
 
     # The component of each image is kept for whoever wants to look at its groups, and in words.

@@ -222,7 +222,14 @@ def check_losses(config: Config):
     rows = {"dino": crops}
     if config.learns_patches:
         rows["ibot"] = config.masking().most(crops)
-    # In the last layers of a ResNet a crop of 32 pixels or less is one place, so a crop is a row.
+    for objective in config.objectives if config.use_bn_in_head else ():
+        if rows[objective] * int(os.environ.get("WORLD_SIZE", 1)) < 2:
+            raise UsageError(f"--use_bn_in_head: the {objective} loss has one row a step, over "
+                             "which BatchNorm has no deviation; give a larger "
+                             "--batch_size_per_gpu")
+
+    # A convnet has BatchNorm in its backbone. In the last layers of a ResNet a crop of 32 pixels or
+    # less is a single place, and so a single row.
     if config.convnet and not config.arch.startswith("convnext"):
         counts = {"global": crops, "local": local_crops(config) * config.batch_size_per_gpu}
         for kind, count in counts.items():
@@ -232,11 +239,6 @@ def check_losses(config: Config):
                     f"--batch_size_per_gpu {config.batch_size_per_gpu}: one {kind} "
                     f"crop a step, over which the BatchNorm of {config.arch} has "
                     "no deviation; give a larger one")
-    for objective in config.objectives if config.use_bn_in_head else ():
-        if rows[objective] * int(os.environ.get("WORLD_SIZE", 1)) < 2:
-            raise UsageError(f"--use_bn_in_head: the {objective} loss has one row a step, over "
-                             "which BatchNorm has no deviation; give a larger "
-                             "--batch_size_per_gpu")
 
 
 def check_masks(config: Config):
@@ -335,8 +337,8 @@ def check_schedule(config: Config):
 
 
 def check_sources(config: Config, *sources: str):
-    """Refuses to begin anew in the folder in which a network lies that is to be begun with."""
-    # --no_resume removes what is in the folder, and then there would be nothing to go on with.
+    """Refuses --no_resume in a folder that holds one of these networks: --init, or a teacher."""
+    # --no_resume removes what is in the folder, and so the network that the run begins with.
     folder = Path(config.output_dir or f"runs/{config.preset}").resolve()
     for source in filter(None, sources):
         path = Path(source).expanduser().resolve()
