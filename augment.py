@@ -139,13 +139,13 @@ def draw_photometry(kind: str, view: int, rng: np.random.Generator) -> np.ndarra
 
     jittered = u[8] < chances["jitter"][view]
     blurred = u[9] < chances["blur"][view]
+    sigma = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * u[6]
     row = {
         "order": int(u[0] * len(ORDERS)) if jittered else -1,
         "brightness": around(brightness, u[1]), "contrast": around(contrast, u[2]),
         "saturation": around(saturation, u[3]), "hue": around(hue, u[4], centre=0.0),
-        "gray": u[5] < chances["gray"][view], "sigma": BLUR_SIGMA[0] +
-        (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * u[6] if blurred else 0.0, "solarize": u[7]
-        < chances["solarize"][view]}
+        "gray": u[5] < chances["gray"][view], "sigma": sigma if blurred else 0.0,
+        "solarize": u[7] < chances["solarize"][view]}
     return np.array([row[name] for name in COLUMNS], dtype=np.float32)
 
 
@@ -386,8 +386,9 @@ def photometry(crops: Tensor, params: Tensor, pixels: Pixels = RGB) -> Tensor:
     if pixels.channels != 3:
         params = without_colours(params)
 
-    # Images with equally many blends before their hue come together, see "Colour jitter" below.
-    # On a CPU a few at a time, so that they stay in the cache.
+    # Images that use the same slots of colour jitter (explained below, at "Colour jitter") are
+    # processed together, because a slot that none of them uses is left out. On a CPU a few
+    # images at a time, so that they stay in the cache.
     order = jitter_order(params)
     at_once = len(crops)
     if crops.device.type == "cpu":
@@ -396,8 +397,8 @@ def photometry(crops: Tensor, params: Tensor, pixels: Pixels = RGB) -> Tensor:
     out = torch.empty(crops.shape, device=crops.device)
     for rows in order.split(at_once):
         p = params[rows]
-        rows = send(rows, crops.device)
-        x = crops.index_select(0, rows).to(torch.float32)
+        rows_there = send(rows, crops.device)
+        x = crops.index_select(0, rows_there).to(torch.float32)
         if crops.dtype == torch.uint8:
             x = x.div_(255)
 
@@ -501,8 +502,10 @@ def rotate_hue(images: Tensor, shift: Tensor) -> Tensor:
     spread = value - low
 
     # The hue in sixths of a turn, counted from red: positive towards green, negative towards
-    # blue. For orange (1, .5, 0) it is +(.5 + 0 - 1 + 1 - 0) / 1 = .5, half of the way to
-    # yellow.
+    # blue. Red alone would be 0. Three examples, one for each largest channel:
+    #     r  orange (1, .5, 0):      +(.5 + 0 - 1 + 1 - 0) / 1 = .5, half of the way to yellow
+    #     g  green (.2, .8, .4):     +(.8 + .4 - .2 + .8 - .4) / .6 = 2.33, from 2 towards blue
+    #     b  blue (.2, .4, .8):      -(.4 + .8 - .2 + .8 - .4) / .6 = -2.33, which is 3.67
     hue = torch.copysign(g + b - r + value - 2 * low, g - b) / spread.clamp(min=1e-12)
     hue = hue + 6 * shift
     hue = hue - 6 * (hue / 6).floor()  # red at 0 (and 6), green at 2, blue at 4
@@ -622,9 +625,9 @@ if __name__ == "__main__":
         *photometry(sample["local_crops"], colours[2:])]
     names = ["image", "global 1", "global 2"] + [f"local {i + 1}" for i in range(8)]
     fig, axes = plt.subplots(1, 11, figsize=(16, 1.9))
+    mean, std = (torch.tensor(v)[:, None, None] for v in RGB)
     for axis, name, view in zip(axes, names, [normalise(image[None])[0], *views]):
-        view = view * torch.tensor(RGB.std)[:, None, None] + torch.tensor(RGB.mean)[:, None,
-                                                                                    None]
+        view = view * std + mean
         axis.imshow(view.permute(1, 2, 0).clamp(0, 1).numpy())
         axis.set_title(f"{name}\n{view.shape[1]} px", fontsize=8)
         axis.axis("off")

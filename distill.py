@@ -56,10 +56,6 @@ FEATURES = {"class_feature": "features", "patch_feature": "patches"}
 DISTANCES = {
     "mse": F.mse_loss, "cosine": lambda x, y: 1 - F.cosine_similarity(x, y, dim=-1).mean()}
 
-# The names become the choices of a flag by Literal[tuple(NAMES)]. Elsewhere a star before NAMES
-# does the same; here Python 3.10 has to be able to read the file, so that it can say that it is
-# too old.
-
 
 @dataclass
 class Config(TrainingConfig):
@@ -73,6 +69,8 @@ class Config(TrainingConfig):
     patch_tokens: Literal["all", "sampled"] = "all"  # compare all patches, or those under masks
     class_feature_weight: float = 0.0  # weight of matching the teacher's class token (ours)
     patch_feature_weight: float = 0.0  # weight of matching the teacher's patch tokens (ours)
+    # The names become the choices of a flag. Elsewhere Literal[*NAMES] does the same; here
+    # Python 3.10 has to be able to read the file, so that it can say that it is too old.
     feature_distance: Literal[tuple(DISTANCES)] = "cosine"  # how far apart two features are
 
     # In train.py masks hide patches from the student. Here they only say which patches are
@@ -114,14 +112,14 @@ class Student(Network):
                 self.matched.append(name)
                 self.add_module(f"{name}_map", nn.Linear(self.backbone.embed_dim, width))
 
-    def forward(self, views: list[Tensor], plan=None, masks=None, mask_indices=None) -> dict:
+    def forward(self, crops: list[Tensor], plan=None, masks=None, mask_indices=None) -> dict:
         # None takes the place of the masks: no patch is hidden. The logits are still asked for
         # at mask_indices only.
-        out = super().forward(views, plan, None, mask_indices)
+        out = super().forward(crops, plan, None, mask_indices)
 
         # Features are matched on the global crops, which come first: the teacher sees no
         # others.
-        global_crops = len(views[0])  # G*B
+        global_crops = len(crops[0])  # G*B
         for name in self.matched:
             features = out[FEATURES[name]][:global_crops]  # (G*B, D) or (G*B, P, D)
             out[name] = getattr(self, f"{name}_map")(features)
@@ -162,8 +160,8 @@ class Teacher(nn.Module):
 
     heads = Network.heads  # train.shard asks for them
 
-    def forward(self, views: list[Tensor], mask_indices=None) -> dict:
-        return self.frozen[0](views, mask_indices=mask_indices)
+    def forward(self, crops: list[Tensor], mask_indices=None) -> dict:
+        return self.frozen[0](crops, mask_indices=mask_indices)
 
 
 def build(config: Config, process: Process, frozen: Network) -> tuple[nn.Module, nn.Module]:

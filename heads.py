@@ -36,8 +36,7 @@ class Prototypes(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(n_prototypes, dim))
 
         # Uniform in +-1/sqrt(dim), as a freshly made nn.Linear, which the official head wraps.
-        # Only the direction matters for the logits; the length decides how fast the direction
-        # turns.
+        # Only the direction matters for the logits.
         bound = dim**-0.5
         nn.init.uniform_(self.weight_v, -bound, bound)
 
@@ -46,16 +45,15 @@ class Prototypes(nn.Module):
         # It is computed at every step, because v changes at every step. The gradient of v is
         # at a right angle to v, so each step makes v a little longer, and a longer v turns more
         # slowly.
-        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True)
-                                )  # (K, d)
+        lengths = self.weight_v.norm(dim=1, keepdim=True)  # (K, 1)
+        return self.weight_v * (self.weight_g / lengths)  # (K, d)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight())  # (n, K)
 
 
 class DINOHead(nn.Module):
-    """MLP, L2-normalised bottleneck, weight-normalised prototypes: (n, in_dim) -> logits (n,
-    K).
+    """MLP, L2-normalised bottleneck, weight-normalised prototypes: (n, in_dim) -> (n, K).
 
     norm_last_layer=True freezes the gains g at 1 (logits stay in [-1, 1]): steadier, and
     slightly worse for small networks trained long (DINO's README). DINOv2 trains them. nlayers

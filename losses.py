@@ -56,7 +56,9 @@ class NoCenter(nn.Module):
 
 
 class EMACenter(NoCenter):
-    """DINO: subtract a running mean of the teacher's logits, the centre. DINO eq. 4.
+    """DINO: subtract a running mean of the teacher's logits, the centre. DINO eq. 4:
+
+        centre <- momentum * centre + (1 - momentum) * mean of the logits of the batch
 
     softmax((logits - centre) / temp) is softmax(logits / temp + bias) with bias = -centre /
     temp. A prototype with large logits for all images has a large centre, and loses its
@@ -79,7 +81,8 @@ class EMACenter(NoCenter):
     @torch.no_grad()
     def update(self, logits: Tensor, real: Tensor | None = None, ok: Tensor | bool = True):
         # The mean is over the images of all processes, so that every process has the same
-        # centre. In a batch without a masked patch it is 0, and moves that centre a little to 0.
+        # centre. Where a batch has no masked patch, that mean is 0, and the centre of the
+        # patches moves a little towards 0.
         mean = column_mean(logits.flatten(0, -2), real)  # (K,)
         moved = self.momentum * self.center + (1 - self.momentum) * mean
 
@@ -141,7 +144,9 @@ CENTERING = {"ema": EMACenter, "sinkhorn": SinkhornKnopp, "none": NoCenter}
 
 @torch.no_grad()
 def make_targets(logits: Tensor, temp: float, bias: Tensor) -> Tensor:
-    """softmax(logits / temp + bias) over prototypes, in float32, without gradient. DINO eq. 1.
+    """softmax(logits / temp + bias) over prototypes, in float32, without gradient. DINO eq. 1:
+
+        target_k = exp(logit_k / temp + bias_k) / sum over j of exp(logit_j / temp + bias_j)
 
     logits (..., K), bias (K,) -> targets (..., K), rows of probabilities.
     """
@@ -159,7 +164,10 @@ def make_targets(logits: Tensor, temp: float, bias: Tensor) -> Tensor:
 
 def view_pair_loss(targets: Tensor, student_logits: Tensor,
                    student_temp: float = 0.1) -> Tensor:
-    """Mean cross-entropy over all pairs (teacher view, other student view). DINO eq. 3, Alg. 1.
+    """Mean cross-entropy over all pairs (teacher view, other student view). DINO eq. 3, Alg. 1:
+
+        loss = mean over teacher views x and student views x' != x of H(P_t(x), P_s(x'))
+        H(q, p) = -sum over k of q_k log p_k                                   (DINO eq. 2)
 
     targets (G, B, K), probabilities; student_logits (V, B, K) with V >= G, whose first G views
     are those of the teacher. There are G*V - G ordered pairs, because a view never has to match
@@ -195,8 +203,9 @@ def view_pair_loss(targets: Tensor, student_logits: Tensor,
 
 def patch_loss(targets: Tensor, student_logits: Tensor, weights: Tensor, crops: int,
                student_temp: float = 0.1) -> Tensor:
-    """Cross-entropy at masked patches: the teacher saw what the student has to guess. iBOT eq.
-    3.
+    """Cross-entropy at masked patches: the student guesses what the teacher saw. iBOT eq. 3:
+
+        loss = sum over masked patches i of weight_i * H(P_t(i), P_s(i)) / crops
 
     targets and student_logits (M, K) are of the same patches. weights (M,) are 1 / (masked
     patches of that crop), so that crops count alike whatever the size of their mask, and 0 for
@@ -208,7 +217,9 @@ def patch_loss(targets: Tensor, student_logits: Tensor, weights: Tensor, crops: 
 
 
 def koleo_loss(features: Tensor) -> Tensor:
-    """-log of the distance to the nearest other image: pushes features apart. DINOv2 sec. 4.
+    """-log of the distance to the nearest other image: pushes features apart. DINOv2 sec. 4:
+
+        loss = -mean over images i of log(min over j != i of |x_i - x_j|), with |x| = 1
 
     features (B, D) are class tokens of one view of B >= 2 different images. This is Kozachenko
     and Leonenko's estimate of entropy, with its sign turned, on the unit sphere: features that
@@ -263,9 +274,9 @@ def effective_rank(features: Tensor) -> Tensor:
     It counts the directions in which features vary: 1 if all lie on one line through the
     origin, min(n, D) if they vary equally in all directions. Garrido 2023, eq. 1.
     """
-    # The squares of the singular values of x are the eigenvalues of x'x, and of xx': the
-    # smaller one is taken. On a GPU this would take longer than on the CPU. Squares of small
-    # numbers are very small, so they are computed in float64.
+    # The squares of the singular values of x are the eigenvalues of x'x, and of xx'. The
+    # smaller of the two matrices is decomposed: on the CPU, where it takes less time than on a
+    # GPU, and in float64, because squares of small numbers lose digits.
     x = features.cpu().double()  # (n, D)
     square = x.T @ x if len(x) > x.shape[1] else x @ x.T
     singular = torch.linalg.eigvalsh(square).clamp(min=0).sqrt()
@@ -278,9 +289,7 @@ def effective_rank(features: Tensor) -> Tensor:
 
 
 def all_sum(x: Tensor) -> Tensor:
-    """Sum over processes; x itself with one. The only place where the losses cross
-    processes.
-    """
+    """Sum over processes; x itself with one. Only here do the losses cross processes."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         x = x.clone()  # all_reduce writes into its argument
         dist.all_reduce(x)
@@ -354,13 +363,12 @@ def exponentials(logits: Tensor, temp: float, top: Tensor) -> Tensor:
 
 
 class CrossEntropies(torch.autograd.Function):
-    """-(q * log_softmax(s)).sum(-1) of each row, s = logits / temp: (n, K) twice -> (n,),
-    float32.
+    """-(q * log_softmax(s)).sum(-1) of each row, s = logits / temp: (n, K) twice -> (n,).
 
-    The formula is the usual one. It is written as a Function because autograd would keep the
-    log-softmax of all rows, another (n, K) matrix in float32, until the backward pass. Here
-    only the inputs are kept, and the softmax is computed again. Each row of q adds up to
-    `mass`.
+    The result is float32. The formula is the usual one. It is written as a Function because
+    autograd would keep the log-softmax of all rows, another (n, K) matrix in float32, until the
+    backward pass. Here only the inputs are kept, and the softmax is computed again. Each row of
+    q adds up to `mass`.
 
     The gradient by s is mass * softmax(s) - q. Example: q = (.8, .2) and softmax(s) = (.5, .5)
     give (-.3, .3): the step against it raises the first logit and lowers the second.

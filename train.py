@@ -1,5 +1,5 @@
-"""Train: self-distillation with no labels. A student learns to answer as its own past average
-does.
+"""Train: self-distillation with no labels. A student network learns to predict the output of a
+teacher network, whose weights are the running average of the student's own past weights.
 
     images --> crops --+--> teacher (large crops) ------------------> targets --+
                        |       ^                                                +--> losses
@@ -124,10 +124,10 @@ class Network(nn.Module):
         del children["backbone"]
         return children
 
-    def forward(self, views: list[Tensor], plan=None, masks=None, mask_indices=None) -> dict:
+    def forward(self, crops: list[Tensor], plan=None, masks=None, mask_indices=None) -> dict:
         """Crops of all sizes -> features and logits.
 
-        views: one tensor for each crop size, global crops (G*B, C, H, W) first; `plan` is that
+        crops: one tensor for each crop size, global crops (G*B, C, H, W) first; `plan` is that
         of stochastic depth (vit.drop_path_plan). masks (G*B, P) hide patches from the student;
         the teacher gets None. mask_indices (M,) says at which of the G*B*P patches logits are
         asked.
@@ -139,8 +139,8 @@ class Network(nn.Module):
         # All crop sizes go through the backbone in one call; a ViT packs them into one
         # sequence. Only global crops have masks: one entry for each crop size, None for the
         # others.
-        masks = [masks] + [None] * (len(views) - 1)
-        tokens = self.backbone.forward_features(views, masks, plan)
+        masks = [masks] + [None] * (len(crops) - 1)
+        tokens = self.backbone.forward_features(crops, masks, plan)
         features = torch.cat([t["x_norm_clstoken"] for t in tokens])
         patches = tokens[0]["x_norm_patchtokens"]
         out = {"features": features, "patches": patches}
@@ -169,6 +169,224 @@ class Network(nn.Module):
         The seam for subclasses whose loss needs modules of its own, such as distill.Student.
         """
         return {}
+
+
+# ----------------------------------------------------------------------------------------------
+# The algorithm
+#
+# `train_step` is all of DINO, iBOT and DINOv2: which of their losses are used depends on their
+# weights in the configuration. `schedules`, below it, says what changes from step to step.
+
+
+@dataclasses.dataclass
+class Learner:
+    """All that a training step changes, and how it moves the teacher."""
+
+    student: nn.Module  # a Network; with several processes wrapped for DDP
+    teacher: nn.Module  # another Network, without gradients
+    centerings: nn.ModuleDict  # of losses.CENTERING, one for each objective
+    optimizer: torch.optim.Optimizer
+    scaler: LossScale | None = None  # keeps fp16 gradients in range; None in other precisions
+    move_teacher: Callable = ema_update  # (teacher, student, momentum, ok) -> None
+
+
+# What a batch has of masks, where patches are masked: which patches are hidden from the student
+# (G*B, P), the places of those patches in a list of all patches (M,), and their weights (M,).
+MASKS = ("masks", "mask_indices", "mask_weights")
+
+
+def make_views(batch: dict, pixels: Pixels, device: torch.device) -> tuple[list[Tensor], dict]:
+    """A batch of augment.collate, copied to the device and coloured -> (crops, masks).
+
+    crops: one tensor of coloured, normalised crops for each size, (G*B, C, H, W) and
+    (L*B, C, h, w). masks: the mask tensors of the batch by name, {} where nothing is masked.
+    """
+    crops = []
+    first = 0
+
+    # On a GPU this runs on a second stream, so that copying and colouring this batch overlaps
+    # with the step before, which the GPU is still computing.
+    with side_stream(device) as new_tensors:
+        for cut in (batch["global_crops"], batch["local_crops"]):
+            count = len(cut)  # G or L
+            if count == 0:
+                continue
+            # What happens to the colours of each crop was decided in the worker, by random
+            # numbers; here it is applied.
+            params = batch["photometry"][first:first + count].flatten(0, 1)
+            cut = send(cut.flatten(0, 1), device)  # (G*B, C, H, W) or (L*B, C, h, w)
+            crops.append(photometry(cut, params, pixels))
+            first += count
+
+        masks = {name: send(batch[name], device) for name in MASKS if name in batch}
+        new_tensors += [*crops, *masks.values()]
+    return crops, masks
+
+
+def train_step(learner: Learner, batch: dict, schedule: dict, config: Config,
+               process: Process) -> dict:
+    """One step of DINO, iBOT or DINOv2, whichever losses have a weight.
+
+    batch is augment.collate's, schedule the values of `schedules` at this step. Returns figures
+    as tensors on the device: reading one here would make the CPU wait for the GPU at every
+    step. DINO Alg. 1, iBOT Alg. 1, DINOv2 sec. 4.
+
+    Example: B = 8 images, G = 2 global crops of 40 pixels and 2 local crops of 25 of each, and
+    K = 256 prototypes, as in `shapes_dino`.
+
+        crops            (16, 3, 40, 40) and (16, 3, 25, 25); rows 0 to 7 are the first crop of
+                         each image, rows 8 to 15 the second one
+        teacher's logits (16, 256), one row for each global crop; so are the targets
+        student's logits (32, 256), one row for each crop: 16 global ones, then 16 local ones
+        teacher_views    (2, 8, 256) and student_views (4, 8, 256): view, image, prototype;
+                         2 * 4 - 2 = 6 pairs of different views make the loss
+    """
+    student = unwrap(learner.student)
+    teacher = learner.teacher
+    G = len(batch["global_crops"])
+    B = len(batch["index"])
+    crops, masks = make_views(batch, config.pixels, process.device)
+    hidden, masked_at, weights = (masks.get(name) for name in MASKS)  # None without masks
+
+    # 1. The teacher sees only the large crops, which are the first tensor of `crops`, and it
+    # sees them whole: no masks. A small crop should be recognised as a part of what the teacher
+    # saw. The teacher is never trained: no gradient.
+    with torch.no_grad(), autocast(config.precision, process.device):
+        teacher_out = teacher(crops[:1], mask_indices=masked_at)
+
+    # 2. Its logits become targets: softmax(logits / teacher_temp + bias). The low temperature
+    # makes them sharp; the bias keeps all prototypes in use. It is -centre / teacher_temp with
+    # the running mean of DINO, or what Sinkhorn-Knopp finds for this batch (losses.py). With
+    # only one of the two the networks collapse: `python losses.py` shows how. DINO eq. 1 and 4.
+    #
+    # The number of masked patches varies from batch to batch, but the shape (M,) must not: a
+    # changing shape would make torch.compile compile the step again. So the list of masked
+    # patches is padded. A weight is 1 / (masked patches of that crop), and 0 for padding, which
+    # the centerings leave out. Class tokens have no padding: None.
+    real_rows = {"dino": None, "ibot": None if weights is None else weights > 0}
+    targets = {}
+    for name, centering in learner.centerings.items():
+        logits = teacher_out[name]
+        bias = centering(logits, schedule["teacher_temp"], real_rows[name])  # (K,)
+        targets[name] = make_targets(logits, schedule["teacher_temp"], bias)
+
+    # 3. The student sees all crops. Patches of the large ones are masked, and in each block
+    # stochastic depth leaves out some of the crops. Which ones is drawn here, from a generator
+    # of this step: the blocks contain no randomness, can be compiled, and a resumed run draws
+    # the same.
+    plan = student.backbone.draw_plan(crops, schedule["generator"])
+    with autocast(config.precision, process.device):
+        student_out = learner.student(crops, plan, hidden, masked_at)
+
+    # 4. The losses.
+    # TO ADD A LOSS: put it into `terms` here, and a field NAME_weight into training/config.py.
+    terms = {}
+    if "dino" in targets:  # every pair (teacher's view, another view of the student)
+        teacher_views = targets["dino"].unflatten(0, (G, B))  # (G, B, K)
+        student_views = student_out["dino"].unflatten(0, (-1, B))  # (V, B, K)
+        terms["dino"] = view_pair_loss(teacher_views, student_views, config.student_temp)
+    if "ibot" in targets:  # the same place: the teacher saw it, the student has to guess it
+        terms["ibot"] = patch_loss(targets["ibot"], student_out["ibot"], weights, G * B,
+                                   config.student_temp)
+    if config.koleo_weight:  # features of different images are pushed apart
+        global_views = student_out["features"][:G * B].chunk(G)
+        terms["koleo"] = sum(koleo_loss(features) for features in global_views)
+    terms |= student.extra_losses(teacher_out, student_out)
+    loss = sum(getattr(config, f"{name}_weight") * term for name, term in terms.items())
+
+    # 5. Only the student learns from the gradient. None flows through the teacher
+    # (stop-gradient): if it did, both networks would move to the easiest answer that they can
+    # agree on. In fp16 the scaler multiplies the loss before the backward pass and divides the
+    # gradients after it.
+    set_schedule(learner.optimizer, schedule)
+    learner.optimizer.zero_grad(set_to_none=True)
+    if learner.scaler:
+        learner.scaler.backward(loss, learner.optimizer)
+    else:
+        loss.backward()
+    norm = clip_gradients(list(student.children()), config.clip_grad, config.clip_mode)
+
+    # NaN or infinity on any process gives ok = 0 on all of them: then the student, the moments
+    # of the optimizer, the teacher and the centres keep their values. `if not ok:` would make
+    # the CPU wait for the GPU; so the CPU learns of it at the next log line (training/log.py),
+    # where an error ends the run and names the images.
+    #
+    # The mean over processes is for the log and for this decision; the gradients were averaged
+    # by DDP or FSDP during the backward pass.
+    means = all_sum(torch.stack([loss, *terms.values()]).detach()) / process.world_size
+    figures = dict(zip(["loss", *terms], means))
+    ok = (figures["loss"] + norm).isfinite()
+
+    # PyTorch's fused optimizers leave a step out where this attribute is 1, and so do ours
+    # (training/optim.py).
+    learner.optimizer.found_inf = 1 - ok.float()
+    learner.optimizer.step()
+
+    # 6. teacher <- m * teacher + (1 - m) * student, with m from .996 to 1 in DINO (sec. 3.1),
+    # and the centres move towards the logits of this batch. Both happen after the student's
+    # step, as in Alg. 1: the next step is the first one that sees them.
+    learner.move_teacher(teacher, student, schedule["momentum"], ok.float())
+    for name, centering in learner.centerings.items():
+        centering.update(teacher_out[name], real_rows[name], ok)
+
+    # What the log will tell of this step. In fp16 gradients may overflow now and then: the
+    # scaler lowers its factor, the step is left out, and the run goes on. The norm of a step
+    # that was left out counts as 0.
+    figures |= step_figures(figures, targets, weights, G * B)
+    can_go_on = ok
+    if learner.scaler:
+        norm = torch.where(ok, norm, 0)
+        can_go_on = figures["loss"].isfinite() & learner.scaler.update(ok)
+    return figures | dict(grad_norm=norm, ok=can_go_on, features=teacher_out["features"])
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """The Network inside DDP's wrapper, or the network itself."""
+    return network.module if isinstance(network, DistributedDataParallel) else network
+
+
+def schedules(step: int, epoch_steps: int, total: int, config: Config,
+              process: Process) -> dict:
+    """Everything that depends on the step, as plain numbers, and the step's random generator.
+
+    Most of it changes at every step. The teacher's temperature changes with the epoch, and the
+    last layer and the backbone of --init may be frozen for some epochs at the start. TO ADD A
+    SCHEDULE: one more entry below; train_step finds it in its argument `schedule`.
+    """
+    batch = config.batch_size_per_gpu * process.world_size  # of all processes together
+    peak = peak_lr(config.lr, config.lr_scaling, batch)
+    lr = cosine(step, peak, config.min_lr, total, config.warmup_epochs * epoch_steps)
+
+    # A generator of its own for each (seed, step, rank): a run that is resumed draws the same.
+    seed = np.random.SeedSequence([config.seed, step, process.rank]).generate_state(1)[0]
+
+    # The prototypes are frozen for a while, as in DINO's code, so that the first, noisy targets
+    # do not move them all to one side. With --init the backbone may be frozen while new heads
+    # learn.
+    last_layer_frozen = step < config.freeze_last_layer_epochs * epoch_steps
+    backbone_frozen = step < config.freeze_backbone_epochs * epoch_steps
+
+    # Weight decay and the momentum of the teacher's average follow half a cosine over the whole
+    # run, the learning rate does so after its warm-up, and the temperature rises linearly. Late
+    # in a run little should change, so the learning rate falls and the momentum goes to 1. The
+    # papers let the weight decay rise at the same time.
+    return dict(
+        lr=lr,
+        last_layer_lr=0.0 if last_layer_frozen else lr,
+        backbone_lr=0.0 if backbone_frozen else lr,
+        weight_decay=cosine(step, config.weight_decay, config.weight_decay_end, total),
+        momentum=cosine(step, config.momentum_teacher, config.final_momentum_teacher, total),
+        teacher_temp=linear(step // epoch_steps, config.warmup_teacher_temp,
+                            config.teacher_temp, config.warmup_teacher_temp_epochs),
+        generator=torch.Generator().manual_seed(int(seed)),  # of stochastic depth
+    )
+
+
+# ----------------------------------------------------------------------------------------------
+# Building the networks
+#
+# Their first weights, and what makes them fast or lets them be larger than one GPU: compiled
+# blocks, and parameters that are split over processes.
 
 
 def build(config: Config, process: Process, network=Network) -> tuple[nn.Module, nn.Module]:
@@ -250,9 +468,7 @@ def compile_blocks(networks, config: Config, process: Process):
 
 
 def shard(network: nn.Module, config: Config, process: Process):
-    """Split the network over processes (FSDP, HSDP): blocks in the low precision, the rest
-    exact.
-    """
+    """Split over processes (FSDP, HSDP): blocks in the low precision, the rest in float32."""
     # Blocks are most of the network, and their products lose nothing in bfloat16. The heads end
     # in a softmax over many prototypes, and norms and tokens are small: those stay in float32.
     from machinery.shard import split  # here, because few runs need it
@@ -260,211 +476,6 @@ def shard(network: nn.Module, config: Config, process: Process):
     blocks = list(network.backbone.blocks)
     heads = list(network.heads().values())
     split(network, blocks, heads, process, config.precision, config.sharers(process))
-
-
-# ----------------------------------------------------------------------------------------------
-# The algorithm
-#
-# `train_step` is all of DINO, iBOT and DINOv2: which of their losses are used depends on their
-# weights in the configuration. `schedules`, below it, says what changes from step to step.
-
-
-@dataclasses.dataclass
-class Learner:
-    """All that a training step changes, and how it moves the teacher."""
-
-    student: nn.Module  # a Network; with several processes wrapped for DDP
-    teacher: nn.Module  # another Network, without gradients
-    centerings: nn.ModuleDict  # of losses.CENTERING, one for each objective
-    optimizer: torch.optim.Optimizer
-    scaler: LossScale | None = None  # keeps fp16 gradients in range; None in other precisions
-    move_teacher: Callable = ema_update  # (teacher, student, momentum, ok) -> None
-
-
-def make_views(batch: dict, pixels: Pixels, device: torch.device) -> tuple[list[Tensor], dict]:
-    """A batch of augment.collate, copied to the device and coloured -> (views, masks).
-
-    views: one tensor of coloured, normalised crops for each size, (G*B, C, H, W) and
-    (L*B, C, h, w). masks: the mask tensors of the batch by name, {} where nothing is masked.
-    """
-    views = []
-    first = 0
-
-    # On a GPU this runs on a second stream, so that copying and colouring this batch overlaps
-    # with the step before, which the GPU is still computing.
-    with side_stream(device) as new_tensors:
-        for crops in (batch["global_crops"], batch["local_crops"]):
-            count = len(crops)  # G or L
-            if count == 0:
-                continue
-            # The colours of each crop were drawn in the worker; here they are only applied.
-            params = batch["photometry"][first:first + count].flatten(0, 1)
-            pixels_in = send(crops.flatten(0, 1), device)  # (G*B, C, H, W) or (L*B, C, h, w)
-            views.append(photometry(pixels_in, params, pixels))
-            first += count
-
-        masks = {
-            name: send(batch[name], device)
-            for name in ("masks", "mask_indices", "mask_weights") if name in batch}
-        new_tensors += [*views, *masks.values()]
-    return views, masks
-
-
-def train_step(learner: Learner, batch: dict, schedule: dict, config: Config,
-               process: Process) -> dict:
-    """One step of DINO, iBOT or DINOv2, whichever losses have a weight.
-
-    batch is augment.collate's, schedule the values of `schedules` at this step. Returns figures
-    as tensors on the device: reading one here would make the CPU wait for the GPU at every
-    step. DINO Alg. 1, iBOT Alg. 1, DINOv2 sec. 4.
-
-    Example: B = 8 images, G = 2 global crops of 40 pixels and 2 local crops of 25 of each, and
-    K = 256 prototypes, as in `shapes_dino`.
-
-        views            (16, 3, 40, 40) and (16, 3, 25, 25); rows 0 to 7 are the first crop of
-                         each image, rows 8 to 15 the second one
-        teacher's logits (16, 256), one row for each global crop; so are the targets
-        student's logits (32, 256), one row for each crop: 16 global ones, then 16 local ones
-        teacher_views    (2, 8, 256) and student_views (4, 8, 256): view, image, prototype;
-                         2 * 4 - 2 = 6 pairs of different views make the loss
-    """
-    student = unwrap(learner.student)
-    teacher = learner.teacher
-    G = len(batch["global_crops"])
-    B = len(batch["index"])
-    views, masks = make_views(batch, config.pixels, process.device)
-
-    # The number of masked patches varies, but the shape (M,) must not: a changing shape would
-    # make torch.compile compile the step again. So the list is padded. A weight is 1 / (masked
-    # patches of that crop), and 0 for padding; real_rows tells the centerings which rows are no
-    # padding. "dino" has no padding: None.
-    weights = masks.pop("mask_weights", None)  # (M,)
-    real_rows = {"dino": None, "ibot": None if weights is None else weights > 0}
-
-    # 1. The teacher sees only the large crops (views holds one tensor for each crop size: the
-    # first one has all G global crops), and no masks. A small crop should be recognised as a
-    # part of what the teacher saw whole. The teacher is never trained: no gradient.
-    with torch.no_grad(), autocast(config.precision, process.device):
-        teacher_out = teacher(views[:1], mask_indices=masks.get("mask_indices"))
-
-    # 2. Its logits become targets: softmax(logits / teacher_temp + bias). The low temperature
-    # makes them sharp; the bias keeps all prototypes in use. It is -centre / teacher_temp with
-    # the running mean of DINO, or what Sinkhorn-Knopp finds for this batch (losses.py). With
-    # only one of the two the networks collapse: `python losses.py` shows how. DINO eq. 1 and 4.
-    targets = {}
-    for name, centering in learner.centerings.items():
-        logits = teacher_out[name]
-        bias = centering(logits, schedule["teacher_temp"], real_rows[name])  # (K,)
-        targets[name] = make_targets(logits, schedule["teacher_temp"], bias)
-
-    # 3. The student sees all crops. Patches of the large ones are masked, and in each block
-    # stochastic depth leaves out some of the crops. Which ones is drawn here, from a generator
-    # of this step: the blocks contain no randomness, can be compiled, and a resumed run draws
-    # the same.
-    plan = student.backbone.draw_plan(views, schedule["generator"])
-    with autocast(config.precision, process.device):
-        student_out = learner.student(views, plan, **masks)
-
-    # 4. The losses.
-    # TO ADD A LOSS: put it into `terms` here, and a field NAME_weight into training/config.py.
-    terms = {}
-    if "dino" in targets:  # every pair (teacher's view, another view of the student)
-        teacher_views = targets["dino"].unflatten(0, (G, B))  # (G, B, K)
-        student_views = student_out["dino"].unflatten(0, (-1, B))  # (V, B, K)
-        terms["dino"] = view_pair_loss(teacher_views, student_views, config.student_temp)
-    if "ibot" in targets:  # the same place: the teacher saw it, the student has to guess it
-        terms["ibot"] = patch_loss(targets["ibot"], student_out["ibot"], weights, G * B,
-                                   config.student_temp)
-    if config.koleo_weight:  # features of different images are pushed apart
-        global_views = student_out["features"][:G * B].chunk(G)
-        terms["koleo"] = sum(koleo_loss(features) for features in global_views)
-    terms |= student.extra_losses(teacher_out, student_out)
-    loss = sum(getattr(config, f"{name}_weight") * term for name, term in terms.items())
-
-    # 5. Only the student learns from the gradient. None flows through the teacher
-    # (stop-gradient): if it did, both networks would move to the easiest answer that they can
-    # agree on. In fp16 the scaler multiplies the loss before the backward pass and divides the
-    # gradients after it.
-    learner.optimizer.zero_grad(set_to_none=True)
-    if learner.scaler:
-        learner.scaler.backward(loss, learner.optimizer)
-    else:
-        loss.backward()
-    norm = clip_gradients(list(student.children()), config.clip_grad, config.clip_mode)
-
-    # NaN or infinity on any process gives ok = 0 on all of them: then the student, the moments
-    # of the optimizer, the teacher and the centres keep their values. `if not ok:` would make
-    # the CPU wait for the GPU; so the CPU learns of it at the next log line (training/log.py),
-    # where an error ends the run and names the images.
-    #
-    # The mean over processes is for the log and for this decision; the gradients were averaged
-    # by DDP or FSDP during the backward pass.
-    means = all_sum(torch.stack([loss, *terms.values()]).detach()) / process.world_size
-    figures = dict(zip(["loss", *terms], means))
-    ok = (figures["loss"] + norm).isfinite()
-    set_schedule(learner.optimizer, schedule)
-    skip = 1 - ok.float()  # 1: the optimizer leaves this step out, see training/optim.py
-    learner.optimizer.found_inf = skip
-    learner.optimizer.step()
-
-    # 6. teacher <- m * teacher + (1 - m) * student, with m from .996 to 1 in DINO (sec. 3.1),
-    # and the centres move towards the logits of this batch. Both happen after the student's
-    # step, as in Alg. 1: the next step is the first one that sees them.
-    learner.move_teacher(teacher, student, schedule["momentum"], ok.float())
-    for name, centering in learner.centerings.items():
-        centering.update(teacher_out[name], real_rows[name], ok)
-
-    # What the log will tell of this step. In fp16 gradients may overflow now and then: the
-    # scaler lowers its factor, the step is left out, and the run goes on. So what the log gets
-    # as `ok` is then "the run can go on", and the norm of a step that was left out counts as 0.
-    figures |= step_figures(figures, targets, weights, G * B)
-    if learner.scaler:
-        norm = torch.where(ok, norm, 0)
-        ok = figures["loss"].isfinite() & learner.scaler.update(ok)
-    return figures | dict(grad_norm=norm, ok=ok, features=teacher_out["features"])
-
-
-def unwrap(network: nn.Module) -> nn.Module:
-    """The Network inside DDP's wrapper, or the network itself."""
-    return network.module if isinstance(network, DistributedDataParallel) else network
-
-
-def schedules(step: int, epoch_steps: int, total: int, config: Config,
-              process: Process) -> dict:
-    """Everything that depends on the step, as plain numbers, and the step's random generator.
-
-    Most of it changes at every step. The teacher's temperature changes with the epoch, and the
-    last layer is frozen for whole epochs at the start, as in DINO's code; so is the backbone of
-    --init. TO ADD A SCHEDULE: one more entry below; train_step finds it in its argument
-    `schedule`.
-    """
-    batch = config.batch_size_per_gpu * process.world_size  # of all processes together
-    peak = peak_lr(config.lr, config.lr_scaling, batch)
-    lr = cosine(step, peak, config.min_lr, total, config.warmup_epochs * epoch_steps)
-
-    # A generator of its own for each (seed, step, rank): a run that is resumed draws the same.
-    seed = np.random.SeedSequence([config.seed, step, process.rank]).generate_state(1)[0]
-
-    # The prototypes are frozen for a while, as in DINO's code, so that the first, noisy targets
-    # do not move them all to one side. With --init the backbone may be frozen while new heads
-    # learn.
-    last_layer_frozen = step < config.freeze_last_layer_epochs * epoch_steps
-    backbone_frozen = step < config.freeze_backbone_epochs * epoch_steps
-
-    # Weight decay and the momentum of the teacher's average follow half a cosine over the whole
-    # run, the learning rate does so after its warm-up, and the temperature rises linearly. Late
-    # in a run little should change, so the learning rate falls and the momentum goes to 1. The
-    # papers let the weight decay rise at the same time.
-    return dict(
-        lr=lr,
-        last_layer_lr=0.0 if last_layer_frozen else lr,
-        backbone_lr=0.0 if backbone_frozen else lr,
-        weight_decay=cosine(step, config.weight_decay, config.weight_decay_end, total),
-        momentum=cosine(step, config.momentum_teacher, config.final_momentum_teacher, total),
-        teacher_temp=linear(step // epoch_steps, config.warmup_teacher_temp,
-                            config.teacher_temp, config.warmup_teacher_temp_epochs),
-        generator=torch.Generator().manual_seed(int(seed)),  # of stochastic depth
-    )
 
 
 # ----------------------------------------------------------------------------------------------
@@ -481,8 +492,9 @@ def open_data(config: Config) -> tuple[Images, Images]:
     Without --val_data a --val_share of the images is held out, one in twenty by default, chosen
     by a hash of the name: the same ones in every run, whatever other files lie beside them.
     """
-    from images.names import beside_validation
+    from images.names import beside_validation  # here: the step above needs no names
 
+    # No image of --val_data is trained on, if it lies in the folder of --data, too.
     data = beside_validation(config.data, config.val_data)
     images = open_images(data, config.data_root, config.download, "--data", config.pixels)
     images = cached(images, config.cache, config.cache_side, config.num_workers)
@@ -578,9 +590,9 @@ def run(config: Config, build=build, move_teacher=ema_update) -> dict:
         checkpoint = None
         if config.resume:
             checkpoint = find_checkpoint(folder / "checkpoint", process)
-            done = not checkpoint or checkpoint[1]["step"] >= config.epochs * epoch_steps
+            unfinished = checkpoint and checkpoint[1]["step"] < config.epochs * epoch_steps
             # A finished run stays as it is, also where its checkpoints were removed to save room.
-            if done and (folder / "summary.json").exists():
+            if (folder / "summary.json").exists() and not unfinished:
                 return finished(folder, process)
         with user_errors():
             training = Run(config, process, folder, images, val, epoch_steps, build,
@@ -781,8 +793,8 @@ class Run:
                 with self.clock.pause():
                     if done or self.step == self.total // 2:
                         self.keep_snapshot()
-                    # Where a signal waits for the run to stop, the judges are asked when it is
-                    # continued.
+                    # Where a signal waits for the run to stop, the evaluation is postponed
+                    # until the run is continued.
                     self.figures["postponed"] = bool(stopped_by and not done)
                     if not self.figures["postponed"]:
                         self.ask_judges()
@@ -800,7 +812,8 @@ class Run:
 
     def due(self, epochs: int) -> bool:
         """Whether a judge that is asked every so many epochs (0: only at the end) is asked now."""
-        return self.step == self.total or epochs and not self.step % (epochs * self.epoch_steps)
+        at_its_epoch = epochs and self.step % (epochs * self.epoch_steps) == 0
+        return self.step == self.total or at_its_epoch
 
     def log(self, schedule: dict):
         """Read the figures of the last steps: between saves, only here does the CPU wait."""

@@ -4,8 +4,8 @@
                                                                 |
          list of crop sizes: tokens of all crops end to end  (T, D)
                                                                 |
-         depth x:   x += LayerScale(attention(norm(x)))     each image attends to itself only
-                    x += LayerScale(ffn(norm(x)))           every token for itself
+    repeat depth    x += LayerScale(attention(norm(x)))     each image attends to itself only
+    times:          x += LayerScale(ffn(norm(x)))           every token for itself
                                                                 |
                                  norm --> class token (B, D), patch tokens (B, P, D)
 
@@ -56,11 +56,11 @@ class PatchEmbed(nn.Module):
         return x
 
 
-# How a table of M x M positions is brought to h x w patches: (h, w), M -> arguments of
+# How a table of S x S positions is brought to h x w patches: (h, w), S -> arguments of
 # F.interpolate. Two rules exist because two generations of released weights were trained with
 # them, and they differ visibly.
-#   offset     DINO, and DINOv2 without registers: bicubic by the *scale* (h + 0.1) / M.
-#              PyTorch computes the size as floor(M * scale): without the 0.1 a rounding error
+#   offset     DINO, and DINOv2 without registers: bicubic by the *scale* (h + 0.1) / S.
+#              PyTorch computes the size as floor(S * scale): without the 0.1 a rounding error
 #              could make 16 patches 15. It also samples at that scale, so the positions are a
 #              little shifted, and the released weights were trained with them.
 #   antialias  DINOv2 with registers: bicubic to the *size* (h, w), with antialiasing.
@@ -70,9 +70,7 @@ POS_EMBED_RESIZE = {
 
 
 def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], rule: str) -> Tensor:
-    """Positions (1, 1 + M*M, D) learned on an M x M grid -> (1, 1 + h*w, D) for grid = (h,
-    w).
-    """
+    """Positions (1, 1 + S*S, D) of an S x S grid -> (1, 1 + h*w, D) of grid = (h, w)."""
     cls = pos_embed[:, :1]  # (1, 1, D)
     patches = pos_embed[:, 1:]
     side = round(patches.shape[1]**0.5)
@@ -118,8 +116,8 @@ class Attention(nn.Module):
         """(b*n, 3*D) -> queries, keys, values (3, b, nh, n, hd)."""
         # A row has D numbers of query, D of key and D of value; each D is nh heads of hd
         # numbers. The head has to come before the tokens, because every head multiplies
-        # matrices of its own. hd is computed here, because of no images at all (b = 0) view
-        # could not infer it.
+        # matrices of its own. hd is computed here, because with b = 0 images
+        # view(..., -1) could not infer it.
         hd = qkv.shape[1] // (3 * self.num_heads)
         return qkv.view(b, n, 3, self.num_heads, hd).permute(2, 0, 3, 1, 4)
 
@@ -171,8 +169,8 @@ class SwiGLU(nn.Module):
         super().__init__()
         # Rounded up to a multiple of 8, which the kernels for matrix products prefer.
         hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
-        self.w12 = nn.Linear(dim,
-                             2 * hidden)  # gate first, value second, as in the released keys
+        # The gate comes first, the value second, as in the released keys.
+        self.w12 = nn.Linear(dim, 2 * hidden)
         self.w3 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -281,9 +279,7 @@ def residual(x: Tensor, branch, groups: Groups, keep: Keep | None) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each behind a norm and added back (pre-norm). ViT eq. 2 and
-    3.
-    """
+    """Attention and feed-forward, each behind a norm and added back. ViT eq. 2 and 3."""
 
     def __init__(self, dim: int, num_heads: int, hidden: int, ffn_layer: str,
                  layerscale: float | None, norm_eps: float):
@@ -502,7 +498,8 @@ class VisionTransformer(nn.Module):
         """Packed tokens (T, D) through all blocks: (T, D)."""
         for block, keep in zip(self.blocks, plan or [None] * self.depth, strict=True):
             # Checkpointing keeps only the input of each block and computes the block once more
-            # in the backward pass: far less memory, at most a third more time.
+            # in the backward pass: far less memory, and at most a third more time, because
+            # a forward pass costs half of a backward pass (1.15 times the time was measured).
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, groups, keep, use_reentrant=False)
             else:
@@ -530,7 +527,8 @@ class VisionTransformer(nn.Module):
         """
         wanted = range(self.depth - n, self.depth) if isinstance(n, int) else list(n)
         if not all(0 <= i < self.depth for i in wanted) or not wanted:
-            raise ValueError(f"n={n} asks for blocks that a ViT of depth {self.depth} has not")
+            raise ValueError(
+                f"n={n} asks for blocks that a ViT of depth {self.depth} does not have")
 
         x = self.prepare_tokens(images)
         b, count = x.shape[:2]
@@ -594,8 +592,7 @@ class VisionTransformer(nn.Module):
 # token, and the giant has ffn_layer="swiglu".
 ARCHS = {
     "vit_pico": dict(embed_dim=64, depth=4, num_heads=1),  # ours: to be distilled from nano
-    "vit_nano": dict(embed_dim=128, depth=4,
-                     num_heads=2),  # ours: a laptop trains it in minutes
+    "vit_nano": dict(embed_dim=128, depth=4, num_heads=2),  # ours: minutes on a laptop
     "vit_tiny": dict(embed_dim=192, depth=12, num_heads=3),
     "vit_small": dict(embed_dim=384, depth=12, num_heads=6),
     "vit_base": dict(embed_dim=768, depth=12, num_heads=12),

@@ -57,18 +57,18 @@ def count_work(config: Config, masked: int | None = None, drop: bool = True) -> 
     # that pass. It does not know all kernels of SDPA. So attention is counted by the two
     # products that its formula has (plain.py), which are what every kernel has to compute.
     _, arguments = fake_step_inputs(student, config, torch.device("meta"), masked)
-    views, plan, masks, mask_indices = arguments
+    crops, plan, masks, mask_indices = arguments
     counter = FlopCounterMode(display=False)
     with without(["sdpa"]), counter:
 
         # The teacher is as large as the student, sees the global crops alone, and drops
         # nothing.
         with torch.no_grad():
-            student(views[:1], mask_indices=mask_indices)
+            student(crops[:1], mask_indices=mask_indices)
         work["teacher"] = counter.get_total_flops()
 
         # The counter goes on from there: what is new is the total less the parts so far.
-        out = student(views, plan, masks, mask_indices)
+        out = student(crops, plan, masks, mask_indices)
         work["student"] = counter.get_total_flops() - sum(work.values())
 
         # The losses themselves have no matrix products that matter. A sum of all outputs sends

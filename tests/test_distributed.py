@@ -122,11 +122,11 @@ def joined_steps(config, world=2, steps=STEPS):
         shares = []
         for rank in range(world):
             batch, schedule = batch_of(config, step, rank)
-            views, masks = train.make_views(batch, config.pixels, ALONE.device)
+            crops, masks = train.make_views(batch, config.pixels, ALONE.device)
             weights = masks.pop("mask_weights", None)
             with torch.no_grad():
-                teacher_out = teacher(views[:1], mask_indices=masks.get("mask_indices"))
-            shares.append((views, masks, weights, teacher_out, schedule["generator"]))
+                teacher_out = teacher(crops[:1], mask_indices=masks.get("mask_indices"))
+            shares.append((crops, masks, weights, teacher_out, schedule["generator"]))
 
         # The biases are those of the joined rows; rows of padding do not count.
         rows, real, bias = {}, {}, {}
@@ -139,8 +139,8 @@ def joined_steps(config, world=2, steps=STEPS):
 
         # The loss is the mean of the losses of all processes.
         loss = 0.0
-        for views, masks, weights, teacher_out, generator in shares:
-            student_out = student(views, student.backbone.draw_plan(views, generator), **masks)
+        for crops, masks, weights, teacher_out, generator in shares:
+            student_out = student(crops, student.backbone.draw_plan(crops, generator), **masks)
             targets = {}
             for name in centerings:
                 targets[name] = make_targets(teacher_out[name], 0.05, bias[name])

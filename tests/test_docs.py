@@ -1,5 +1,5 @@
 """Claims: what the prose says is so, and the house is built as it says.
-1. README and docs name files that exist; the README's map names every file of code, and its table
+1. README and docs name files that exist; docs/map.md names every file of code, and its table
    "I want to add" names what stands in these files.
 2. Every command in README, docs and docstrings is one its program understands; every test that the
    docs cite exists.
@@ -71,12 +71,18 @@ def test_the_files_at_the_top_are_the_readers_card():
     assert {path.stem for path in ROOT.glob("*.py")} == CONCEPTS | PROGRAMS
 
 
-def test_readme_names_what_exists():
-    text = (ROOT / "README.md").read_text()
-    named = set(re.findall(r"`([\w/]+\.py)`", text))
+def test_readme_and_map_name_what_exists():
+    readme = (ROOT / "README.md").read_text()
+    whole_map = (ROOT / "docs/map.md").read_text()
+    top = {f"{name}.py" for name in CONCEPTS | PROGRAMS}
+    assert top <= set(re.findall(r"`([\w/]+\.py)`", readme))
+
+    # The map has every file of every room, and the README every room.
+    named = set(re.findall(r"`(\w+/\w+\.py)`", whole_map))
     rooms_themselves = {f"{room}/__init__.py" for room in ROOMS}
-    assert named == set(FILES) - rooms_themselves
-    assert {f"{room}/" for room in ROOMS} <= set(re.findall(r"`(\w+/)`", text))
+    assert named == set(FILES) - rooms_themselves - top
+    for text in (readme, whole_map):
+        assert {f"{room}/" for room in ROOMS} <= set(re.findall(r"`(\w+/)`", text))
 
 
 @pytest.mark.parametrize("doc", DOCS, ids=lambda doc: doc.name)
@@ -113,8 +119,8 @@ def stands_in(name, files):
     return any(re.fullmatch(pattern, known) for file in files for known in defined_names(file))
 
 
-def test_what_to_add_stands_where_the_readme_says():
-    text = (ROOT / "README.md").read_text()
+def test_what_to_add_stands_where_the_map_says():
+    text = (ROOT / "docs/map.md").read_text()
     table = text[text.index("| I want to add"):].split("\n\n")[0]
     rows = [row.strip("|").split("|") for row in table.splitlines()[2:]]
     assert len(rows) > 15
@@ -445,7 +451,7 @@ def test_four_student_tasks_stay_small():
 
 
 def test_files_that_can_be_copied():
-    """The list in the README is that of all files that need torch, torchvision and numpy only."""
+    """The list in the map is that of all files that need torch, torchvision and numpy only."""
     alone = set()
     for name, path in FILES.items():
         modules = {
@@ -455,7 +461,7 @@ def test_files_that_can_be_copied():
         room = name.partition("/")[0]
         if not ours and room not in ("machinery", "bench") and not name.endswith("__.py"):
             alone.add(name)
-    text = (ROOT / "README.md").read_text().partition(
+    text = (ROOT / "docs/map.md").read_text().partition(
         "These files import nothing")[2].partition("## Where to add")[0]
     assert set(re.findall(r"`([\w/]+\.py)`", text)) == alone
 

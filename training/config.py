@@ -134,7 +134,7 @@ class Config:
     # Only where several processes work together; machinery/shard.py explains fsdp and hsdp.
     parallel: Parallel = "ddp"  # copies of the network: one a process (ddp), a node, or one (fsdp)
     compile: bool | None = None  # fuse the operations of a block by torch.compile [on CUDA]
-    activation_checkpointing: bool = False  # recompute activations: less memory, 1/4 slower
+    activation_checkpointing: bool = False  # recompute activations: less memory, slower
     # They read and crop images. Default: as many as there are cores to spare, from 2 to 16.
     num_workers: int = spare_cores()  # loader processes, beside each training process
     # -- run

@@ -51,11 +51,11 @@ def fake_step_inputs(student: nn.Module, config: Config, device: torch.device,
     sizes = [(config.global_crops_number, config.global_crops_size)]
     if config.local_crops_number and config.dino_weight:
         sizes.append((config.local_crops_number, config.local_crops_size))
-    views = []
+    crops = []
     for number, side in sizes:
-        crops = number * config.batch_size_per_gpu
-        views.append(torch.empty(crops, config.in_chans, side, side, device=device))
-    plan = student.backbone.draw_plan(views, torch.Generator())
+        count = number * config.batch_size_per_gpu
+        crops.append(torch.empty(count, config.in_chans, side, side, device=device))
+    plan = student.backbone.draw_plan(crops, torch.Generator())
 
     # The masks. Distillation asks about patches but hides none of them from the student. The
     # values of the masks do not matter: how many patches there are decides about memory.
@@ -63,12 +63,12 @@ def fake_step_inputs(student: nn.Module, config: Config, device: torch.device,
     mask_indices = None
     masking = config.masking()
     if masking:
-        count = masking.most(len(views[0])) if masked is None else masked
+        count = masking.most(len(crops[0])) if masked is None else masked
         mask_indices = torch.empty(count, dtype=torch.int64, device=device)
         if config.hides_patches:
-            shape = (len(views[0]), math.prod(masking.grid))
+            shape = (len(crops[0]), math.prod(masking.grid))
             masks = torch.empty(shape, dtype=torch.bool, device=device)
-    return state, (views, plan, masks, mask_indices)
+    return state, (crops, plan, masks, mask_indices)
 
 
 def expected_memory(student: nn.Module, config: Config, process: Process,

@@ -6,8 +6,8 @@
                  teacher <-- m * teacher + (1 - m) * student
 
 Idea     The teacher is no second model to train: it is the average of the student's past
-         weights. Such an average is better than each of the networks that it is made of, so the
-         student always has something to learn from it.
+         weights. Such an average is usually better than the networks that it is made of, so
+         the student has something to learn from it.
 Paper    DINO sec. 3.1 (EMA teacher) and 3.2 (schedules); LARS (You 2017) for convnets
 Try      python -m training.optim  the schedules of a run, drawn as text
 Change   a new optimizer is one line in OPTIMIZERS; it has to leave out the steps that LARS does

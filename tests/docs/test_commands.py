@@ -81,7 +81,8 @@ def desk(tmp_path_factory):
 
     with without_figures(), contextlib.chdir(folder):
         train.main([*TINY, "--epochs", "1", "--output_dir", "runs/shapes"])
-        shutil.copytree("runs/shapes", "runs/collapse")
+        for name in ("shapes_dino", "collapse"):
+            shutil.copytree("runs/shapes", f"runs/{name}")
         model = VisionTransformer(28, 14, embed_dim=64, depth=2, num_heads=1,
                                   num_register_tokens=4, pos_embed_resize="antialias")
         torch.save(model.state_dict(), "released.pth")

@@ -1,6 +1,7 @@
 """Claims: the README quotes what was measured.
-1. Every figure in the README with a decimal point stands in docs/results.md, or in the estimates
-   of docs/cluster.md; or it is ln K, an author's figure or part of a name, which is listed here.
+1. Every figure with a decimal point in the README and in docs/troubleshooting.md stands in
+   docs/results.md, or in the estimates of docs/cluster.md; or it is ln K, an author's figure or
+   part of a name, which is listed here.
 2. The figures in the README's log lines are those of one run in docs/results.md.
 """
 
@@ -21,10 +22,11 @@ NOT_MEASURED = {
 
 
 def prose():
-    """The README without its blocks of code and its table of the authors' figures."""
+    """Both pages without blocks of code and without the table of the authors' figures."""
     text = re.sub(r"(?m)^    .*$", "", README)
     authors = text.index("These figures are **not ours**")
-    return text[:authors] + text[text.index("## How to read the log"):]
+    return (text[:authors] + text[text.index("## How to read the log"):] +
+            (ROOT / "docs/troubleshooting.md").read_text())
 
 
 def measured(*pages):
