@@ -413,7 +413,7 @@ def photometry(crops: Tensor, params: Tensor, pixels: Pixels = RGB) -> Tensor:
                 some_on_device = send(some, x.device)
                 changed = operation(x.index_select(0, some_on_device), p[some])
                 x.index_copy_(0, some_on_device, changed)
-        out.index_copy_(0, rows, x.sub_(mean).div_(std))
+        out.index_copy_(0, rows_there, x.sub_(mean).div_(std))
     return out
 
 

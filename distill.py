@@ -69,7 +69,7 @@ class Config(TrainingConfig):
     patch_tokens: Literal["all", "sampled"] = "all"  # compare all patches, or those under masks
     class_feature_weight: float = 0.0  # weight of matching the teacher's class token (ours)
     patch_feature_weight: float = 0.0  # weight of matching the teacher's patch tokens (ours)
-    # The names become the choices of a flag. Elsewhere Literal[*NAMES] does the same; here
+    # The names become the choices of a flag. Elsewhere a star before NAMES does the same; here
     # Python 3.10 has to be able to read the file, so that it can say that it is too old.
     feature_distance: Literal[tuple(DISTANCES)] = "cosine"  # how far apart two features are
 

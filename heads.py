@@ -101,9 +101,8 @@ class DINOHead(nn.Module):
 
 if __name__ == "__main__":
     head = DINOHead(384)
-    sizes = {name: tuple(p.shape) for name, p in head.named_parameters()}
-    for name, shape in sizes.items():
-        print(f"{name:22s} {shape}")
+    for name, p in head.named_parameters():
+        print(f"{name:22s} {tuple(p.shape)}")
     print(
         f"{sum(p.numel() for p in head.parameters()):,d} parameters, of which frozen: weight_g")
     with torch.no_grad():

@@ -433,5 +433,3 @@ if __name__ == "__main__":
         "\nFirst number near ln K: every target is nearly uniform and says nothing about its image."
         "\nBoth small: the targets are sharp, but all images share one of them, or very few."
         "\nFirst small, second large ('both'): they are sharp, and differ from image to image.")
-    uniform = view_pair_loss(torch.full((2, 64, K), 1 / K), torch.zeros(10, 64, K))
-    print(f"Uniform answers on both sides cost {uniform:.4f} nats, which is ln K.")

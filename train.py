@@ -424,8 +424,8 @@ def build_centerings(config: Config) -> nn.ModuleDict:
         for name, n_prototypes in config.objectives.items()})
 
     # A centre is the mean of the logits of one head. Where --init brings heads, their centres
-    # come from the same file.
-    if config.init:
+    # come from the same file. In distill.py the logits are those of another head.
+    if config.init and not getattr(config, "teacher", ""):
         from training.warmstart import init_heads
 
         state = centerings.state_dict()
@@ -469,11 +469,12 @@ def compile_blocks(networks, config: Config, process: Process):
 
 def shard(network: nn.Module, config: Config, process: Process):
     """Split over processes (FSDP, HSDP): blocks in the low precision, the rest in float32."""
-    # Blocks are most of the network, and their products lose nothing in bfloat16. The heads end
-    # in a softmax over many prototypes, and norms and tokens are small: those stay in float32.
+    # Blocks are most of the network, and their products lose nothing in bfloat16. What a block
+    # has beside them, its norms and LayerScale, is rounded as well. The heads end in a softmax
+    # over many prototypes, and tokens and the last norm are small: those stay in float32.
     from machinery.shard import split  # here, because few runs need it
 
-    blocks = list(network.backbone.blocks)
+    blocks = list(getattr(network.backbone, "blocks", ()))  # a convnet, as a teacher, has none
     heads = list(network.heads().values())
     split(network, blocks, heads, process, config.precision, config.sharers(process))
 
@@ -611,7 +612,8 @@ class Run:
     the teacher's backbone in one piece, to be judged and kept; under FSDP it is a copy.
     """
 
-    left_behind = "saved; the same command continues"  # what is said when a signal stops it
+    # What is said when a signal stops it.
+    left_behind = "saved; the same command continues (without --no_resume)"
 
     def __init__(self, config: Config, process: Process, folder: Path, images: Images,
                  val: Images, epoch_steps: int, build, move_teacher):
@@ -632,8 +634,9 @@ class Run:
         # step, so that a run that will not fit says so at once.
         student, teacher = build(config, process)
         centerings = build_centerings(config).to(process.device)
-        frozen = getattr(teacher, "frozen", [])  # the large teacher of distill.py
-        self.memory_report = memory_report(student, config, process, frozen)
+        # A teacher of distill.py has a large network beside its own.
+        self.memory_report = memory_report(student, config, process,
+                                           getattr(teacher, "frozen", []))
         self.whole = teacher.backbone
         if config.parallel != "ddp":
             # Sharding replaces the parameters in place, so a whole copy is made before. It is
@@ -659,6 +662,7 @@ class Run:
                             if config.dense_every else None)
         self.step = 0
         self.last_row = {}
+        self.started_from = "--init" if config.init else "untrained"
         self.figures = {
             "seconds": 0.0, "broken": 0, "untrained": None, "pixels": None, "knn": None}
 
@@ -712,10 +716,6 @@ class Run:
         row = dict(step=0, knn=figures["untrained"], feature_rank=self.judge.rank,
                    pixels=figures["pixels"], protocol=self.judge.protocol)
         record(self.folder, row, self.process)
-
-    @property
-    def started_from(self) -> str:
-        return "--init" if self.config.init else "untrained"
 
     def introduce(self):
         """Say what will be trained, and whether it is expected to fit into memory."""
@@ -949,6 +949,8 @@ def read_flags(argv: list[str], kind=Config, presets=PRESETS, program="train.py"
     # --val_share is 0.
     if "data" in config.given and "val_data" not in config.given:
         config.val_data = ""
+    # --no_resume was meant for the first start, and not for those after a failure.
+    config.resume = config.resume or machine.restarted()
     return config
 
 

@@ -632,8 +632,5 @@ if __name__ == "__main__":
     with torch.no_grad():
         packed = model(crops)
         apart = [model(x) for x in crops]
-        weights = model.get_attention(crops[0])
     worst = max((a - b).abs().max().item() for a, b in zip(packed, apart))
     print(f"\n2 crops of 48 px and 6 of 24 px in one packed forward: differs by {worst:.1e}")
-    print(f"attention of the last block {tuple(weights.shape)}, rows sum to "
-          f"{weights.sum(-1).mean():.6f}")

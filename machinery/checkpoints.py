@@ -243,9 +243,11 @@ def save_checkpoint(folder: Path, step: int, state: dict, facts: dict, process: 
     written_by_each = process.all_gather(written)
 
     if process.main:
-        files = {}
-        for part in written_by_each:
-            files |= part
+        files = {name: entry for part in written_by_each for name, entry in part.items()}
+        missing = [name for name in files if not (unfinished / name).exists()]
+        if missing:
+            raise UsageError(f"--output_dir: {missing[0]} of another process is not in "
+                             f"{unfinished}; give a folder that all nodes share")
         files[".metadata"] = size_and_digest(unfinished / ".metadata")
 
         # The manifest is the last file, because its presence says that all others are complete.
@@ -277,8 +279,9 @@ def step_of(path: Path) -> int:
 
 
 def find_checkpoint(folder: Path, process: Process) -> tuple[Path, dict] | None:
-    """(path, manifest) of the newest checkpoint that agrees with its manifest; None without.
+    """(path, manifest) of the newest checkpoint that agrees with its manifest.
 
+    None where there is no checkpoint; UsageError where none of those that are there is good.
     The main process looks, and all get its answer. It names the damaged or foreign ones that it
     passes over. Reading them runs no code that is in them.
     """
@@ -302,6 +305,11 @@ def find_checkpoint(folder: Path, process: Process) -> tuple[Path, dict] | None:
         # Of any kind: damaged bytes can make a pickle or JSON fail in many ways.
         except Exception as error:
             process.print(f"{path} is damaged ({error!s:.200}); trying the one before it")
+
+    # To begin anew would delete all of them. Perhaps the disk is only away for a while.
+    if candidates and not newest_good:
+        raise UsageError(f"{folder}: none of its checkpoints can be read; try again when the "
+                         "disk is well, or remove this folder to begin anew")
     return process.broadcast(newest_good)
 
 

@@ -18,6 +18,7 @@ import os
 import sys
 import traceback
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
@@ -75,6 +76,14 @@ def mendable(error: BaseException) -> str:
     if str(error).startswith("DataLoader worker"):
         what = str(error).splitlines()[0].rstrip(" .")
         return f"{what}; the same command continues, or give fewer --num_workers"
+
+    # The GPU has less memory left than was asked for. PyTorch's message goes on with advice for
+    # its allocator, of which only the first sentence is told.
+    if isinstance(error, torch.OutOfMemoryError):
+        what = str(error).split(". ")[0]
+        return (
+            f"{what}; give --activation_checkpointing, or a smaller --batch_size_per_gpu or "
+            "--batch_size")
 
     # A worker that was killed may have promised a batch, which nobody hands over any more. (A
     # download that breaks off is a ConnectionError, too, and not of that module.)

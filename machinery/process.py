@@ -99,25 +99,25 @@ def start_process(device: str = "auto") -> Process:
         choices = ", ".join(name for name, is_there in available.items() if is_there)
         raise UsageError(f"--device {device}: not available here; choose from auto, {choices}")
 
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+    # torchrun tells each process its number by environment variables. LOCAL_RANK is the number
+    # among the processes of this machine, so each takes another GPU.
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if kind == "cuda" and max(int(number or 0), local_rank) >= torch.cuda.device_count():
         raise UsageError(
-            f"--device {device}: this machine has {torch.cuda.device_count()} GPUs, "
-            "the first one is cuda:0")
+            f"--device {device}: this machine has {torch.cuda.device_count()} GPUs, numbered "
+            "from 0; give another number, or start fewer processes (--nproc_per_node)")
 
-    # torchrun tells each process its number by environment variables. Without them this is the
-    # only process.
+    # Without these variables this is the only process.
     if "WORLD_SIZE" not in os.environ:
         return Process(torch.device(device))
-    if "RANK" not in os.environ:
-        raise UsageError("WORLD_SIZE is set, but RANK is not: start with torchrun, or unset it")
-
-    # LOCAL_RANK is the number among the processes of this machine, so each takes another GPU.
     if kind == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(local_rank)
         device = f"cuda:{torch.cuda.current_device()}"
 
     # NCCL exchanges tensors between GPUs, Gloo between CPUs.
     if not dist.is_initialized():
+        for name in sorted({"RANK", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)):
+            raise UsageError(f"WORLD_SIZE without {name}: start with torchrun, or unset it")
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     world_size = dist.get_world_size()
     node_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
@@ -134,6 +134,12 @@ def warn_of_unused_gpu():
         print(
             f"warning: nvidia-smi is there, but PyTorch {torch.__version__} (built for "
             f"{built_for}) finds no GPU that works: this runs on the CPU", flush=True)
+
+
+def restarted() -> bool:
+    """Whether torchrun or Slurm starts this program once more, with its first command."""
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(os.environ.get(name, "0") != "0" for name in counts)
 
 
 def spare_cores() -> int:

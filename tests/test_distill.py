@@ -163,6 +163,12 @@ def test_a_step_is_the_papers(tokens, centering, teacher):
             torch.testing.assert_close(module.center.double(), moved, rtol=1e-4, atol=1e-6)
 
 
+def test_the_centre_of_init_is_not_taken_for_that_of_the_teacher(teacher):
+    assert heads_of(teacher)["centerings"]["dino.center"].any()
+    centerings = train.build_centerings(config_of(teacher, "--init", str(teacher)))
+    assert not centerings["dino"].center.any()
+
+
 def test_a_teacher_stays_as_it_is(teacher):
     config, student, both = networks_of(config_of(teacher, "--use_bn_in_head"))
     frozen = both.frozen[0]

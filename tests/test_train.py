@@ -529,6 +529,14 @@ def test_images_given_are_not_judged_by_the_presets():
     assert both.val_data == "folder:y"
 
 
+@pytest.mark.parametrize("count", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_start_after_a_failure_resumes(count, monkeypatch):
+    monkeypatch.setenv(count, "0")  # the first start
+    assert not train.read_flags(["--no_resume"]).resume
+    monkeypatch.setenv(count, "1")
+    assert train.read_flags(["--no_resume"]).resume
+
+
 @pytest.mark.parametrize("line, words", [
     ("dino_vit16", "did you mean"), ("--dta shapes", "did you mean --data"),
     ("--epochs many", "--epochs"), ("--data nothing", "--data"),
@@ -544,7 +552,9 @@ def test_images_given_are_not_judged_by_the_presets():
     ("--local_crops_scale 0.5 0.1", "--local_crops_scale"), ("--centering both", "--centering"),
     ("--warmup_epochs 99", "--warmup_epochs"),
     ("--local_crops_number 0 --global_crops_number 1", "at least two"),
-    ("--keep 0", "--keep 0"), ("--val_share 0.7", "--val_share 0.7: expected at most 0.5"),
+    ("--keep 0", "--keep 0"),
+    ("--data shapes:64 --val_data shapes:64", "--val_data shapes:64 is --data itself"),
+    ("--val_share 0.7", "--val_share 0.7: expected at most 0.5"),
     ("--val_share -0.1", "--val_share"), ("--num_register_tokens -1", "--num_register_tokens"),
     ("--curriculum 0.75", "expected pairs"), ("--curriculum 0.5 0.5 0.5 0.8", "less than 1"),
     ("--curriculum 0 0.5", "above 0"),

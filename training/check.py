@@ -349,6 +349,11 @@ def check_sources(config: Config, *sources: str):
 
 def check_evaluation(config: Config):
     """Refuses a judge of patches where there are none, and a share that is not held out."""
+    if config.val_data and config.val_data == config.data:
+        raise UsageError(
+            f"--val_data {config.val_data} is --data itself: each image would find "
+            f"itself; give {config.data}:val, or leave it out, and a part is held "
+            "out of --data")
     if config.val_data and "val_share" in config.given and config.val_share:
         raise UsageError(
             f"--val_share {config.val_share}: nothing is held out of --data, because "

@@ -151,7 +151,6 @@ def create_run_dir(folder: Path, config: Config, process: Process, images: int):
         for name in ("metrics.jsonl", "summary.json", "card.md", "config.json", "teacher.pt",
                      "heads.pt", "story.png", "story.pdf", "trace.json"):
             (folder / name).unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
     if (folder / "config.json").exists():
         return
 

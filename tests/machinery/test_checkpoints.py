@@ -66,6 +66,31 @@ def test_a_damaged_one_of_a_later_step_is_removed_first(tmp_path, capsys):
     assert newest(tmp_path, capsys) == (750, "")
 
 
+def test_where_all_are_damaged_none_is_removed(tmp_path):
+    for step in (2, 3):
+        save(tmp_path, step)
+        (tmp_path / f"step-{step}/manifest.json").write_text("{")
+    with pytest.raises(UsageError, match="none of its checkpoints can be read"):
+        find_checkpoint(tmp_path, ALONE)
+    assert len(checkpoints(tmp_path)) == 2
+
+
+def test_nodes_that_share_no_disk(tmp_path):
+
+    class WithAnotherNode(Process):
+
+        def all_gather(self, value):
+            """What the processes have written: the second one into a folder of its own disk."""
+            return [value, {"__1_0.distcp": {"bytes": 1, "sha256": "0"}}]
+
+    process = WithAnotherNode(torch.device("cpu"))
+    state = {"student": {"a.b": torch.zeros(100)}}
+    with pytest.raises(UsageError,
+                       match="--output_dir: __1_0.distcp of another process is not"):
+        save_checkpoint(tmp_path, 5, state, {}, process)
+    assert not checkpoints(tmp_path)
+
+
 def test_what_does_not_fit(tmp_path):
     save(tmp_path, 3)
     wrong_shape = {"student": {"a.b": torch.zeros(99, dtype=torch.int64)}}

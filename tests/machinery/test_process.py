@@ -45,11 +45,22 @@ def test_a_gpu_that_is_not_there(monkeypatch):
     with pytest.raises(UsageError, match="--device cuda:9: this machine has 1 GPUs"):
         start_process("cuda:9")
 
+    # The fourth of four processes, which torchrun has started for a single GPU.
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(UsageError, match="--device cuda: .* 1 GPUs, .*--nproc_per_node"):
+        start_process("cuda")
+
 
 def test_half_of_what_torchrun_says(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(UsageError, match="RANK is not: start with torchrun"):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with pytest.raises(UsageError, match="WORLD_SIZE without RANK: start with torchrun"):
+        start_process("cpu")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR")
+    with pytest.raises(UsageError, match="WORLD_SIZE without MASTER_ADDR: start with torchrun"):
         start_process("cpu")
 
 

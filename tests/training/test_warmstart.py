@@ -245,11 +245,13 @@ def test_other_channels(first, tmp_path, capsys):
     """A network of colours goes on with X-rays of 16 bits, and is judged and drawn by them."""
     folder, rng = tmp_path / "rays", np.random.default_rng(0)
     for i in range(32):
-        file = folder / "ab"[i % 2] / f"{i}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 65536, (30, 40)).astype(np.uint16)).save(file)
+        image = Image.fromarray(rng.integers(0, 65536, (30, 40)).astype(np.uint16))
+        for part in ("train", "val"):  # of the same content
+            file = folder / part / "ab"[i % 2] / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            image.save(file)
     grey = tmp_path / "grey"
-    data = ["--data", f"folder:{folder}", "--val_data", f"folder:{folder}"]
+    data = ["--data", f"folder:{folder}/train", "--val_data", f"folder:{folder}/val"]
     flags = "--in_chans 1 --mean 0.5 --std 0.3 --lr 0 --min_lr 0".split()
     train.run(config_of(grey, "--init", str(first), *data, *flags))
     assert (grey / "story.png").exists()
@@ -266,10 +268,10 @@ def test_other_channels(first, tmp_path, capsys):
     # The programs that read a run do so, too; a protocol for photographs refuses it.
     flags = f"--nb_knn 1 --num_workers 0 --output_dir {tmp_path}".split()
     done = evaluate.main(["knn", "--weights", str(grey), *data, *flags])
-    assert done["knn"]["1"] == 1.0  # each image is its own neighbour
+    assert done["knn"]["1"] == 1.0  # the neighbour of each image is its copy
     picture = tmp_path / "attention.png"
     flags = f"--weights {grey} --image_size 48 --output {picture}".split()
-    visualize.main(["attention", str(folder / "a/0.png"), *flags])
+    visualize.main(["attention", str(folder / "train/a/0.png"), *flags])
     assert picture.exists()
     with pytest.raises(SystemExit):
         evaluate.main(["copies", "--weights", str(grey), "--output_dir", str(tmp_path)])
