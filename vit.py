@@ -234,7 +234,7 @@ def drop_path_plan(
     # the CPU, so that it is the same on every kind of device, and sent to the device without
     # waiting for the copy (on MPS the memory could be reused before it is read, so there it
     # waits). A GPU reads by itself only memory that the system may not move, which is pinned.
-    tokens = []  # per group: the rows of all images in that order, (branches, b, n)
+    rows_in_order = []  # for each group: the rows of all images, (branches, b, n)
     start = 0
     for b, n in groups:
         order = torch.rand(2 * len(rates), b, generator=generator).argsort(1)  # (branches, b)
@@ -242,7 +242,7 @@ def drop_path_plan(
             order = torch.empty_like(order, pin_memory=True).copy_(order)
         order = order.to(device, non_blocking=device.type != "mps")
         first_rows = order * n + start  # (branches, b)
-        tokens.append(first_rows[:, :, None] + torch.arange(n, device=device))
+        rows_in_order.append(first_rows[:, :, None] + torch.arange(n, device=device))
         start += b * n
 
     # A branch takes the first k images of its random order, of every group. k depends on b and
@@ -259,7 +259,7 @@ def drop_path_plan(
         scale = torch.cat(scales)  # (T', 1)
         branches = []
         for j in (2 * i, 2 * i + 1):  # attention, FFN
-            rows = [t[j, :k].flatten() for t, (k, _) in zip(tokens, kept)]
+            rows = [t[j, :k].flatten() for t, (k, _) in zip(rows_in_order, kept)]
             branches.append(Keep(torch.cat(rows), scale, kept))
         plan.append(tuple(branches))
     return plan
