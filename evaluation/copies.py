@@ -163,6 +163,7 @@ class Config(protocol.Config):
 
     def check(self):
         require(self, lambda x: x >= 1, "at least 1", "n_originals")
+        protocol.require_val_data(self, "copydays")
 
 
 def read_edited(read, edit: str, i: int) -> Tensor:

@@ -45,6 +45,9 @@ class PairsConfig(protocol.WeightsConfig):
     download: bool = False  # let torchvision fetch the data set
     image_size: int = 0  # side of the images in pixels; 0: 4 times the training's, up to 320
 
+    def check(self):
+        protocol.require_val_data(self)
+
 
 def side_of_crops(image_size: int, model) -> int:
     """--image_size, or the side at which the patch tokens of this network are read.

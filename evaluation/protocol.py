@@ -94,6 +94,30 @@ class Labelled:
     val_data: str = "shapes:val"  # images with labels that are judged
     class_mapping: str = ""  # a file of lines "class in --val_data, class in --data"
 
+    def check(self):
+        require_val_data(self, "ground_truth", "groups")
+
+
+def require_val_data(config, *instead: str):
+    """UsageError where --data is not drawn and --val_data was left out.
+
+    instead: the names of flags that say in the place of --val_data what is judged.
+    """
+    # The default of --val_data fits that of --data. Beside photographs it would judge drawings,
+    # and nothing in the table would show it.
+    drawn = config.data.partition(":")[0] == "shapes"
+    named = "val_data" in config.given or any(getattr(config, name, "") for name in instead)
+    if not drawn and not named:
+        raise UsageError(
+            f"--val_data is missing beside --data {config.data}: expected the images "
+            f"to be judged, such as {part_to_judge(config.data)}; by default they "
+            f"are drawn ({config.val_data})")
+
+
+def part_to_judge(data: str) -> str:
+    """X:val, which is the part of X or of X:train that training does not see."""
+    return f"{data.removesuffix(':train').removesuffix(':val')}:val"
+
 
 def results_folder(config: WeightsConfig, task: str) -> Path:
     """--output_dir, or evaluations/TASK; the folder is created if it does not exist."""

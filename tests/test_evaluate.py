@@ -5,7 +5,8 @@
 3. Each task has the flags that its file uses, no other task's, and --help lists these; `all`
    has those that mean the same in every protocol that has them.
 4. A new line in TASKS is a new task: it runs under its name, and is part of `all`.
-5. Misuse is one line that names the flag, exit code 2.
+5. Misuse is one line that names the flag, exit code 2. Drawings are never judged beside --data
+   that is not drawn, unless --val_data asks for them.
 """
 
 import ast
@@ -28,7 +29,7 @@ import evaluate
 from evaluation import knn, logreg, protocol
 from evaluation.protocol import Extractor
 from images import videos
-from machinery.flags import parse
+from machinery.flags import UsageError, parse
 from machinery.process import Process
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -277,3 +278,26 @@ def test_misuse(line, words, small_backbone, photos, tmp_path, monkeypatch, caps
     error = capsys.readouterr().err
     assert stop.value.code == 2 and words in error and error.count("\n") == 1
     assert not list(tmp_path.glob("evaluations/*/*"))
+
+
+@pytest.mark.parametrize("line, refused",
+                         [("knn --data folder:P", True), ("linear --data FakeData:train", True),
+                          ("depth --data pairs:P", True),
+                          ("segment --data pairs:P --head h.pt", True),
+                          ("copies --data folder:P", True), ("retrieval --data folder:P", True),
+                          ("all --data folder:P --copydays C", True),
+                          ("copies --data folder:P --copydays C", False),
+                          ("retrieval --data folder:P --ground_truth G", False),
+                          ("retrieval --data folder:P --groups G", False),
+                          ("knn --data folder:P --val_data shapes:val", False),
+                          ("knn --data shapes:9", False), ("features --data folder:P", False),
+                          ("video --data frames:P", False), ("masks", False)])
+def test_drawings_are_not_judged_beside_photographs(line, refused):
+    name, config_class, _ = evaluate.choose_task(line.split())
+    if not refused:
+        evaluate.read_flags(config_class, name, line.split()[1:])
+        return
+    data = line.split()[2]
+    words = f"--val_data is missing beside --data {data}: .*{data.removesuffix(':train')}:val"
+    with pytest.raises(UsageError, match=words):
+        evaluate.read_flags(config_class, name, line.split()[1:])
