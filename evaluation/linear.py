@@ -133,18 +133,23 @@ class Probes:
                 value.addcmul_(velocity, rates, value=-factor)
 
     @torch.no_grad()
-    def predict(self, rows: Tensor, chunk: int = 1024) -> dict[tuple, Tensor]:
+    def predict(self, rows: Tensor, present: Tensor | None = None,
+                chunk: int = 1024) -> dict[tuple, Tensor]:
         """(kind, learning rate) -> the best classes (n, b), best first, on the CPU.
 
-        The rows may be on the CPU while the probes are on a GPU: `chunk` of them at a time are
-        moved and worked through.
+        present (C,) bool: the classes that compete; None: all of them. The rows may be on the
+        CPU while the probes are on a GPU: `chunk` of them at a time are moved and worked
+        through.
         """
+        absent = None if present is None else ~present.to(self.rates.device)
         predictions = {}
         for kind in self.kinds:
             parts = []
             for part in rows.split(chunk):
-                part = part.to(self.rates.device)
-                parts.append(best_classes(self.logits(kind, part)).cpu())  # (chunk, L, b)
+                logits = self.logits(kind, part.to(self.rates.device))  # (B, L, C)
+                if absent is not None:
+                    logits = logits.masked_fill(absent, -torch.inf)  # (B, L, C)
+                parts.append(best_classes(logits).cpu())  # (B, L, b)
             for lr, predicted in zip(self.lrs, torch.cat(parts).unbind(1)):
                 predictions[kind, lr] = predicted
         return predictions
@@ -256,7 +261,8 @@ def run(extractor: Extractor) -> dict:
     # Each process has trained some of the probes: their results are put together. sorted():
     # of several equally good ones every process has to choose the same.
     own_results = {}
-    for name, predicted in probes.predict(rows).items():
+    present = present_classes(train, val, labels, 1 + max(train.labels))
+    for name, predicted in probes.predict(rows, present).items():
         own_results[name] = figures_of(predicted, labels, val, config.real_labels)
     results = {}
     for part in process.all_gather(own_results):
@@ -293,6 +299,16 @@ def run(extractor: Extractor) -> dict:
     if config.test_data:
         out["test"] = judge_head(extractor, train, head, "test_data", kind)["linear"]
     return out
+
+
+def present_classes(train: Images, images: Images, labels: Tensor, count: int) -> Tensor:
+    """Which of the `count` classes may be answered for these images, (count,) bool."""
+    # ImageNet-A and similar sets have images of 200 of the 1,000 classes. An answer outside of
+    # them is known to be wrong, so absent classes do not compete. Without names of classes it is
+    # not known which are absent: then all compete.
+    present = torch.zeros(count, dtype=torch.bool)
+    present[labels if images.classes and train.classes else slice(None)] = True
+    return present
 
 
 def figures_of(predicted: Tensor, labels: Tensor, images: Images, real_labels: str) -> dict:
@@ -440,9 +456,8 @@ def judge_head(extractor: Extractor, train: Images, state: dict, flag: str = "va
                kind: tuple[int, bool] | None = None) -> dict:
     """Judge one linear head on the images of `flag`; train none.
 
-    kind: what the head reads, where that is known: (blocks, with the mean patch or not). Where
-    these images have fewer classes than the head, only those classes compete. UsageError if the
-    head does not fit the network or the classes.
+    kind: what the head reads, where that is known: (blocks, with the mean patch or not).
+    UsageError if the head does not fit the network or the classes.
     """
     config = extractor.config
     process = extractor.process
@@ -471,11 +486,7 @@ def judge_head(extractor: Extractor, train: Images, state: dict, flag: str = "va
     columns = kinds_of_input(model.embed_dim, (n,), (pool,))[n, pool]
     logits = rows[:, columns] @ weight.T + bias
 
-    # ImageNet-A and similar sets have images of 200 of the 1,000 classes. An answer outside of
-    # them is known to be wrong, so the logits of absent classes are put out of the way. Without
-    # names of classes it is not known which are absent: then all compete.
-    present = torch.zeros(len(bias), dtype=torch.bool)
-    present[labels if images.classes and train.classes else slice(None)] = True
+    present = present_classes(train, images, labels, len(bias))
     predicted = best_classes(logits.masked_fill(~present, -torch.inf))
     real_labels = config.real_labels if flag == "val_data" else ""
     figures = figures_of(predicted, labels, images, real_labels)

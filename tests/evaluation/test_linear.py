@@ -4,7 +4,8 @@
    `python -m bench probes` times what they cost beside one.
 3. ImageNet-ReaL counts any of an image's labels, and no image without one; a task that trains
    its probes reports it, and refuses a wrong file before it trains.
-4. A saved head, judged again, gives its figures; of classes that are absent none is answered.
+4. A saved head, judged again, gives its figures; of classes that are absent none is answered,
+   by a saved head as little as by the probes of a sweep.
 5. --lr, --n_last_blocks and --avgpool_patchtokens narrow the grid; what remains of it ends as
    it does among all probes, and is told with its accuracy among the five best classes.
 6. A task that is killed and started again ends as if it had never stopped, and each of two
@@ -142,6 +143,20 @@ def test_saved_head(small_backbone, photos, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_evaluate(line, **flags, head=tmp_path / "head.pt")
     assert "knows 4 classes, --data has 2" in capsys.readouterr().err
+
+
+def test_absent_classes_do_not_compete(small_backbone, photos, tmp_path):
+    """The judged images have no dog, and their cats and birds are the same pictures."""
+    shutil.copytree(photos / "cats", photos / "birds")
+    for name in ("cats", "birds"):
+        shutil.copytree(photos / "dogs", tmp_path / "val" / name)
+    line = f"linear --weights {small_backbone} --data folder:{photos} --epochs 1 --lr 0.1"
+    flags = dict(val_data=f"folder:{tmp_path / 'val'}", output_dir=tmp_path)
+    trained = run_evaluate(line, **flags)
+    for figures in trained["probes"].values():
+        assert figures["top1"] == 0.5  # the dogs' pictures are named cats or birds, not dogs
+    again = run_evaluate(line, **flags, head=tmp_path / "head.pt")
+    assert again["linear"]["top1"] == 0.5
 
 
 # -- a part of the grid, and a training that goes on
