@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
-from augment import squash
+from augment import Pixels, squash
 from evaluation import protocol
 from evaluation.protocol import Extractor
 from evaluation.retrieval import mean_scores
@@ -184,11 +184,14 @@ def made_copies(extractor: Extractor) -> tuple[Images, dict[str, Images]]:
     return originals, copies
 
 
-def copydays(config: Config) -> tuple[Images, dict[str, Images]]:
-    """(originals, folder -> copies) of the data set Copydays. UsageError for another folder."""
+def copydays(config: Config, pixels: Pixels) -> tuple[Images, dict[str, Images]]:
+    """(originals, folder -> copies) of the data set Copydays, with these pixels.
+
+    UsageError for another folder.
+    """
     # The first four digits of a file's name say which original it shows: 200000.jpg is one, and
     # 200001.jpg a copy of it. So these digits become the names.
-    images = open_images(f"folder:{config.copydays}", flag="--copydays")
+    images = open_images(f"folder:{config.copydays}", flag="--copydays", pixels=pixels)
     folders = {}
     for i, name in enumerate(images.names):
         folders.setdefault(os.path.dirname(name), []).append(i)
@@ -222,7 +225,10 @@ def run(extractor: Extractor) -> dict:
         raise UsageError(f"--weights {config.weights}: a network for {model.pixels.channels} "
                          "channels; copies are made of photographs, which have three")
     distractors = extractor.open("data")
-    originals, copies = copydays(config) if config.copydays else made_copies(extractor)
+    if config.copydays:
+        originals, copies = copydays(config, model.pixels)
+    else:
+        originals, copies = made_copies(extractor)
 
     # DINO's code learns the whitening on images that are not searched in. Without such images
     # it is learned on the distractors, which at least show nothing that is asked for. All

@@ -3,7 +3,7 @@
 2. Every edit gives a picture back; crops remove the area they say; seeds repeat. A new line in
    EDITS is one more kind of copy.
 3. An unedited copy is found; so are those of a folder laid out as Copydays, and a folder that
-   is not is refused.
+   is not is refused. The images of Copydays are normalised as the network's training did it.
 4. They are looked for at 320 pixels, or at the size of a smaller training.
 5. The whitening is learned on --whitening_data, where that is given; nothing is searched in it.
 """
@@ -15,9 +15,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import run_evaluate
+from PIL import Image
 
+from augment import Pixels
 from evaluation import copies
-from evaluation.copies import EDITS, Whitening, gem
+from evaluation.copies import EDITS, Whitening, copydays, gem
 from vit import VisionTransformer
 
 
@@ -95,6 +97,16 @@ def test_copydays(small_backbone, photos, tmp_path):
                                  } and results["n_originals"] == 6
     with pytest.raises(SystemExit):
         run_evaluate(line, copydays=photos, output_dir=tmp_path)
+
+
+def test_copydays_as_the_network_saw_its_images(tmp_path):
+    """Its images have the mean and the spread of the network, and not those of ImageNet."""
+    pixels = Pixels((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    for folder in ("original", "strong"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (9, 9)).save(tmp_path / folder / "200000.png")
+    originals, parts = copydays(copies.Config(copydays=str(tmp_path)), pixels)
+    assert originals.pixels == pixels and parts["strong"].pixels == pixels
 
 
 def test_whitening_on_images_of_their_own(small_backbone, tmp_path, monkeypatch, capsys):
