@@ -229,6 +229,8 @@ def run(extractor: Extractor) -> dict:
         originals, copies = copydays(config, model.pixels)
     else:
         originals, copies = made_copies(extractor)
+        # An original that is among the distractors, too, would be found there and count as wrong.
+        protocol.require_other_images(distractors, originals, config.data, config.val_data)
 
     # DINO's code learns the whitening on images that are not searched in. Without such images
     # it is learned on the distractors, which at least show nothing that is asked for. All

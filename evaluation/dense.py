@@ -28,6 +28,7 @@ from evaluation import protocol
 from evaluation.extract import collate_or_text, spread
 from evaluation.protocol import Extractor
 from images.data import Sampler, begin_worker
+from images.names import beside_validation
 from images.pairs import Pairs, open_pairs
 from machinery.clock import Progress
 from machinery.flags import UsageError
@@ -94,8 +95,12 @@ def open_for_patches(extractor: Extractor, table: dict, flag: str, read_map,
         raise UsageError(
             f"--weights {config.weights}: a convnet has no patch tokens; this task "
             "needs a Vision Transformer")
-    pairs = open_pairs(table, getattr(config, flag), read_map, config.data_root,
-                       config.download, f"--{flag}", extractor.model.pixels)
+    # Beside X:val the name X stands for X:train, as it does for images with labels.
+    spec = getattr(config, flag)
+    if flag == "data":
+        spec = beside_validation(spec, config.val_data)
+    pairs = open_pairs(table, spec, read_map, config.data_root, config.download, f"--{flag}",
+                       extractor.model.pixels)
 
     # Files have the size that they have, and are resized later. Drawn pairs are drawn anew at
     # the size that the network sees, because enlarged drawings would have blurred edges.

@@ -34,7 +34,7 @@ from backbones.weights import load_strictly
 from evaluation.dense import (PairsConfig, can_judge, crop_batches, in_order, open_for_patches,
                               over_flips, page_of_rows, shape_at, side_of_crops, with_protocol)
 from evaluation.extract import gather
-from evaluation.protocol import Extractor, results_folder
+from evaluation.protocol import Extractor, require_other_images, results_folder
 from images.pairs import DEPTHS, Pairs, read_depth
 from machinery.checkpoints import save_tensors
 from machinery.clock import Progress
@@ -222,6 +222,7 @@ def run(extractor: Extractor) -> dict:
         load_head(depther, state, config.head)
     else:
         train = open_for_patches(extractor, DEPTHS, "data", read, size)
+        require_other_images(train, val, config.data, config.val_data)
         train_head(depther, train, size, config, process)
         if process.main:
             file = results_folder(config, "depth") / "head.pt"

@@ -228,21 +228,26 @@ class PatchJudge:
     def __init__(self, config: Config, process: Process, folder: Path, epoch_steps: int):
         # Imported here, because few runs ask for it. 150 images suffice to see a trend.
         from evaluation.dense import with_common_classes
+        from evaluation.protocol import require_other_images
+        from images.names import beside_validation
         from images.pairs import MASKS, open_pairs, read_mask
 
-        def open_few(flag: str, most: int):
-            pairs = open_pairs(MASKS, getattr(config, flag), read_mask, config.data_root,
-                               config.download, f"--{flag}", config.pixels)
-            return pairs.spread_out(most)
+        def opened(flag: str, spec: str):
+            return open_pairs(MASKS, spec, read_mask, config.data_root, config.download, flag,
+                              config.pixels)
 
         self.config = config
         self.process = process
         self.folder = folder
         self.epoch_steps = epoch_steps
-        bank = open_few("dense_data", 100)
-        queries = open_few("dense_val_data", 50)
         self.flags = ("--dense_data", "--dense_val_data")
-        self.bank, self.queries = with_common_classes(bank, queries, process, self.flags)
+        judged = config.dense_val_data
+        bank = opened("--dense_data", beside_validation(config.dense_data, judged))
+        queries = opened("--dense_val_data", judged)
+        require_other_images(bank, queries, config.dense_data, judged, *reversed(self.flags))
+        self.bank, self.queries = with_common_classes(bank.spread_out(100),
+                                                      queries.spread_out(50), process,
+                                                      self.flags)
 
     def __call__(self, backbone: nn.Module, step: int, figures: dict):
         """Judge the backbone after this step; log the figure, and keep it in `figures`.

@@ -28,7 +28,7 @@ from backbones.dense_heads import at_pixels, frame, patch_maps
 from evaluation.dense import (PairsConfig, can_judge, in_order, open_for_patches, shape_at,
                               remedy, side_of_crops, with_common_classes)
 from evaluation.knn import top_neighbours
-from evaluation.protocol import Extractor
+from evaluation.protocol import Extractor, require_other_images
 from evaluation.segment import confusion, scores
 from images.pairs import IGNORE, MASKS, Pairs, read_mask
 from machinery.flags import UsageError, require
@@ -175,10 +175,14 @@ def run(extractor: Extractor) -> dict:
     size = side_of_crops(config.image_size, extractor.model)
     read = partial(read_mask, ignore_label=config.ignore_label)
 
+    train = open_for_patches(extractor, MASKS, "data", read, size)
+    val = open_for_patches(extractor, MASKS, "val_data", read, size)
+    require_other_images(train, val, config.data, config.val_data)
+
     # 500 images of each kind are enough for a figure that is stable, and take seconds. Files
     # are often sorted by what they show, so they are taken evenly spread from the whole set.
-    train = open_for_patches(extractor, MASKS, "data", read, size).spread_out(config.most)
-    val = open_for_patches(extractor, MASKS, "val_data", read, size).spread_out(config.most)
+    train = train.spread_out(config.most)
+    val = val.spread_out(config.most)
     train, val = with_common_classes(train, val, process)
     figures = patch_knn(extractor.model, train, val, len(train.classes), size, process,
                         config.neighbours, config.most_patches, config.precision)

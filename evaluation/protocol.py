@@ -318,12 +318,15 @@ def open_judged(extractor: Extractor, train: Images,
                 flag: str = "val_data") -> tuple[Images, Tensor]:
     """(images of `flag`, their labels in the numbers of the classes of `train`).
 
-    UsageError if a class to be judged has no image to learn from.
+    UsageError if a class to be judged has no image to learn from, or if an image is in both.
     """
     # --class_mapping renames the classes of --val_data to those of --data: after that they are
     # matched by name.
     config = extractor.config
     images = open_labelled(extractor, flag)
+    # With --head nothing is learned from --data, which then only tells the classes.
+    if not getattr(config, "head", ""):
+        require_other_images(train, images, config.data, getattr(config, flag), f"--{flag}")
     if config.class_mapping:
         images = replace(images, classes=mapped_classes(config.class_mapping, flag, images))
     labels = same_labels(train, images, f"--{flag}")
@@ -336,6 +339,28 @@ def open_judged(extractor: Extractor, train: Images,
         raise UsageError(f"--data {config.data} has no image of {len(missing)} classes of "
                          f"--{flag}, the first: {first}")
     return images, labels
+
+
+def require_other_images(train, judged, data: str, judged_data: str, flag: str = "--val_data",
+                         data_flag: str = "--data"):
+    """UsageError if an image of `train` is in `judged`, too; both are Images, or both Pairs.
+
+    data and judged_data: what was given for data_flag and for `flag`.
+    """
+    # An image that is judged beside itself is its own nearest neighbour, and k-NN has 100 %.
+    # Images are told apart by their names and the folder that these are relative to. The name of
+    # an image in shards begins with that of its tar file, which is 000000.tar in many folders:
+    # there the two patterns have to be the same.
+    if train.name == "shards" and data != judged_data:
+        return
+    places = [
+        (images.name, images.root and images.root.resolve()) for images in (train, judged)]
+    shared = set(judged.names).intersection(train.names) if places[0] == places[1] else set()
+    if shared:
+        raise UsageError(
+            f"{flag} {judged_data}: {len(shared)} of its {len(judged)} images are in "
+            f"{data_flag} {data}, too, such as {min(shared)}; expected others, "
+            f"such as {flag} {part_to_judge(data)}")
 
 
 def mapped_classes(file: str, flag: str, images: Images) -> list[str]:

@@ -36,7 +36,7 @@ from evaluation.dense import (PairsConfig, can_judge, crop_batches, in_windows,
                               open_for_patches, over_flips, page_of_rows, shape_at,
                               side_of_crops, with_common_classes, with_protocol)
 from evaluation.extract import gather
-from evaluation.protocol import Extractor, results_folder
+from evaluation.protocol import Extractor, require_other_images, results_folder
 from images.pairs import IGNORE, MASKS, Pairs, read_mask
 from machinery.checkpoints import save_tensors
 from machinery.clock import Progress
@@ -147,6 +147,8 @@ def run(extractor: Extractor) -> dict:
     read = partial(read_mask, ignore_label=config.ignore_label)
     train = open_for_patches(extractor, MASKS, "data", read, size)
     val = open_for_patches(extractor, MASKS, "val_data", read, size)
+    if not config.head:  # with a head --data only tells the classes
+        require_other_images(train, val, config.data, config.val_data)
     train, val = with_common_classes(train, val, process)
     classes = train.classes
 

@@ -17,6 +17,7 @@ Letters  C channels, H W pixels.
 """
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +30,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from augment import RGB, Pixels
+from images.data import held_out
 from images.files import EXTENSIONS, in_channels, read_file
 from images.names import list_files
 from machinery.flags import command, user_errors
@@ -49,6 +51,7 @@ class Pairs:
     pixels: Pixels = RGB  # the channels, mean and spread that a network will be fed
     # Where pairs are drawn: (number, side) -> the same pair, drawn with `side` pixels.
     draw: Callable[[int, int], tuple[Tensor, Tensor]] | None = None
+    root: Path | None = None  # where names are files: the folder that they are relative to
 
     def __len__(self) -> int:
         return len(self.names)
@@ -171,17 +174,20 @@ def open_folder(kind: str, argument: str, split: str, root: str, download: bool,
     """pairs:PATH, the folders PATH/images and PATH/masks, or PATH/depth: `kind` says which.
 
     A map has the name of its image, but for the ending. Where PATH has a folder of the split's
-    name, as PATH/val/images, that one is meant. A file PATH/classes.txt names the classes, one
-    on each line.
+    name, as PATH/val/images, that one is meant; where it has no such folders, the pairs are
+    divided by their names (held_out). A file PATH/classes.txt names the classes, one on each
+    line.
     """
     # PATH/val/images is the layout of a set with a training and a validation part; a set that
-    # has only one part is PATH/images.
+    # has only one part is PATH/images. That may also be the training part beside PATH/val.
     path = Path(argument).expanduser()
     part = path / (split or "train")
-    if not split and (path / "train").is_dir() and (path / "val").is_dir():
+    parts = [name for name in ("train", "val") if (path / name).is_dir()]
+    if not split and len(parts) == 2:
         raise ValueError(f"pairs:{argument} has train and val in it: give one of them, as in "
                          f"pairs:{argument}:train")
-    if split and not part.is_dir():
+    beside_val = split == "train" and (path / "images").is_dir()
+    if split and parts and split not in parts and not beside_val:
         raise ValueError(f"pairs:{argument}:{split}: there is no folder {part}")
     top = part if part.is_dir() else path
 
@@ -218,7 +224,23 @@ def open_folder(kind: str, argument: str, split: str, root: str, download: bool,
                     f"{listed}: line {classes.index('') + 1} is empty; expected the "
                     f"name of class {classes.index('')}")
             break
-    return Pairs("pairs", partial(_read_files, files, channels, read_map), images, classes)
+    pairs = Pairs("pairs", partial(_read_files, files, channels, read_map), images, classes,
+                  root=top)
+    return part_of_pairs(pairs, f"pairs:{argument}", split) if split and not parts else pairs
+
+
+def part_of_pairs(pairs: Pairs, spec: str, split: str) -> Pairs:
+    """The part "val" of pairs that no folder divides: what held_out says; "train": the others."""
+    # As for images (see images/data.py): an image is in the same part in every run.
+    chosen = [i for i, name in enumerate(pairs.names) if held_out(name) == (split == "val")]
+    if not chosen:
+        raise ValueError(
+            f"{spec}:{split}: by their names none of its {len(pairs)} pairs is for "
+            f"{split}; give another set")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{spec}:{split}: no folder divides this set; these are {len(chosen):,d} of its "
+              f"{len(pairs):,d} pairs, chosen by their names")
+    return pairs.subset(chosen)
 
 
 def open_ade20k(argument: str, split: str, root: str, download: bool, channels: int,
@@ -233,7 +255,7 @@ def open_ade20k(argument: str, split: str, root: str, download: bool, channels: 
         mask = path / "annotations" / part / Path(name).with_suffix(".png")
         files.append((path / "images" / part / name, mask))
     return Pairs("ade20k", partial(_read_files, files, channels, _read_ade20k), images,
-                 [f"class {c}" for c in range(150)])
+                 [f"class {c}" for c in range(150)], root=path / "images" / part)
 
 
 def _read_ade20k(file: Path) -> Tensor:

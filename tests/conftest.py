@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import shutil
 import socket
 import sys
 from unittest.mock import patch
@@ -319,6 +320,14 @@ def photos(tmp_path):
         image = torch.randint(0, 256, (3, 40 + i, 50), generator=generator, dtype=torch.uint8)
         to_pil_image(image).save(folder / f"{i:02d}.{'png' if i % 3 else 'jpg'}")
     return tmp_path / "photos"
+
+
+def copy_of(folder):
+    """A copy of a folder beside it: the same pictures, which may be judged as other images."""
+    copy = folder.with_name(f"{folder.name}-copy")
+    if not copy.exists():
+        shutil.copytree(folder, copy)
+    return copy
 
 
 # ----------------------------------------------------------------------------------------------

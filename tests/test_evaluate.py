@@ -259,7 +259,13 @@ def test_a_line_in_tasks_is_a_task(small_backbone, tmp_path, monkeypatch, capsys
     ("finetune --mixup -1", "--mixup: -1"),
     ("finetune --label_smoothing 2", "--label_smoothing 2"),
     ("features --output x.txt", "--output"), ("all --label_smoothing 2", "--label_smoothing 2"),
-    ("all --n_tries 0", "--n_tries 0")])
+    ("all --n_tries 0", "--n_tries 0"),
+    ("knn --val_data shapes:20", "20 of its 20 images are in --data shapes:20, too"),
+    ("knn --val_data shapes:7", "expected others, such as --val_data shapes:20:val"),
+    ("copies --val_data shapes:9", "images are in --data shapes:20, too"),
+    ("segment --val_data shapes:9", "images are in --data shapes:20, too"),
+    ("depth --val_data shapes:9", "images are in --data shapes:20, too"),
+    ("linear --test_data shapes:9", "--test_data shapes:9: 9 of its 9 images are in --data")])
 def test_misuse(line, words, small_backbone, photos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for run in ("shapes", "shapes_dino", "shapes_ibot"):

@@ -26,10 +26,10 @@ from vit import VisionTransformer
 
 # What stands in a command -> what stands there in the test.
 STAND_INS = {
-    r"runs/mine": "runs/shapes", r"folder:/data/\w+": "folder:photos",
-    r"--weights dino\w+": "--weights released.pth", r"\bPHOTO\b": "drawings/star.png",
-    r"\bFOLDER\b": "drawings", r"shapes:(?:1000|500)": "shapes:24",
-    r"shapes:60:val": "shapes:12:val"}
+    r"runs/mine": "runs/shapes", r"folder:/data/val\b": "folder:photos_to_judge",
+    r"folder:/data/\w+": "folder:photos", r"--weights dino\w+": "--weights released.pth",
+    r"\bPHOTO\b": "drawings/star.png", r"\bFOLDER\b": "drawings",
+    r"shapes:(?:1000|500)": "shapes:24", r"shapes:60:val": "shapes:12:val"}
 
 # A program and its figure or task -> what stands behind the command, so that it takes no time. The
 # training and the slides have tests of their own.
@@ -72,6 +72,7 @@ def desk(tmp_path_factory):
     folder = tmp_path_factory.mktemp("desk")
     rng = np.random.default_rng(0)
     names = [f"photos/kind{i % 2}/{i}.png" for i in range(12)]
+    names += [f"photos_to_judge/kind{i % 2}/{i}.png" for i in range(4)]
     names += [f"drawn_video/{i}.png" for i in range(3)]
     names += [
         f"drawings/{kind}.png" for kind in ("star", "crescent", "heart", "ring", "flower")]

@@ -14,7 +14,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import run_evaluate
+from conftest import copy_of, run_evaluate
 from PIL import Image
 
 from backbones.depth_heads import LinearDepth, settings_of_released
@@ -120,8 +120,10 @@ def rooms(tmp_path_factory):
 @pytest.mark.parametrize("head, rate, steps, rmse", [("linear", 0.05, 40, 0.4),
                                                      ("dpt", 0.001, 6, 1.2)])
 def test_the_task(head, rate, steps, rmse, small_backbone, rooms, tmp_path, capsys):
-    line = (f"depth --weights {small_backbone} --data pairs:{rooms} --val_data pairs:{rooms} "
-            f"--image_size 16 --head_batch 3 --farthest 3 --depth_head {head}")
+    line = (
+        f"depth --weights {small_backbone} --data pairs:{rooms} --val_data "
+        f"pairs:{copy_of(rooms)} --image_size 16 --head_batch 3 --farthest 3 --depth_head {head}"
+    )
     results = run_evaluate(f"{line} --steps {steps}", head_lr=rate, output_dir=tmp_path)
     figures = results["depth"]
     assert figures["rmse"] < rmse
@@ -136,8 +138,10 @@ def test_the_task(head, rate, steps, rmse, small_backbone, rooms, tmp_path, caps
 
 
 def test_misfits(small_backbone, rooms, tmp_path, capsys):
-    line = (f"depth --weights {small_backbone} --data pairs:{rooms} --val_data pairs:{rooms} "
-            f"--image_size 16 --head_batch 2 --steps 1 --output_dir {tmp_path} ")
+    line = (
+        f"depth --weights {small_backbone} --data pairs:{rooms} --val_data "
+        f"pairs:{copy_of(rooms)} --image_size 16 --head_batch 2 --steps 1 --output_dir {tmp_path} "
+    )
 
     def refused(more):
         with pytest.raises(SystemExit) as stop:

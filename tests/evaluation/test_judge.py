@@ -284,3 +284,6 @@ def test_patches_that_cannot_be_judged(tmp_path):
     config.dense_val_data = f"pairs:{tmp_path}"
     with pytest.raises(ValueError, match="--dense_val_data pairs:"):
         PatchJudge(config, ALONE, tmp_path, 8)
+    config.dense_val_data = config.dense_data
+    with pytest.raises(UsageError, match="--dense_val_data .*are in --dense_data .*, too"):
+        PatchJudge(config, ALONE, tmp_path, 8)

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Killed, finish, run_evaluate, start
+from conftest import Killed, copy_of, finish, run_evaluate, start
 
 from backbones.classifier import Blocks, kinds_of_input
 from evaluation import linear
@@ -108,20 +108,21 @@ def test_real_labels_of_trained_probes(small_backbone, photos, tmp_path, capsys)
     results = run_evaluate(line, **flags, val_data=f"folder:{tmp_path / 'val'}")
     assert results["linear"]["real"] == 1.0 and "real 100.00%" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        run_evaluate(line, **flags, val_data=f"folder:{photos}")  # not ImageNet's names
+        # These are not ImageNet's names.
+        run_evaluate(line, **flags, val_data=f"folder:{copy_of(photos)}")
     error = capsys.readouterr().err
     assert "--real_labels" in error and "probes" not in error
 
 
 def test_saved_head(small_backbone, photos, tmp_path, capsys):
     line = f"linear --weights {small_backbone} --data folder:{photos} --epochs 2"
-    flags = dict(val_data=f"folder:{photos}", output_dir=tmp_path)
+    flags = dict(val_data=f"folder:{copy_of(photos)}", output_dir=tmp_path)
     trained = run_evaluate(line, **flags)
     with_head = flags | {"head": tmp_path / "head.pt"}
     judged_again = run_evaluate(line, **with_head)
     for key in ("top1", "mean_per_class"):
         assert judged_again["linear"][key] == trained["linear"][key]
-    tested = run_evaluate(line, **flags, test_data=f"folder:{photos}")
+    tested = run_evaluate(line, **flags, test_data=f"folder:{copy_of(photos)}")
     assert tested["test"]["top1"] == tested["linear"]["top1"]
     assert run_evaluate(line, **with_head, test_data=f"folder:{photos}")["test"] == {
         key: value
@@ -195,7 +196,7 @@ def test_images_of_test_data_are_opened_before_the_training(small_backbone, phot
                                                             monkeypatch, capsys):
     monkeypatch.setattr(linear, "sweep", lambda *_: pytest.fail("the probes were trained"))
     line = f"linear --weights {small_backbone} --data folder:{photos}"
-    flags = dict(val_data=f"folder:{photos}", output_dir=tmp_path / "out")
+    flags = dict(val_data=f"folder:{copy_of(photos)}", output_dir=tmp_path / "out")
     for name in ("cats", "zebras"):
         shutil.copytree(photos / "cats", tmp_path / "other" / name)
     for test_data, words in ((f"folder:{tmp_path}/typo", "--test_data"),

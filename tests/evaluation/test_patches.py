@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import finish, run_evaluate, start
+from conftest import copy_of, finish, run_evaluate, start
+from torchvision.transforms.v2.functional import to_pil_image
 
 from backbones.weights import load_backbone
 from evaluation.patches import classes_of_patches, patch_knn, vote_for_classes
@@ -65,11 +66,23 @@ def write_figures(rank, weights, path):
 
 def test_the_task(small_backbone, tmp_path, capsys):
     pair = start(write_figures, small_backbone, str(tmp_path))
-    line = f"patches --weights {small_backbone} --data shapes:20 --val_data shapes:20"
-    results = run_evaluate(f"{line} --neighbours 1", output_dir=tmp_path, image_size=64)
-    # Judged on the images that vote: each patch finds itself.
+    drawn = open_pairs(MASKS, "shapes:20", read_mask)
+    for name in ("images", "masks"):
+        (tmp_path / "drawn" / name).mkdir(parents=True)
+    for i in range(20):
+        image, mask = drawn[i]
+        to_pil_image(image).save(tmp_path / f"drawn/images/{i}.png")
+        to_pil_image(mask.byte()).save(tmp_path / f"drawn/masks/{i}.png")
+    line = f"patches --weights {small_backbone} --data pairs:{tmp_path / 'drawn'}"
+    line += f" --val_data pairs:{copy_of(tmp_path / 'drawn')} --neighbours 1"
+    results = run_evaluate(line, output_dir=tmp_path, image_size=64)
+    # Judged on copies of the images that vote: each patch finds its own.
     assert results["patches"]["accuracy"] > 0.85
     assert f"mIoU {results['patches']['miou']:.2%}" in capsys.readouterr().out
+    line = f"patches --weights {small_backbone} --data shapes:9 --val_data shapes:5"
+    with pytest.raises(SystemExit):
+        run_evaluate(line, output_dir=tmp_path)
+    assert "5 of its 5 images are in --data shapes:9, too" in capsys.readouterr().err
     alone = figures_of(Process(torch.device("cpu")), small_backbone)
     finish(pair)
     for rank in (0, 1):

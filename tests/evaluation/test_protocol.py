@@ -9,24 +9,27 @@
 5. The student of a training can be judged in the place of its teacher: of a run of ours, and of
    a file with both.
 6. A file of --class_mapping renames classes, and a class without an image to learn from is
-   named.
+   named. An image to learn from is not judged.
 """
 
 import shutil
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_evaluate, same_tensors, saved, tiny_config
+from conftest import copy_of, run_evaluate, same_tensors, saved, tiny_config
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 import train
 from augment import crop_box, normalise
 from backbones.weights import load_backbone
-from evaluation.protocol import (Config, Extractor, mapped_classes, open_judged, random_crops)
+from evaluation.protocol import (Config, Extractor, mapped_classes, open_judged, random_crops,
+                                 require_other_images)
 from images.data import Images, Sampler, open_images
 from machinery.flags import UsageError, parse
 from machinery.process import Process
@@ -70,8 +73,8 @@ def test_a_broken_image_is_named(photos):
 
 
 def test_kept_features(small_backbone, photos, tmp_path, capsys):
-    line = f"knn --weights {small_backbone} --data folder:{photos} --val_data folder:{photos} "
-    line += "--nb_knn 1 20 --n_per_class 2"
+    line = f"knn --weights {small_backbone} --data folder:{photos} "
+    line += f"--val_data folder:{copy_of(photos)} --nb_knn 1 20 --n_per_class 2"
     kept = dict(output_dir=tmp_path / "out", features_dir=tmp_path / "kept")
     first = run_evaluate(line, **kept)
     with patch("evaluation.protocol.extract", side_effect=AssertionError("not kept")):
@@ -82,13 +85,14 @@ def test_kept_features(small_backbone, photos, tmp_path, capsys):
             run_evaluate(line, **kept)
         assert words in capsys.readouterr().err
 
-    check_refused("other images", line.replace(f"folder:{photos}", "shapes:24"))
+    drawn = line.replace(f"folder:{copy_of(photos)}", "shapes:24:val")
+    check_refused("other images", drawn.replace(f"folder:{photos}", "shapes:24"))
     check_refused("other network", line + " --num_heads 2")
     copy = tmp_path / "copy"
     shutil.copytree(photos, copy)
     for file in copy.glob("*/*"):
         Image.open(file).rotate(90, expand=True).save(file)
-    check_refused("other images", line.replace(f"folder:{photos}", f"folder:{copy}"))
+    check_refused("other images", line.replace(f"folder:{photos} ", f"folder:{copy} "))
     check_refused("other protocol", line + " --image_size 8")
     torch.manual_seed(1)
     other = VisionTransformer(16, 8, embed_dim=64, depth=4, num_heads=1)
@@ -157,6 +161,22 @@ def test_a_student_that_is_not_there(tmp_path, small_backbone, capsys):
             run_evaluate(f"knn --weights {what} --checkpoint_key student")
         error = capsys.readouterr().err
         assert f"--checkpoint_key student: {what} {words}" in error and error.count("\n") == 1
+
+
+def test_images_that_are_learned_from_are_not_judged():
+    train = Images("folder", None, list("abc"), root=Path("x"))
+    for other in (replace(train, root=Path("y")), replace(train,
+                                                          name="list"), train.subset([])):
+        require_other_images(train, other, "folder:x", "folder:y")
+    words = "--test_data folder:x: 1 of its 1 images are in --data folder:x, too, such as c"
+    with pytest.raises(UsageError, match=words):
+        require_other_images(train, train.subset([2]), "folder:x", "folder:x", "--test_data")
+
+    # Shards of the same file names may lie in two folders.
+    shards = Images("shards", None, ["0.tar/a.jpg"])
+    require_other_images(shards, shards, "shards:x/*.tar", "shards:y/*.tar")
+    with pytest.raises(UsageError, match="such as --val_data shards:x/.*.tar:val"):
+        require_other_images(shards, shards, "shards:x/*.tar", "shards:x/*.tar")
 
 
 def test_classes_by_other_names(tmp_path):

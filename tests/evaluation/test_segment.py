@@ -13,7 +13,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import run_evaluate
+from conftest import copy_of, run_evaluate
 from PIL import Image
 
 from augment import RGB
@@ -64,8 +64,10 @@ def colours(tmp_path_factory):
 
 
 def test_the_task(small_backbone, colours, tmp_path, capsys):
-    line = (f"segment --weights {small_backbone} --data pairs:{colours} --val_data "
-            f"pairs:{colours} --ignore_label 9 --image_size 32 --head_batch 4 --head_lr 0.1")
+    line = (
+        f"segment --weights {small_backbone} --data pairs:{colours} --val_data "
+        f"pairs:{copy_of(colours)} --ignore_label 9 --image_size 32 --head_batch 4 --head_lr 0.1"
+    )
     results = run_evaluate(f"{line} --steps 25 --last_blocks 2", output_dir=tmp_path)
     figures = results["segment"]
     assert figures["classes"] == ["class 0", "class 1"]
@@ -110,9 +112,9 @@ def test_a_head_goes_where_its_backbone_is(tmp_path):
 
 
 def test_misfits(small_backbone, colours, tmp_path, capsys):
-    line = (
-        f"segment --weights {small_backbone} --data pairs:{colours} --val_data "
-        f"pairs:{colours} --image_size 32 --steps 1 --head_batch 2 --output_dir {tmp_path} ")
+    line = (f"segment --weights {small_backbone} --data pairs:{colours} --val_data "
+            f"pairs:{copy_of(colours)} --image_size 32 --steps 1 --head_batch 2 "
+            f"--output_dir {tmp_path} ")
 
     def refused(more):
         with pytest.raises(SystemExit) as stop:
@@ -139,7 +141,7 @@ def test_misfits(small_backbone, colours, tmp_path, capsys):
     for file in (colours / "masks").iterdir():
         Image.fromarray(np.array(Image.open(file)) // 9 * 255).save(binary / "masks"
                                                                     / file.name)
-    data = f"--data pairs:{binary} --val_data pairs:{binary}"
+    data = f"--data pairs:{binary} --val_data pairs:{copy_of(binary)}"
     assert "the masks have the class 0 alone" in refused(data)
     (binary / "classes.txt").write_text("thing\nground\n")
     for file in (binary / "masks").iterdir():

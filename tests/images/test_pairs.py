@@ -2,7 +2,8 @@
 1. A mask's numbers are read as they are, from grey and palette pictures, with one of them
    ignored; depths in metres from pictures and arrays, with 0 where nothing was measured.
 2. Folders of pairs are matched by name; the drawn world and torchvision's sets give pairs, too;
-   a subset and another drawn size keep image and map together.
+   a subset and another drawn size keep image and map together. Pairs that no folder divides are
+   divided by their names.
 3. What does not fit is refused with one line that names the flag and the file.
 """
 
@@ -14,6 +15,7 @@ import torch
 import torchvision
 from PIL import Image
 
+from images.data import held_out
 from images.pairs import DEPTHS, IGNORE, MASKS, open_pairs, read_depth, read_mask
 
 
@@ -86,6 +88,23 @@ def test_a_folder(folder):
     assert 0.5 <= metres[metres > 0].min() and metres.max() < 4
 
 
+def test_pairs_that_no_folder_divides(tmp_path, capsys):
+    """Their parts are those that images of the same names have; beside PATH/val all are train."""
+    names = [f"{i:03d}" for i in range(60)]
+    for name, ending in (("images", "jpg"), ("masks", "png")):
+        (tmp_path / name).mkdir()
+        for i in names:
+            Image.new("L", (4, 4)).save(tmp_path / f"{name}/{i}.{ending}")
+    train = open_pairs(MASKS, f"pairs:{tmp_path}:train", read_mask)
+    val = open_pairs(MASKS, f"pairs:{tmp_path}:val", read_mask)
+    assert val.names == [f"{i}.jpg" for i in names if held_out(f"{i}.jpg")] != []
+    assert sorted(train.names + val.names) == [f"{i}.jpg" for i in names]
+    assert f"{len(val)} of its 60 pairs, chosen by their names" in capsys.readouterr().out
+
+    (tmp_path / "val").mkdir()
+    assert len(open_pairs(MASKS, f"pairs:{tmp_path}:train", read_mask)) == 60
+
+
 def test_the_drawn_world():
     masks = open_pairs(MASKS, "shapes:12", read_mask)
     depths = open_pairs(DEPTHS, "shapes:12", read_depth)
@@ -152,8 +171,11 @@ def test_misfits(folder):
                        match="--val_data pairs:.* has train and val in it: give one"):
         opened(f"pairs:{folder}")
     (folder / "train").rmdir()
-    with pytest.raises(ValueError, match=r"pairs:.*/val:val: there is no folder"):
-        opened(f"pairs:{folder}/val:val")  # which has no part called val: not its images again
+    with pytest.raises(ValueError, match=r"pairs:.*:train: there is no folder"):
+        opened(f"pairs:{folder}:train")  # which has a part called val, and no other images
+    with pytest.raises(ValueError,
+                       match=r"pairs:.*/val:val: by their names none of its 3 pairs"):
+        opened(f"pairs:{folder}/val:val")
     (folder / "val/images/.ipynb_checkpoints").mkdir()
     (folder / "val/images/.ipynb_checkpoints/0.jpg").touch()  # is left out
     with pytest.raises(ValueError, match="0.jpg: its mask has the class 7, and there are 3"):

@@ -21,8 +21,8 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from conftest import (TINY_RUN, heads_of, killed_in_step, metrics_of, same_tensors, teacher_of,
-                      tiny_config, without_figures)
+from conftest import (TINY_RUN, copy_of, heads_of, killed_in_step, metrics_of, same_tensors,
+                      teacher_of, tiny_config, without_figures)
 from PIL import Image
 
 import evaluate
@@ -245,13 +245,11 @@ def test_other_channels(first, tmp_path, capsys):
     """A network of colours goes on with X-rays of 16 bits, and is judged and drawn by them."""
     folder, rng = tmp_path / "rays", np.random.default_rng(0)
     for i in range(32):
-        image = Image.fromarray(rng.integers(0, 65536, (30, 40)).astype(np.uint16))
-        for part in ("train", "val"):  # of the same content
-            file = folder / part / "ab"[i % 2] / f"{i}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            image.save(file)
+        file = folder / "ab"[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 65536, (30, 40)).astype(np.uint16)).save(file)
     grey = tmp_path / "grey"
-    data = ["--data", f"folder:{folder}/train", "--val_data", f"folder:{folder}/val"]
+    data = ["--data", f"folder:{folder}", "--val_data", f"folder:{copy_of(folder)}"]
     flags = "--in_chans 1 --mean 0.5 --std 0.3 --lr 0 --min_lr 0".split()
     train.run(config_of(grey, "--init", str(first), *data, *flags))
     assert (grey / "story.png").exists()
@@ -268,10 +266,10 @@ def test_other_channels(first, tmp_path, capsys):
     # The programs that read a run do so, too; a protocol for photographs refuses it.
     flags = f"--nb_knn 1 --num_workers 0 --output_dir {tmp_path}".split()
     done = evaluate.main(["knn", "--weights", str(grey), *data, *flags])
-    assert done["knn"]["1"] == 1.0  # the neighbour of each image is its copy
+    assert done["knn"]["1"] == 1.0  # the copy of each image is its neighbour
     picture = tmp_path / "attention.png"
     flags = f"--weights {grey} --image_size 48 --output {picture}".split()
-    visualize.main(["attention", str(folder / "train/a/0.png"), *flags])
+    visualize.main(["attention", str(folder / "a/0.png"), *flags])
     assert picture.exists()
     with pytest.raises(SystemExit):
         evaluate.main(["copies", "--weights", str(grey), "--output_dir", str(tmp_path)])
