@@ -134,11 +134,14 @@ def same_labels(bank: Images, queries: Images, flag: str = "--val_data") -> Tens
     """Labels of the queries, which `flag` names, in the numbers of the bank, (n,).
 
     Numbers follow the sorted names of the classes, and a split may lack a class: so classes are
-    matched by name. ValueError if the queries have a class that the bank has not, or has twice.
+    matched by name. Where one set has numbers alone, the names of the other have to be numbers.
+    ValueError if the queries have a class that the bank has not, or has twice.
     """
     labels = torch.as_tensor(queries.labels)
-    if not (bank.classes and queries.classes) or bank.classes == queries.classes:
+    if bank.classes == queries.classes or not (bank.classes or queries.classes):
         return labels
+    if not (bank.classes and queries.classes):
+        return numbered_labels(bank, queries, flag)
 
     # Of two classes of the same name the wrong one would be taken for half of the images.
     repeated = repeated_class(bank.classes)
@@ -151,6 +154,30 @@ def same_labels(bank: Images, queries: Images, flag: str = "--val_data") -> Tens
     if unknown:
         raise ValueError(f"{flag} has classes that --data has not: {', '.join(unknown[:5])}")
     return torch.tensor([bank.classes.index(name) for name in queries.classes])[labels]
+
+
+def numbered_labels(bank: Images, queries: Images, flag: str) -> Tensor:
+    """same_labels where one set has no names of classes, but numbers alone.
+
+    Example: GTSRB has the classes 0 to 42, without names. Folders of its images are sorted as
+    0, 1, 10, 11, 2, ..., so that label 2 is the folder 10, and number 10 of GTSRB.
+    """
+    names = bank.classes or queries.classes
+    if not all(name.isdecimal() for name in names):
+        with_names, without = ("--data", flag) if bank.classes else (flag, "--data")
+        raise ValueError(
+            f"{without} has numbers for its classes, and {with_names} names such as "
+            f"{names[0]}: expected names in both, or numbers as names")
+
+    # Names become numbers, or numbers become places in the list of names.
+    numbers = [int(name) for name in names]
+    if queries.classes:
+        return torch.tensor(numbers)[torch.as_tensor(queries.labels)]
+    unknown = sorted(set(queries.labels) - set(numbers))
+    if unknown:
+        raise ValueError(f"{flag} has classes that --data has not: "
+                         f"{', '.join(map(str, unknown[:5]))}")
+    return torch.tensor([numbers.index(label) for label in queries.labels])
 
 
 def best_classes(scores: Tensor) -> Tensor:

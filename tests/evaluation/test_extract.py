@@ -2,10 +2,12 @@
 1. Features do not depend on the batch size, and come in order.
 2. Shares of processes put together are the whole in order, whatever their number.
 3. Labels of two sets are compared by the names of their classes; where a name is not that of one
-   class alone they are refused.
+   class alone they are refused. Numbers without names are matched with names that are numbers.
 4. Accuracy, that of the five best classes, and its mean over classes equal a loop, with classes
    of one image and of none.
 """
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,6 +45,25 @@ def test_labels_go_by_names():
         same_labels(some, bank)
     with pytest.raises(ValueError, match="--test_data has classes that --data has not: cat"):
         same_labels(some, bank, "--test_data")
+
+
+def test_numbers_and_names_that_are_numbers():
+    """Folders are sorted as words, so that label 2 is the class 10 here."""
+    numbers = Images("GTSRB", None, list("abcd"), [0, 2, 10, 11])
+    folders = Images("folder", None, list("efgh"), [0, 1, 2, 3], ["0", "11", "10", "2"])
+    assert same_labels(numbers, folders).tolist() == [0, 11, 10, 2]
+    assert same_labels(folders, numbers).tolist() == [0, 3, 2, 1]
+    assert same_labels(numbers, numbers).tolist() == numbers.labels
+    with pytest.raises(ValueError, match="--val_data has classes that --data has not: 7"):
+        same_labels(folders, replace(numbers, labels=[0, 2, 7, 11]))
+
+    animals = Images("folder", None, list("ij"), [0, 1], ["cat", "dog"])
+    with pytest.raises(ValueError,
+                       match="--data has numbers .*, and --test_data names such as"):
+        same_labels(numbers, animals, "--test_data")
+    with pytest.raises(ValueError,
+                       match="--val_data has numbers .*, and --data names such as cat"):
+        same_labels(animals, numbers)
 
 
 def test_a_name_of_two_classes_is_refused():
