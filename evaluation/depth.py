@@ -34,7 +34,7 @@ from backbones.weights import load_strictly
 from evaluation.dense import (PairsConfig, can_judge, crop_batches, in_order, open_for_patches,
                               over_flips, page_of_rows, shape_at, side_of_crops, with_protocol)
 from evaluation.extract import gather
-from evaluation.protocol import Extractor, require_other_images, results_folder
+from evaluation.protocol import (Extractor, keep_earlier, require_other_images, results_folder)
 from images.pairs import DEPTHS, Pairs, read_depth
 from machinery.checkpoints import save_tensors
 from machinery.clock import Progress
@@ -227,6 +227,7 @@ def run(extractor: Extractor) -> dict:
         if process.main:
             file = results_folder(config, "depth") / "head.pt"
             settings = {name: getattr(config, name) for name in SETTINGS}
+            keep_earlier(file)
             save_tensors(file,
                          {"state_dict": depther.decode_head.state_dict(), "settings": settings})
 

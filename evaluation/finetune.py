@@ -30,8 +30,8 @@ from torchvision.transforms import v2
 
 from evaluation import protocol
 from evaluation.extract import accuracy, best_classes, extract, spread
-from evaluation.protocol import (Extractor, open_judged, open_labelled, random_crops,
-                                 results_folder, training_steps)
+from evaluation.protocol import (Extractor, keep_earlier, open_judged, open_labelled,
+                                 random_crops, results_folder, training_steps)
 from images.data import Images
 from machinery.batch_norm import synchronise
 from machinery.checkpoints import save_tensors
@@ -229,7 +229,9 @@ def run(extractor: Extractor) -> dict:
     extractor.check(logits, val.names, f"--lr {recipe['lr']}")
     figures = accuracy(best_classes(logits), labels)
     if process.main:
-        save_tensors(results_folder(config, "finetune") / "model.pt", network.state_dict())
+        file = results_folder(config, "finetune") / "model.pt"
+        keep_earlier(file)
+        save_tensors(file, network.state_dict())
     process.print(f"fine-tuning: {epochs} epochs at {extractor.size} px, batch {batch}\n  "
                   f"{figures['top1']:.2%}, top-5 {figures['top5']:.2%}, mean per class "
                   f"{figures['mean_per_class']:.2%} of {len(val):,d} images")

@@ -32,8 +32,8 @@ from torch import Tensor
 from backbones.classifier import Blocks, kinds_of_input, read_head, released_head
 from evaluation import protocol
 from evaluation.extract import accuracy, best_classes, gather
-from evaluation.protocol import (Extractor, open_judged, open_labelled, random_crops,
-                                 results_folder, training_steps)
+from evaluation.protocol import (Extractor, keep_earlier, open_judged, open_labelled,
+                                 random_crops, results_folder, training_steps)
 from images.data import Images
 from machinery.checkpoints import (Reader, find_checkpoint, quiet, save_checkpoint,
                                    save_tensors)
@@ -276,6 +276,7 @@ def run(extractor: Extractor) -> dict:
     head = next(h for h in heads if h)
     if process.main:
         folder = results_folder(config, "linear")
+        keep_earlier(folder / "head.pt")
         save_tensors(folder / "head.pt", head)
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
 

@@ -36,7 +36,7 @@ from evaluation.dense import (PairsConfig, can_judge, crop_batches, in_windows,
                               open_for_patches, over_flips, page_of_rows, shape_at,
                               side_of_crops, with_common_classes, with_protocol)
 from evaluation.extract import gather
-from evaluation.protocol import Extractor, require_other_images, results_folder
+from evaluation.protocol import (Extractor, keep_earlier, require_other_images, results_folder)
 from images.pairs import IGNORE, MASKS, Pairs, read_mask
 from machinery.checkpoints import save_tensors
 from machinery.clock import Progress
@@ -160,6 +160,7 @@ def run(extractor: Extractor) -> dict:
         segmenter = train_segmenter(extractor.model, train, len(classes), size, config, process)
         if process.main:
             file = results_folder(config, "segment") / "head.pt"
+            keep_earlier(file)
             save_tensors(file, segmenter.decode_head.state_dict())
 
     # The table: one line for each class, and the two figures that papers report.

@@ -1,6 +1,7 @@
 """Claims
 1. Every task runs on the embedded world, and writes what it returns, with the protocol, the
-   hash of the weights, the data and the time. What an earlier call wrote is kept.
+   hash of the weights, the data and the time. What an earlier call wrote is kept: results and
+   trained weights.
 2. Two processes give the figures of one, for sizes that do not divide.
 3. Each task has the flags that its file uses, no other task's, and --help lists these; `all`
    has those that mean the same in every protocol that has them.
@@ -107,6 +108,23 @@ def test_a_second_call_keeps_the_results_of_the_first(small_backbone, tmp_path, 
     assert [json.loads(file.read_text())["val_data"]
             for file in files] == ["shapes:23:val", "shapes:22:val", "shapes:21:val"]
     assert "results.json; the one before it is results-2.json now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task, file", [
+    ("linear --lr 0.1 --epochs 1 --num_workers 0", "head.pt"),
+    ("finetune --epochs 1 --num_workers 0", "model.pt"),
+    ("segment --steps 1 --head_batch 2 --image_size 16 --num_workers 0", "head.pt"),
+    ("depth --steps 1 --head_batch 2 --image_size 16 --num_workers 0", "head.pt")])
+def test_a_second_call_keeps_the_weights_of_the_first(task, file, small_backbone, tmp_path,
+                                                      monkeypatch):
+    for module in ("segment", "depth"):
+        monkeypatch.setattr(f"evaluation.{module}.draw_page", lambda *page: None)
+    line = f"{task} --weights {small_backbone} --data shapes:20 --val_data shapes:9:val"
+    kept = tmp_path / f"{Path(file).stem}-1.pt"
+    run_evaluate(line, output_dir=tmp_path)
+    first = (tmp_path / file).read_bytes()
+    run_evaluate(line, output_dir=tmp_path, seed=1)
+    assert kept.read_bytes() == first != (tmp_path / file).read_bytes()
 
 
 # -- the flags of each task
