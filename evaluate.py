@@ -46,7 +46,7 @@ def judging_tasks() -> dict:
 
 
 def run_all(extractor: Extractor) -> dict:
-    """All protocols that fit the data, one after the other, and one report card."""
+    """All protocols on labelled images, those on pixels where --data has maps; a report card."""
     results = {}
     card = {}
     for name, task in judging_tasks().items():
@@ -66,7 +66,10 @@ def run_all(extractor: Extractor) -> dict:
 
         own_extractor = copy.copy(extractor)  # the network is shared
         own_extractor.config = config
+        begun = time.time()
         results[name] = task.run(own_extractor)
+        # Written at once, so that the figures are kept if a later task fails.
+        write_results(own_extractor, name, results[name], begun)
         card |= results[name].get("headline", {})
 
     # Every figure on the card is a share, so that all have the same unit; RMSE in metres, say,
@@ -108,6 +111,34 @@ def config_of_all() -> type:
                 hidden.append((field.name, field.type, value))
     unique = {name: (name, kind, value) for name, kind, value in reversed(hidden)}
     return dataclasses.make_dataclass("Config", unique.values(), bases=bases)
+
+
+def write_results(extractor: Extractor, name: str, results: dict, begun: float) -> dict:
+    """The figures with what they belong to, so that results.json can be read a year later.
+
+    begun: when the task began, by time.time(). The main process writes them into the results.json
+    of the task's folder; all processes have the same figures.
+    """
+    # The weights are a file or a run, whose path is kept, or else a name or a URL.
+    config = extractor.config
+    is_file = os.path.exists(config.weights)
+    about = {
+        "task": name, "data": config.data, "val_data": getattr(config, "val_data", ""),
+        "weights": os.path.abspath(config.weights) if is_file else config.weights,
+        "checkpoint_key": config.checkpoint_key, "weights_sha256": extractor.sha256,
+        "image_size": extractor.size, "precision": config.precision, "minutes": round(
+            (time.time() - begun) / 60, 2)}
+    results = about | results  # a task with an image size of its own has told it
+
+    # `features` has written its own file by now, and wants a results.json only where --output_dir
+    # asks for it.
+    if extractor.process.main and (name != "features" or config.output_dir):
+        path = results_folder(config, name) / "results.json"
+        earlier = keep_earlier(path)
+        write_json(path, results)
+        note = f"; the one before it is {earlier.name} now" if earlier else ""
+        print(f"wrote {path}{note}")
+    return results
 
 
 USAGE = "python evaluate.py TASK --weights RUN_OR_FILE_OR_NAME [--flag ...]"
@@ -170,27 +201,7 @@ def main(argv):
     with user_errors():
         extractor = Extractor(config, process)
         results = run(extractor)
-
-    # What the figures belong to, so that results.json can be read a year later. The weights are
-    # a file or a run, whose path is kept, or else a name or a URL.
-    is_file = os.path.exists(config.weights)
-    about = {
-        "task": name, "data": config.data, "val_data": getattr(config, "val_data", ""),
-        "weights": os.path.abspath(config.weights) if is_file else config.weights,
-        "checkpoint_key": config.checkpoint_key, "weights_sha256": extractor.sha256,
-        "image_size": extractor.size, "precision": config.precision, "minutes": round(
-            (time.time() - begun) / 60, 2)}
-    results = about | results  # a task with an image size of its own has told it
-
-    # All processes have the same figures; one of them writes. `features` has written its own
-    # file by now, and wants a results.json only where --output_dir asks for it.
-    if process.main and (name != "features" or config.output_dir):
-        path = results_folder(config, name) / "results.json"
-        earlier = keep_earlier(path)
-        write_json(path, results)
-        note = f"; the one before it is {earlier.name} now" if earlier else ""
-        print(f"wrote {path}{note}")
-    return results
+    return write_results(extractor, name, results, begun)
 
 
 if __name__ == "__main__":

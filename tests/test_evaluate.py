@@ -5,7 +5,8 @@
 2. Two processes give the figures of one, for sizes that do not divide.
 3. Each task has the flags that its file uses, no other task's, and --help lists these; `all`
    has those that mean the same in every protocol that has them.
-4. A new line in TASKS is a new task: it runs under its name, and is part of `all`.
+4. A new line in TASKS is a new task: it runs under its name, and is part of `all`, which writes
+   the results of each task as soon as it has them.
 5. Misuse is one line that names the flag, exit code 2. Drawings are never judged beside --data
    that is not drawn, unless --val_data asks for them.
 """
@@ -246,6 +247,19 @@ def test_a_line_in_tasks_is_a_task(small_backbone, tmp_path, monkeypatch, capsys
     assert results["new"]["new"] == 0.75 and results["headline"]["new figure"] == 0.75
     assert set(results["headline"]) == {"k-NN", "new figure"}
     assert re.search(r"new figure +75.00%", capsys.readouterr().out)
+
+    # What was done before a task fails is there.
+    def fail(extractor):
+        raise ValueError("--answer: there is none")
+
+    monkeypatch.setattr(new, "run", fail)
+    with pytest.raises(SystemExit):
+        run_evaluate(f"all {line}", output_dir=tmp_path / "failed")
+    assert "--answer: there is none" in capsys.readouterr().err
+    written = json.loads((tmp_path / "failed/knn/results.json").read_text())
+    assert written["task"] == "knn" and written["knn"] == results["knn"]["knn"]
+    assert written["data"] == "shapes:20" and len(written["weights_sha256"]) == 64
+    monkeypatch.setattr(new, "run", run_new)
 
     evaluate.main(["--help"])
     assert re.search(r"(?m)^  new +A task of this test.$", capsys.readouterr().out)
