@@ -224,7 +224,8 @@ def train_segmenter(backbone, train: Pairs, classes: int, size: int, config,
     batches = crop_batches(train, size, config.resize, IGNORE, batch, config.steps, process,
                            config.num_workers, config.seed)
     report = Progress("training the head", config.steps, process)
-    answers = 0  # pixels with a class, in all crops
+    answers = torch.zeros(classes, dtype=torch.long,
+                          device=process.device)  # pixels of each class
     for step, (images, masks) in enumerate(batches):
         # Each process runs the backbone on its share. The head sees the whole batch on all of
         # them, because its BatchNorm needs all of it; it is so small that this costs little.
@@ -244,18 +245,25 @@ def train_segmenter(backbone, train: Pairs, classes: int, size: int, config,
         # any answer would be 0 / 0, so the sum is divided here.
         logits = at_pixels(head(features), masks.shape[-2:], backbone.patch_size)
         loss = F.cross_entropy(logits, masks, ignore_index=IGNORE, reduction="sum")
-        count = (masks != IGNORE).sum()
-        loss = loss / count.clamp(min=1)
+        count = masks[masks != IGNORE].bincount(minlength=classes)  # (K,)
+        loss = loss / count.sum().clamp(min=1)
         answers += count
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         report(step + 1)
 
-    if not answers:
+    if not answers.any():
         raise UsageError(
             f"--data {config.data}: in no crop has a pixel a class, so the head has "
             "learned nothing; is --ignore_label right?")
+
+    # Masks of the numbers 0 and 5 have the classes 1 to 4 beside them, of which no crop has a
+    # pixel. An answer of one of them would be wrong everywhere, and would count in the mean with
+    # an IoU of 0. With this bias its probability is 0, and it stays so when the head is read from
+    # its file. (-inf would become NaN where it is enlarged with a weight of 0.)
+    with torch.no_grad():
+        head.conv_seg.bias[answers == 0] = -1e4
     return segmenter.eval()
 
 

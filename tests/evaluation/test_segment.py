@@ -2,7 +2,8 @@
 1. mIoU, accuracy and the IoU of each class equal a plain count of pixels; ignored pixels and
    classes that do not occur do not count.
 2. The task learns: on a world in which the colour tells the class it is nearly right, and the
-   head it saves gives the same figures without training.
+   head it saves gives the same figures without training. Classes that no mask to learn from has
+   are not answered.
 3. Every scale and the mirror image take part; protocols set what no flag has set.
 4. What does not fit is refused with one line.
 """
@@ -81,6 +82,17 @@ def test_the_task(small_backbone, colours, tmp_path, capsys):
     more = f"{line} --scales 1.0 1.5 --flip"
     several = run_evaluate(more, head=tmp_path / "head.pt", output_dir=tmp_path / "again")
     assert several["segment"]["miou"] > 0.85 and several["segment"] != figures
+
+
+def test_classes_that_no_mask_has_are_not_answered(small_backbone, colours, tmp_path):
+    """After one step the head knows nothing, and would answer the classes 2 to 8, too."""
+    line = (f"segment --weights {small_backbone} --data pairs:{colours} --val_data "
+            f"pairs:{copy_of(colours)} --image_size 32 --steps 1 --head_batch 4")
+    trained = run_evaluate(line, output_dir=tmp_path)["segment"]
+    assert len(trained["classes"]) == 10  # 0, 1 and 9 are there
+    assert trained["iou"][2:9] == [None] * 7
+    again = run_evaluate(line, head=tmp_path / "head.pt", output_dir=tmp_path / "again")
+    assert again["segment"] == trained
 
 
 def test_protocols():
