@@ -186,6 +186,8 @@ def real_accuracy(predicted: Tensor, names: list[str], file: str) -> float:
     try:
         truth = json.loads(Path(file).read_text())
         numbers = [int(re.search(r"_val_(\d{8})", name)[1]) - 1 for name in names]
+        if not isinstance(truth, list):
+            raise ValueError(f"a list was expected, and not a {type(truth).__name__}")
         right = [int(p) in truth[i] for p, i in zip(predicted, numbers) if truth[i]]
         if not right:
             raise ValueError("none of these images has a label in it")

@@ -91,6 +91,11 @@ def test_real_labels(tmp_path):
     assert real_accuracy(torch.tensor([1, 2, 0]), names, str(tmp_path / "real.json")) == 0.5
     with pytest.raises(ValueError, match="--real_labels"):
         real_accuracy(torch.tensor([1]), ["cat.jpg"], str(tmp_path / "real.json"))
+    for text, words in (('{"3": [1, 2]}', "and not a dict"), ("5", "and not a int"),
+                        ("[1, 2, 3]", "int"), ("labels", "Expecting value")):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(ValueError, match=f"--real_labels .*expected real.json.*{words}"):
+            real_accuracy(torch.tensor([1, 2, 0]), names, str(tmp_path / "other.json"))
     with pytest.raises(ValueError, match="--real_labels .*none of these images has a label"):
         real_accuracy(torch.tensor([1]), names[2:], str(tmp_path / "real.json"))
 
