@@ -328,7 +328,11 @@ def open_judged(extractor: Extractor, train: Images,
     if not getattr(config, "head", ""):
         require_other_images(train, images, config.data, getattr(config, flag), f"--{flag}")
     if config.class_mapping:
-        images = replace(images, classes=mapped_classes(config.class_mapping, flag, images))
+        # A file that is meant for --test_data alone renames nothing in --val_data.
+        other = "test_data" if flag == "val_data" else "val_data"
+        elsewhere = extractor.open(other).classes if getattr(config, other, "") else None
+        classes = mapped_classes(config.class_mapping, flag, images, elsewhere)
+        images = replace(images, classes=classes)
     labels = same_labels(train, images, f"--{flag}")
 
     # A class without an image to learn from could never be answered: every image of it would
@@ -363,11 +367,13 @@ def require_other_images(train, judged, data: str, judged_data: str, flag: str =
             f"such as {flag} {part_to_judge(data)}")
 
 
-def mapped_classes(file: str, flag: str, images: Images) -> list[str]:
+def mapped_classes(file: str, flag: str, images: Images,
+                   elsewhere: list[str] | None = None) -> list[str]:
     """The class names of `images`, each replaced where a line of --class_mapping has it.
 
-    UsageError if the file cannot be read, if a line is not "judged name, learned name", or if a
-    judged name stands in two lines.
+    UsageError if the file cannot be read, if a line is not "judged name, learned name", if a
+    judged name stands in two lines, or if no line has a class of `images` or of `elsewhere`,
+    which are the classes of other images that are judged.
     """
     # A line with another number of commas makes the unpacking below fail with ValueError.
     try:
@@ -384,9 +390,9 @@ def mapped_classes(file: str, flag: str, images: Images) -> list[str]:
                          f"class in --data' ({error})") from None
 
     # A file may serve for several sets, so a line may name a class of another one; but where
-    # none fits, nothing would be renamed.
+    # none fits, nothing would be renamed anywhere.
     classes = images.classes or []
-    if names and not set(names) & set(classes):
+    if names and not set(names) & {*classes, *(elsewhere or [])}:
         raise UsageError(f"--class_mapping {file}: no line begins with a class of --{flag}, "
                          f"such as {', '.join(classes[:3])}; the first is {next(iter(names))}")
     return [names.get(name, name) for name in classes]

@@ -194,6 +194,23 @@ def test_classes_by_other_names(tmp_path):
     with pytest.raises(UsageError,
                        match="no line begins with a class of --val_data, such as eule"):
         open_judged(extractor, train)
+
+    # For --test_data alone: the classes of --val_data keep their names.
+    test = replace(val, classes=["hund", "katze"])
+    val = replace(val, classes=["cat", "dog"])
+    file.write_text("hund, dog\nkatze, cat\n")
+    config.test_data = "c"
+    extractor.open = {"val_data": val, "test_data": test}.get
+    assert open_judged(extractor, train)[1].tolist() == [1, 0]
+    assert open_judged(extractor, train, "test_data")[1].tolist() == [0, 1]
+    file.write_text("fuchs, fox\n")
+    for flag in ("val_data", "test_data"):
+        with pytest.raises(UsageError, match=f"no line begins with a class of --{flag}"):
+            open_judged(extractor, train, flag)
+    val = replace(val, classes=["eule", "katze"])
+    config.test_data = ""
+    extractor.open = lambda flag: val
+
     file.write_text("katze, cat\neule, owl\n")  # no image of an owl to learn from
     with pytest.raises(UsageError, match="--data a has no image of 1 classes .* first: owl"):
         open_judged(extractor, train)
