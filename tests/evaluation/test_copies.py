@@ -3,7 +3,8 @@
 2. Every edit gives a picture back; crops remove the area they say; seeds repeat. A new line in
    EDITS is one more kind of copy.
 3. An unedited copy is found; so are those of a folder laid out as Copydays, and a folder that
-   is not is refused. The images of Copydays are normalised as the network's training did it.
+   is not is refused. The images of Copydays are normalised as the network's training did it. An
+   original counts wherever it stands in the ranking.
 4. They are looked for at 320 pixels, or at the size of a smaller training.
 5. The whitening is learned on --whitening_data, where that is given; nothing is searched in it.
 """
@@ -20,6 +21,8 @@ from PIL import Image
 from augment import Pixels
 from evaluation import copies
 from evaluation.copies import EDITS, Whitening, copydays, gem
+from evaluation.retrieval import mean_scores
+from machinery.process import start_process
 from vit import VisionTransformer
 
 
@@ -68,6 +71,16 @@ def test_an_unedited_copy_is_found(small_backbone, tmp_path, monkeypatch):
     line = f"copies --weights {small_backbone} --data shapes:300 --val_data shapes:20:val"
     results = run_evaluate(line, n_originals=6, output_dir=tmp_path)
     assert results["copies"] == {"strong": 1.0}
+
+
+def test_an_original_far_behind_counts():
+    """All images are ranked, and not the 20 nearest alone, as in DINO's code."""
+    angles = torch.linspace(0, 1, 50)  # row i is the i-th nearest of the query
+    rows = torch.stack([angles.cos(), angles.sin()], 1)
+    none = torch.zeros(50, dtype=torch.bool)
+    original = torch.arange(50) == 30  # behind 30 others
+    scores = mean_scores(rows[:1], rows, lambda i: (original, none), start_process("cpu"))
+    assert scores[0].item() == pytest.approx((0 + 1 / 31) / 2, abs=1e-12)
 
 
 def test_a_line_in_edits_is_one_more_copy(small_backbone, tmp_path, monkeypatch):

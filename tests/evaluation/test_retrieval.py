@@ -5,8 +5,8 @@
 3. Ground truth is read from pickles of old and new numpy, and a pickle that wants to run
    something is refused before it does.
 4. Groups are found whatever folder their paths start at; a missing image is named.
-5. By groups and by ground truth the task looks at whole images, at boxes and at three scales as
-   it was told.
+5. By groups and by ground truth the task looks at whole images, which are shrunk bicubically, at
+   boxes and at three scales as it was told.
 """
 
 import os
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from conftest import run_evaluate
 from torchvision.transforms.v2 import functional as TF
 
-from augment import normalise
+from augment import fit_inside, normalise
 from backbones.weights import load_backbone
 from evaluation.retrieval import (FIRST_RANKS, LEVELS, average_precision, mean_scores,
                                   read_groups, read_revisited, relevance, score_ranking)
@@ -62,6 +62,14 @@ def test_a_ranking_against_the_definition():
     assert np.isnan(score_ranking(torch.zeros(3), none, none)).all()
     assert average_precision(torch.tensor([0, 1])) == 1
     assert average_precision(torch.tensor([1])) == 0.25  # precision 0 before, 1/2 after
+
+
+def test_whole_images_are_shrunk_bicubically():
+    image = torch.randint(0, 256, (3, 40, 60), generator=torch.Generator().manual_seed(0))
+    image = image.byte()
+    bicubic = TF.resize(image, [20, 30], TF.InterpolationMode.BICUBIC, antialias=True)
+    assert torch.equal(fit_inside(image, 30), bicubic)
+    assert torch.equal(fit_inside(image, 90), image)  # a small image is left as it is
 
 
 def test_queries_without_an_answer_are_left_out():
