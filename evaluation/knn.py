@@ -183,10 +183,13 @@ def run(extractor: Extractor) -> dict:
     top1 = {str(k): value["top1"] for k, value in full.items()}
     top5 = {str(k): value["top5"] for k, value in full.items()}
     mean_per_class = {str(k): value["mean_per_class"] for k, value in full.items()}
+    # The card has one figure, that of the papers' k = 20, or of the k nearest to it: the best of
+    # several k would be chosen by the images that are judged.
+    k = min(ks, key=lambda k: abs(k - 20))
     return {
         "knn": top1, "top5": top5, "mean_per_class": mean_per_class, "few_shot": few_shot,
         "protocol": f"class token, weighted vote, T = {config.temperature}",
-        "headline": {"k-NN": max(top1.values())}}
+        "headline": {f"k-NN({k})": top1[str(k)]}}
 
 
 def check_few_shot(config: Config, labels: list[int]):

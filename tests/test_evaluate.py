@@ -245,7 +245,7 @@ def test_a_line_in_tasks_is_a_task(small_backbone, tmp_path, monkeypatch, capsys
     line += " --val_data shapes:10:val --nb_knn 1"
     results = run_evaluate(f"all {line}", answer=0.75, output_dir=tmp_path)
     assert results["new"]["new"] == 0.75 and results["headline"]["new figure"] == 0.75
-    assert set(results["headline"]) == {"k-NN", "new figure"}
+    assert set(results["headline"]) == {"k-NN(1)", "new figure"}
     assert re.search(r"new figure +75.00%", capsys.readouterr().out)
 
     # What was done before a task fails is there.

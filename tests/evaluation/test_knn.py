@@ -3,8 +3,9 @@
    temperature is too low, and the number of classes does not depend on the neighbours.
 2. Impossible k is refused.
 3. A few-shot subset has exactly n images of each class, another for another seed.
-4. The task finds each image itself, prints and writes what it returns, and votes with few
-   images of each class as often as it was told.
+4. The task finds a copy of each image, prints and writes what it returns, and votes with few
+   images of each class as often as it was told. The report card has the figure of k = 20, or of
+   the nearest k.
 """
 
 import json
@@ -69,5 +70,10 @@ def test_the_task(small_backbone, photos, tmp_path, capsys):
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["knn"] == results["knn"] and written["knn"]["1"] == 1.0  # each finds its copy
     assert written["top5"]["20"] == 1.0 >= written["knn"]["20"]  # of two classes
+    # The card tells the accuracy of k = 20, although that of k = 1 is higher.
+    assert written["headline"] == {"k-NN(20)": written["knn"]["20"]}
+    assert written["knn"]["20"] < 1
+    nearest = run_evaluate(f"{line} --nb_knn 1 15 24", output_dir=tmp_path)
+    assert list(nearest["headline"]) == ["k-NN(24)"]
     assert list(written["few_shot"]["2"]) == ["1", "2"]
     assert all(len(tries) == 3 for tries in written["few_shot"]["2"].values())
