@@ -308,9 +308,12 @@ def open_labelled(extractor: Extractor, flag: str = "data") -> Images:
     """The images of --data, or of another flag; UsageError if they have no labels."""
     images = extractor.open(flag)
     if not images.labels:
+        # A single image beside the folders of the classes takes the labels from all (open_folder).
+        beside = next((name for name in images.names if "/" not in name), None)
+        first = f" ({beside} lies in none)" if images.name == "folder" and beside else ""
         raise UsageError(
             f"--{flag} {getattr(extractor.config, flag)}: this task needs labels of "
-            "two classes or more; put the images into one folder per class")
+            f"two classes or more; put the images into one folder per class{first}")
     return images
 
 

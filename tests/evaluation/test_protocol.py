@@ -9,7 +9,7 @@
 5. The student of a training can be judged in the place of its teacher: of a run of ours, and of
    a file with both.
 6. A file of --class_mapping renames classes, and a class without an image to learn from is
-   named. An image to learn from is not judged.
+   named, as is an image that lies in no folder of a class. An image to learn from is not judged.
 """
 
 import shutil
@@ -28,8 +28,8 @@ from torchvision.transforms.v2 import functional as TF
 import train
 from augment import crop_box, normalise
 from backbones.weights import load_backbone
-from evaluation.protocol import (Config, Extractor, mapped_classes, open_judged, random_crops,
-                                 require_other_images)
+from evaluation.protocol import (Config, Extractor, mapped_classes, open_judged, open_labelled,
+                                 random_crops, require_other_images)
 from images.data import Images, Sampler, open_images
 from machinery.flags import UsageError, parse
 from machinery.process import Process
@@ -161,6 +161,14 @@ def test_a_student_that_is_not_there(tmp_path, small_backbone, capsys):
             run_evaluate(f"knn --weights {what} --checkpoint_key student")
         error = capsys.readouterr().err
         assert f"--checkpoint_key student: {what} {words}" in error and error.count("\n") == 1
+
+
+def test_an_image_that_lies_in_no_folder_is_named(photos):
+    (photos / "stray.png").write_bytes((photos / "cats/01.png").read_bytes())
+    config = SimpleNamespace(data=f"folder:{photos}")
+    extractor = SimpleNamespace(config=config, open=lambda flag: open_images(config.data))
+    with pytest.raises(UsageError, match="one folder per class .stray.png lies in none."):
+        open_labelled(extractor)
 
 
 def test_images_that_are_learned_from_are_not_judged():
