@@ -99,8 +99,12 @@ def flags_of_all() -> set[str]:
 
 def config_of_all() -> type:
     """The dataclass of `all`, with the flags of flags_of_all."""
-    # A class that inherits from all of them has the fields of all, and their help. Those that
-    # mean several things are declared once more, without a flag.
+    # The new class inherits from the Config of each task, so it has their fields with their
+    # help. A name that means several things is one field of it, too, but must not be a flag. So
+    # that field is declared once more, with the mark "no_flag", by which machinery/flags.py
+    # leaves it out. Example: knn has a temperature of .07 and video one of .1. The new class has
+    # the field with .07, and no --temperature. run_all does not hand the field on, so knn votes
+    # at .07 and video at .1.
     bases = tuple(task.Config for task in judging_tasks().values())
     shared = flags_of_all()
     hidden = []
@@ -109,6 +113,9 @@ def config_of_all() -> type:
             if field.name not in shared:
                 value = dataclasses.field(default=field.default, metadata={"no_flag": True})
                 hidden.append((field.name, field.type, value))
+
+    # Where several tasks have the field, the first one in TASKS gives its value, as Python does
+    # where a class inherits a name twice: in reversed order it is written last.
     unique = {name: (name, kind, value) for name, kind, value in reversed(hidden)}
     return dataclasses.make_dataclass("Config", unique.values(), bases=bases)
 

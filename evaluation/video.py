@@ -61,8 +61,9 @@ def propagate(queries: Tensor, contexts: list[tuple[Tensor, Tensor]], radius: in
         weights      .57       .35       .08       exp(cosine / .1), divided by their sum
         mean        (.15, .85)
     """
-    # The columns near each column. Beyond the border of the frame there are none: there the
-    # nearest column that exists stands for them, and is left out below.
+    # The columns near each column: row x of `columns` has x - reach to x + reach. Beyond the
+    # border of the frame there is no column: there the entry is the nearest column that exists,
+    # so that it can be looked up, and `outside` marks it, so that it gets no weight below.
     h, w, _ = queries.shape
     reach = min(radius, w - 1)
     offset = torch.arange(-reach, reach + 1, device=queries.device)
@@ -85,14 +86,18 @@ def propagate(queries: Tensor, contexts: list[tuple[Tensor, Tensor]], radius: in
             cosines.append(cosine.gather(2, near_columns))
             labels.append(context_labels[near])
 
-        # The neighbours may be of one context or of several. Where fewer than topk patches are
-        # near, the others have the cosine -inf and the weight 0.
+        # For each patch of row y a table: a row for each context and each row of it near y, a
+        # column for each horizontal offset. It is written out flat, so that the neighbours may be
+        # of one context or of several. Offsets beyond the border have the cosine -inf; where
+        # fewer than topk patches are near, they are among the neighbours, with the weight 0.
         all_cosines = torch.cat(cosines, 1)  # (w, m, c)
         all_cosines = all_cosines.masked_fill(outside[:, None], -torch.inf).flatten(1)
         top = all_cosines.topk(min(topk, all_cosines.shape[1]))
         weights = (top.values / temperature).softmax(1)  # (w, k)
 
-        # From the place in the flattened table back to row and column, to get the labels there.
+        # From the place in the flat table back to its row and offset, to get the labels there.
+        # Example: with 25 offsets the place 57 is row 57 // 25 = 2 of the table and offset number
+        # 57 % 25 = 7. `columns` says which column of the frame that offset is for this patch.
         row = top.indices // len(offset)  # (w, k)
         column = columns.gather(1, top.indices % len(offset))  # (w, k)
         neighbour_labels = torch.cat(labels)[row, column]  # (w, k, C)
