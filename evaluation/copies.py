@@ -263,7 +263,8 @@ def run(extractor: Extractor) -> dict:
     mean = sum(figures.values()) / len(figures)
     process.print(
         f"copy detection: class token + GeM, whitened, {extractor.size} px; copies of "
-        f"{len(originals)} images among {len(rows):,d}\n  mAP")
+        f"{len(originals)} images of {config.copydays or config.val_data} among "
+        f"{len(rows):,d}\n  mAP")
     for edit, value in (*figures.items(), ("mean", mean)):
         process.print(f"  {edit:12s} {value:7.2%}")
     headline = {"copies mAP, mean": mean}

@@ -243,7 +243,7 @@ def run(extractor: Extractor) -> dict:
     trained = f"head {config.head}" if config.head else f"{config.steps} steps"
     how = f"{config.depth_head}, {trained}, crops of {size} px, {len(rows):,d} images judged"
     listed = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
-    process.print(f"depth: {how}\n  {listed} (rmse in metres)")
+    process.print(f"depth: {how}, of {config.val_data}\n  {listed} (rmse in metres)")
     if process.main:
         draw_page(shown, results_folder(config, "depth") / "depth.png")
     return {

@@ -232,9 +232,10 @@ def run(extractor: Extractor) -> dict:
         file = results_folder(config, "finetune") / "model.pt"
         keep_earlier(file)
         save_tensors(file, network.state_dict())
-    process.print(f"fine-tuning: {epochs} epochs at {extractor.size} px, batch {batch}\n  "
-                  f"{figures['top1']:.2%}, top-5 {figures['top5']:.2%}, mean per class "
-                  f"{figures['mean_per_class']:.2%} of {len(val):,d} images")
+    process.print(
+        f"fine-tuning: {epochs} epochs at {extractor.size} px, batch {batch}\n  "
+        f"{figures['top1']:.2%}, top-5 {figures['top5']:.2%}, mean per class "
+        f"{figures['mean_per_class']:.2%} of {len(val):,d} images of {config.val_data}")
     return {
         "finetune": figures, "protocol": f"{epochs} epochs, batch {batch}, {recipe}",
         "headline": {"fine-tuning": figures["top1"]}}

@@ -157,7 +157,7 @@ def run(extractor: Extractor) -> dict:
     full = vote(bank, bank_labels, ks)
     process.print(
         f"k-NN: class token, {extractor.size} px centre crop, T = {config.temperature}, "
-        f"{len(train):,d} images vote on {len(val):,d}")
+        f"{len(train):,d} images vote on {len(val):,d} of {config.val_data}")
     for k, value in full.items():
         process.print(f"  k-NN({k:3d})  {value['top1']:.2%}   top-5 {value['top5']:.2%}   "
                       f"mean per class {value['mean_per_class']:.2%}")

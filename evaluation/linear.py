@@ -284,8 +284,9 @@ def run(extractor: Extractor) -> dict:
 
     # The table: a line for each learning rate, a column for each kind of input.
     epochs, batch, _ = training_steps(config, train, epochs)
-    process.print(f"linear: {len(results)} probes, {epochs} epochs of random crops at "
-                  f"{extractor.size} px, batch {batch}, {len(val):,d} images judged")
+    process.print(
+        f"linear: {len(results)} probes, {epochs} epochs of random crops at "
+        f"{extractor.size} px, batch {batch}, {len(val):,d} images of {config.val_data} judged")
     process.print("  lr      " + "".join(f"{title(k):>20s}" for k in kinds))
     for rate in lrs:
         cells = "".join(f"{results[k, rate]['top1']:>20.2%}" for k in kinds)

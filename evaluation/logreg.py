@@ -181,7 +181,7 @@ def run(extractor: Extractor) -> dict:
     process.print(f"logistic regression: {len(train):,d} images, a tenth chose C = {best:.2g} "
                   f"({accuracies[best]:.2%} of them right)\n  {figures['top1']:.2%}, top-5 "
                   f"{figures['top5']:.2%}, mean per class {figures['mean_per_class']:.2%} of "
-                  f"{len(val):,d} images")
+                  f"{len(val):,d} images of {config.val_data}")
     chosen_by = {f"{C:.3g}": accuracies[C] for C in PENALTIES}
     return {
         "logreg": figures | {"C": best}, "chosen_by": chosen_by,

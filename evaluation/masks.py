@@ -137,7 +137,8 @@ def run(extractor: Extractor) -> dict:
     table = {}
     process.print(
         f"masks: top {config.share:.0%} of the attention of block {config.block}, "
-        f"{size} px, {len(pairs):,d} images\n  {'Jaccard of':20s} {'best head':>11s} "
+        f"{size} px, {len(pairs):,d} images of {config.val_data}\n"
+        f"  {'Jaccard of':20s} {'best head':>11s} "
         f"{'one head':>9s} {'all heads':>10s} {'mean head':>10s}   attention on things")
     for name, model in networks.items():
         table[name] = figures = judge(model, pairs, size, config, process)

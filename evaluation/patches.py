@@ -187,7 +187,8 @@ def run(extractor: Extractor) -> dict:
     figures = patch_knn(extractor.model, train, val, len(train.classes), size, process,
                         config.neighbours, config.most_patches, config.precision)
     how = f"{config.neighbours} neighbours, {len(train):,d} images vote, {size} px"
-    process.print(f"patches: {how}, {len(val):,d} images judged\n  mIoU {figures['miou']:.2%}, "
+    process.print(f"patches: {how}, {len(val):,d} images of {config.val_data} judged\n"
+                  f"  mIoU {figures['miou']:.2%}, "
                   f"accuracy {figures['accuracy']:.2%}")
     return {
         "patches": figures, "protocol": how, "image_size": size,

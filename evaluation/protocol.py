@@ -104,7 +104,7 @@ def require_val_data(config, *instead: str):
     instead: the names of flags that say in the place of --val_data what is judged.
     """
     # The default of --val_data fits that of --data. Beside photographs it would judge drawings,
-    # and nothing in the table would show it.
+    # which nobody has asked for.
     drawn = config.data.partition(":")[0] == "shapes"
     named = "val_data" in config.given or any(getattr(config, name, "") for name in instead)
     if not drawn and not named:

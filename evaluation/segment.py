@@ -172,7 +172,7 @@ def run(extractor: Extractor) -> dict:
     trained = f"head {config.head}" if config.head else f"{config.steps} steps"
     how = (f"last {len(segmenter.blocks)} blocks, {trained}, crops of {size} px, scales "
            f"{' '.join(map(str, config.scales))}{', mirrored' if config.flip else ''}")
-    process.print(f"segment: {how}, {len(val):,d} images judged")
+    process.print(f"segment: {how}, {len(val):,d} images of {config.val_data} judged")
     for name, iou in zip(classes, figures["iou"]):
         process.print(f"  {name:20s} " + ("-" if iou is None else f"{iou:7.2%}"))
     process.print(f"  mIoU {figures['miou']:.2%}, accuracy {figures['accuracy']:.2%}")

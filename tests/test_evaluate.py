@@ -12,8 +12,10 @@
 """
 
 import ast
+import contextlib
 import dataclasses
 import inspect
+import io
 import json
 import os
 import re
@@ -47,7 +49,10 @@ def evaluate_all(rank, backbone, folder):
     """The report card of this process, written into the folder."""
     os.chdir(folder)
     with patch.multiple(videos, N_DRAWN=3, N_FRAMES=4), patch.object(logreg, "PENALTIES", FEW):
-        results = run_evaluate(f"all --weights {backbone} {SMALL}")
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            results = run_evaluate(f"all --weights {backbone} {SMALL}")
+    Path(f"{rank}.txt").write_text(printed.getvalue())
     torch.save(results, f"{rank}.pt")
 
 
@@ -79,6 +84,15 @@ def test_all_tasks(report_cards, small_backbone):
     assert len(written["linear"]["probes"]) == 52 and len(written["logreg"]["chosen_by"]) == 5
     assert len(written["copies"]["copies"]) == 20
     assert list(written["video"]["video"]) == ["shapes-0", "shapes-1", "shapes-2"]
+
+
+def test_tables_name_what_is_judged(report_cards):
+    printed = (report_cards[1] / "0.txt").read_text()
+    lines = [line for line in printed.splitlines() if "of shapes:23:val" in line]
+    for words in ("k-NN: ", "linear: ", "copy detection: ", "segment: ", "patches: ", "depth: ",
+                  "masks: "):
+        assert any(line.startswith(words) for line in lines), words
+    assert sum("mean per class" in line for line in lines) == 2  # logreg and fine-tuning
 
 
 def test_two_processes_give_the_figures_of_one(report_cards):

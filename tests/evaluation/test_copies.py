@@ -139,7 +139,7 @@ def test_whitening_on_images_of_their_own(small_backbone, tmp_path, monkeypatch,
     results = run_evaluate(line, n_originals=3, output_dir=tmp_path, whitening_data="shapes:31")
     assert "whitening on --whitening_data," in results["protocol"]
     assert learned_on == [20, 31]
-    assert capsys.readouterr().out.count("copies of 3 images among 23\n") == 2
+    assert capsys.readouterr().out.count("copies of 3 images of shapes:9:val among 23\n") == 2
 
 
 def test_the_size_of_copy_detection(tmp_path, monkeypatch):
