@@ -67,6 +67,11 @@ def claim(folder: Path, inputs: dict, process: Process):
                          f"here {inputs[key]!s:.60}; delete it, or give another --output_dir")
 
 
+def piece_files(folder: Path, count: int, size: int) -> list[Path]:
+    """The files of `count` rows in pieces of `size`, whether they are there or not."""
+    return [folder / f"{i:06d}.npy" for i in range(len(range(0, count, size)))]
+
+
 def make_pieces(folder: Path, count: int, size: int, make: Callable[[int, int], np.ndarray],
                 process: Process, what: str = "") -> "Table":
     """The pieces of `count` rows that are missing are made, by all processes -> all of them.
@@ -75,7 +80,7 @@ def make_pieces(folder: Path, count: int, size: int, make: Callable[[int, int], 
     `what` is the name of the work in the line that tells how far it is.
     """
     starts = range(0, count, size)
-    files = [folder / f"{i:06d}.npy" for i in range(len(starts))]
+    files = piece_files(folder, count, size)
     missing = process.broadcast([i for i, file in enumerate(files) if not file.exists()])
 
     # Process r takes every W-th of the missing pieces. What one has made no other can spoil:

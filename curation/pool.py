@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from curation.pieces import Table, save_array
+from curation.pieces import Table, piece_files, save_array
 from images.data import Images, open_images
 from images.files import read_file
 from images.names import Names
@@ -89,8 +89,15 @@ def open_pool(folder: str, flag: str = "POOL") -> Pool:
                              f"{history[0][0].name} was; run {history[0][1]['stage']} again")
         history.insert(0, (earlier, facts))
 
+    # The place of a file among the others says which rows it holds, so all of them have to be
+    # there: without one, all rows behind it would be taken for other images.
     embedded, facts = history[0]
-    files = sorted((embedded / "features").glob("*.npy"))
+    count = facts["images"] + facts["broken"]
+    files = piece_files(embedded / "features", count, facts["shard_size"])
+    missing = next((file for file in files if not file.exists()), None)
+    if missing:
+        raise UsageError(f"{flag} {folder}: expected {len(files):,d} files of features, but "
+                         f"{missing} is missing; repeat the command of embed, which makes it")
     return Pool(stored_images(embedded, facts), Table(files, facts["shard_size"]),
                 np.load(path / "rows.npy"), facts, history)
 

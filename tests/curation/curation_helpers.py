@@ -29,8 +29,8 @@ def make_pool(folder, features, labels=None, classes=None, size=7, weights="a", 
     images = Images("folder", None, names, labels, classes, root=folder / "images")
     rows = np.delete(np.arange(len(features)), list(broken))
     facts = {
-        "stage": "embed", "images": len(rows), "data": "folder:images", "data_root": "data",
-        "root": str(images.root), "classes": classes, "shard_size": size, "names_sha256": "",
-        "embedding": {"weights": weights}}
+        "stage": "embed", "images": len(rows), "broken": len(broken), "data": "folder:images",
+        "data_root": "data", "root": str(images.root), "classes": classes, "shard_size": size,
+        "names_sha256": "", "embedding": {"weights": weights}}
     write_pool(folder, images, rows, facts)
     return open_pool(str(folder))

@@ -2,7 +2,8 @@
 1. A stage leaves rows, a list that can be trained on, and what it did; the next one takes them up,
    also when all folders have been moved.
 2. A stage that has not finished, one that was built on something that has changed since, features
-   of other weights, an empty result, and images that are no files are refused in one line.
+   of other weights, a missing file of features, an empty result, and images that are no files are
+   refused in one line.
 """
 
 import json
@@ -74,6 +75,16 @@ def test_what_is_refused(tmp_path):
     (tmp_path / "embed/inputs.json").write_text("{}")
     with pytest.raises(UsageError, match="has not finished: start it again"):
         open_pool(str(tmp_path / "embed"))
+
+
+@pytest.mark.parametrize("lost", range(3))
+def test_a_missing_file_of_features_is_refused(lost, tmp_path):
+    """Without it the rows of the files behind it would be taken for those of other images."""
+    staged(tmp_path, size=4, broken=[1])
+    file = tmp_path / f"embed/features/00000{lost}.npy"
+    file.unlink()
+    with pytest.raises(UsageError, match=f"--against .*next: expected 3 .*{file} is missing"):
+        open_pool(str(tmp_path / "next"), "--against")
 
 
 def test_images_that_are_no_files(tmp_path):
