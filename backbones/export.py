@@ -22,14 +22,25 @@ from torch import nn
 from backbones.layouts import hf_type, to_hf, write_safetensors
 from backbones.weights import architecture, load_backbone
 from machinery.checkpoints import save_tensors, write_json, write_text
+from vit import VisionTransformer
 
 
 def write_official(model: nn.Module, what: str, path: Path):
     """The tensors in one file; a run's other files stay where they are."""
-    # The format follows from the ending. A .safetensors file has no code in it; a .pth file is
-    # what torch.load and Meta's code read.
-    write = write_safetensors if path.suffix == ".safetensors" else save_tensors
-    write(path, model.state_dict())
+    # What no tensor says: how images are normalised and, of a ViT, three of its arguments.
+    about = dict(mean=list(model.pixels.mean), std=list(model.pixels.std))
+    if isinstance(model, VisionTransformer):
+        about |= dict(pos_embed_resize=model.pos_embed_resize, norm_eps=model.norm.eps,
+                      num_heads=model.num_heads)
+
+    # The format follows from the ending. A .safetensors file has no code in it, and room for
+    # more than tensors; a .pth file is what torch.load and Meta's code read.
+    if path.suffix == ".safetensors":
+        write_safetensors(path, model.state_dict(), about)
+    else:
+        save_tensors(path, model.state_dict())
+        missing = ", ".join(f"{name} {value}" for name, value in about.items())
+        print(f"{path} holds tensors only, and not {missing}; a .safetensors file would")
 
 
 # ----------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import re
 import struct
 import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -38,10 +39,12 @@ from torch import Tensor
 #     3072 bytes   the numbers; data_offsets count from here
 #
 # The format has no checksum. So we add one of the numbers to the __metadata__ of what we write,
-# under the name that stands in CHECKSUM. Other programs ignore it, and files without it are
-# read as well.
+# under the name that stands in CHECKSUM. Under the name in NETWORK stands, as JSON, what no
+# tensor says of the network. Other programs ignore both, and files without them are read as
+# well.
 
 CHECKSUM = "sha256_of_the_numbers"
+NETWORK = "network"
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
@@ -55,15 +58,26 @@ def without_duplicates(pairs: list[tuple]) -> dict:
     return content
 
 
+def read_header(file: BinaryIO, size: int) -> dict:
+    """The header of a .safetensors file of `size` bytes, which is read up to the numbers."""
+    # A header that claims terabytes must not make us ask for as much memory.
+    length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else size
+    if length > size - 8:
+        raise ValueError(f"its header claims {length:,d} bytes of a file of {size:,d}")
+    return json.loads(file.read(length), object_pairs_hook=without_duplicates)
+
+
+def read_about(path: Path) -> dict:
+    """What a .safetensors file says of its network beside the tensors; {} for most files."""
+    with open(path, "rb") as file:
+        metadata = read_header(file, path.stat().st_size).get("__metadata__", {})
+    return json.loads(metadata.get(NETWORK, "{}"))
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, by name. ValueError if the header does not fit."""
-    # A header that claims terabytes must not make us ask for as much memory.
-    size = path.stat().st_size
     with open(path, "rb") as file:
-        length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else size
-        if length > size - 8:
-            raise ValueError(f"its header claims {length:,d} bytes of a file of {size:,d}")
-        header = json.loads(file.read(length), object_pairs_hook=without_duplicates)
+        header = read_header(file, path.stat().st_size)
         data = bytearray(file.read())
     metadata = header.pop("__metadata__", {})
 
@@ -105,8 +119,11 @@ def bytes_of(tensor: Tensor) -> bytes:
     return flat.view(torch.uint8).numpy().tobytes()
 
 
-def write_safetensors(path: Path, state: dict[str, Tensor]):
-    """The same, written: what other libraries read without unpickling anything."""
+def write_safetensors(path: Path, state: dict[str, Tensor], about: dict | None = None):
+    """The same, written: what other libraries read without unpickling anything.
+
+    about: what no tensor says of the network, for read_about.
+    """
     names = {dtype: name for name, dtype in _DTYPES.items()}
     header = {}
     place = 0
@@ -119,6 +136,8 @@ def write_safetensors(path: Path, state: dict[str, Tensor]):
         digest.update(bytes_of(tensor))
     # Other libraries ask by which one a file was written: "pt" stands for PyTorch.
     header["__metadata__"] = {"format": "pt", CHECKSUM: digest.hexdigest()}
+    if about:
+        header["__metadata__"][NETWORK] = json.dumps(about)
 
     # Filled up by spaces, which JSON ignores, so that the numbers begin at a multiple of 8.
     encoded = json.dumps(header).encode()

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from augment import pixels_of
 from backbones.convnet import CONVNETS, ConvNet
-from backbones.layouts import LAYOUTS, read_tensors
+from backbones.layouts import LAYOUTS, read_about, read_tensors
 from machinery.flags import UsageError, did_you_mean, near_path
 from vit import ARCHS, VisionTransformer
 
@@ -247,6 +247,20 @@ def read_hf_fields(file: Path) -> dict:
     return options
 
 
+# What export.py writes beside the tensors into a .safetensors file, each with an example of its
+# type; the names are those of read_hf_fields.
+KEPT_FIELDS = {
+    "pos_embed_resize": "offset", "norm_eps": 1e-6, "num_heads": 6, "mean": [], "std": []}
+
+
+def read_kept_fields(file: Path) -> dict:
+    """KEPT_FIELDS as a .safetensors file has them; {} for one that was not exported by us."""
+    stored = read_about(file)
+    fields = {name: stored[name] for name in KEPT_FIELDS if name in stored}
+    check_types(file, fields, KEPT_FIELDS)
+    return fields
+
+
 def student_of(file: Path, state: dict) -> dict:
     """The student's tensors of a training; UsageError if they were not kept.
 
@@ -280,7 +294,8 @@ def read_backbone(what: str | Path,
     """A name, URL, file or directory -> (flat state dict with official keys, what is known).
 
     What is known beside the tensors: read_run_fields for a run of ours, read_hf_fields for a
-    directory of Hugging Face, {} for anything else. Both are for `architecture`.
+    directory of Hugging Face, read_kept_fields for a file that we have exported, {} for anything
+    else. All are for `architecture`.
     checkpoint_key: teacher or student, where a training has left both.
     """
     # Of another kind of network the config.json says so more clearly than the tensors.
@@ -296,6 +311,8 @@ def read_backbone(what: str | Path,
     # blocks in chunks (from_chunks).
     try:
         state = read_tensors(file)
+        if file.suffix == ".safetensors":
+            config = config or read_kept_fields(file)
         if checkpoint_key == "student":
             state = student_of(file, state)
         if isinstance(state, dict):
@@ -427,7 +444,8 @@ def untraceable(options: dict, config: dict, num_heads: int) -> dict:
     if (arch.get("embed_dim"), arch.get("depth")) == (dim, options["depth"]):
         known = arch["num_heads"]
     if known and num_heads and known != num_heads:
-        raise ValueError(f"--num_heads {num_heads}: config.json has {known} heads")
+        raise ValueError(f"--num_heads {num_heads}: the file or its config.json has {known} "
+                         "heads")
 
     # Without a word of it, heads are 64 wide, as in all networks of DINO and DINOv2.
     heads = known or num_heads or dim // 64

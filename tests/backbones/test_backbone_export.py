@@ -1,5 +1,6 @@
 """Claims
 1. Exported, official or for Hugging Face, and read again, a backbone gives the same features.
+   A .safetensors file also says what no tensor does; of a .pth file that is printed.
 2. The folder for Hugging Face is read by transformers' AutoModel and pipeline as it is, for DINO,
    DINOv2 and registers; it prepares images as our evaluations do.
 3. Its README.md has the card of the run, and says nothing of weights that have none.
@@ -48,6 +49,25 @@ def test_export_and_back(kind, to, name, read, tmp_path):
         assert torch.equal(model(images), loaded(images))
     if to == "official":
         assert read_backbone(tmp_path / read)[0].keys() == model.state_dict().keys()
+
+
+def test_what_no_tensor_says_comes_along(tmp_path, capsys):
+    """Images that are normalised otherwise, another rule for positions, heads of another width."""
+    run = tmp_path / "run"
+    run.mkdir()
+    model = VisionTransformer(32, 8, embed_dim=384, depth=12, num_heads=6)
+    torch.save(model.state_dict(), run / "teacher.pt")
+    fields = dict(global_batch=8, arch="vit_small", mean=[0.1, 0.2, 0.3], std=[1.0, 2.0, 3.0],
+                  pos_embed_resize="antialias")
+    (run / "config.json").write_text(json.dumps(fields))
+    main(["export", str(run), "--output", str(tmp_path / "out.safetensors")])
+    loaded = load_backbone(tmp_path / "out.safetensors")
+    assert loaded.pixels == load_backbone(run).pixels != RGB
+    assert loaded.pos_embed_resize == "antialias"
+    assert read_backbone(tmp_path / "out.safetensors")[1]["num_heads"] == 6
+    capsys.readouterr()
+    main(["export", str(run), "--output", str(tmp_path / "out.pth")])
+    assert "holds tensors only, and not mean [0.1, 0.2, 0.3]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind, model_type", [*zip(KINDS, TYPES)])

@@ -203,7 +203,8 @@ def test_a_directory_of_hugging_face(tmp_path):
     loaded = load_backbone(tmp_path)
     assert torch.equal(loaded(images), model(images)) and loaded.norm.eps == 1e-2
     assert loaded.pixels == ((0.5, 0.5, 0.4), (0.5, 0.5, 0.6))
-    with pytest.raises(ValueError, match="--num_heads 5: config.json has 2 heads"):
+    with pytest.raises(ValueError,
+                       match="--num_heads 5: the file or its config.json has 2 heads"):
         load_backbone(tmp_path, num_heads=5)
 
 
