@@ -110,15 +110,24 @@ class Faiss:
     are for exact ones.
     """
 
-    def __init__(self, features: Table, rows: np.ndarray, index_file: Path, nprobe: int):
-        # An index of lists searches the `nprobe` lists whose centroids are nearest; the exact
-        # one has no lists.
+    def __init__(self, features: Table, rows: np.ndarray, index_file: Path,
+                 config: SearchConfig):
         faiss = import_faiss()
         self.features = features
         self.rows = rows
         self.index = faiss.read_index(str(index_file))
-        if hasattr(self.index, "nprobe"):
-            self.index.nprobe = nprobe
+
+        # An index of lists (IVF) searches those whose centroids are nearest. It may stand behind
+        # a rotation or before a refinement, where only FAISS's own function finds it. That
+        # function raises an error for an index without lists, such as the exact one.
+        try:
+            space = faiss.ParameterSpace()
+            space.set_index_parameter(self.index, "nprobe", config.faiss_nprobe)
+        except RuntimeError:
+            if "IVF" in config.faiss_index:
+                raise UsageError(
+                    f"--faiss_nprobe {config.faiss_nprobe}: FAISS finds no lists to set it for "
+                    f"in --faiss_index {config.faiss_index}; give another index") from None
 
     def __call__(self, queries: Tensor, k: int, own: np.ndarray) -> tuple[Tensor, Tensor]:
         """As Exact.__call__."""
@@ -169,7 +178,7 @@ def faiss_search(pool: Pool, folder: Path, config: SearchConfig, process: Proces
     if process.main:
         build_index(file, pool.features, pool.rows, config.faiss_index)
     process.barrier()
-    return Faiss(pool.features, pool.rows, file, config.faiss_nprobe)
+    return Faiss(pool.features, pool.rows, file, config)
 
 
 SEARCHES = {"exact": exact_search, "faiss": faiss_search}

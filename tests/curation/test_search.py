@@ -2,8 +2,9 @@
 1. The search in parts gives the k nearest of a naive search, over all rows or some of them,
    whatever the size of files and parts; an image is not its own neighbour.
 2. The graph in pieces is the same for pieces of any size, and one on two processes is that of one.
-3. FAISS's exact index finds the same; an approximate one gives exact cosines of what it finds;
-   without FAISS, or with an index that it refuses, there is one line.
+3. FAISS's exact index finds the same; an approximate one gives exact cosines of what it finds, and
+   searches --faiss_nprobe of its lists, also behind a rotation; without FAISS, or with an index
+   that it refuses, there is one line.
 4. No more than a part of the pool is in memory at once.
 """
 
@@ -109,6 +110,11 @@ def test_faiss(tmp_path):
     same = exact[everything]["row"][:, 0] == rough[everything]["row"][:, 0]
     assert 0.4 < same.mean() < 1
     assert (rough[everything]["similarity"] <= exact[everything]["similarity"]).all()
+
+    # With all of its lists an index finds all, also one that lies behind a rotation.
+    config = SearchConfig(search="faiss", faiss_index="OPQ4_8,IVF4,Flat", faiss_nprobe=4)
+    turned = neighbours(tmp_path / "5", pool, pool, 5, config, CPU)
+    assert np.array_equal(exact[everything]["row"], turned[everything]["row"])
     with pytest.raises(UsageError, match="--faiss_index Tree: FAISS refuses it"):
         neighbours(tmp_path / "4", pool, pool, 5,
                    SearchConfig(search="faiss", faiss_index="Tree"), CPU)
@@ -147,17 +153,39 @@ class StandIn:
         places[:, -1] = -1  # as an index of lists does where they hold too few
         return np.take_along_axis(products, places, 1), places
 
+    def ParameterSpace(self):
+        return self
+
+    def set_index_parameter(self, index, name, value):
+        raise RuntimeError("Error in set_index_parameter: could not set parameter nprobe")
+
 
 def test_what_an_index_finds_is_judged_exactly(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "faiss", StandIn())
     pool = make_pool(tmp_path / "pool", unit_rows(30, 4), broken=[3])
     build_index(tmp_path / "index", pool.features, pool.rows, "Flat")
-    search = Faiss(pool.features, pool.rows, tmp_path / "index", 1)
+    search = Faiss(pool.features, pool.rows, tmp_path / "index", SearchConfig())
     queries = torch.from_numpy(pool.features[pool.rows]).float()
     cosines, rows = search(queries, 5, pool.rows)
     expected = naive(pool.features[np.arange(30)], pool.rows, queries.numpy(), 4, pool.rows)
     assert np.array_equal(rows[:, :4].numpy(), expected)
     assert (cosines[:, 4] == NOTHING).all()
+
+
+def test_the_lists_of_an_index_are_set_wherever_they_are(tmp_path, monkeypatch):
+    """An index that is wrapped in another one has no attribute nprobe, but FAISS finds it."""
+    stand_in = StandIn()
+    monkeypatch.setitem(__import__("sys").modules, "faiss", stand_in)
+    pool = make_pool(tmp_path / "pool", unit_rows(30, 4))
+    build_index(tmp_path / "index", pool.features, pool.rows, "Flat")
+    config = SearchConfig(faiss_index="OPQ8,IVF4,Flat", faiss_nprobe=3)
+    with pytest.raises(UsageError, match="--faiss_nprobe 3: .* in --faiss_index OPQ8,IVF4"):
+        Faiss(pool.features, pool.rows, tmp_path / "index", config)
+
+    calls = []
+    stand_in.set_index_parameter = lambda *call: calls.append(call)
+    search = Faiss(pool.features, pool.rows, tmp_path / "index", config)
+    assert calls == [(search.index, "nprobe", 3)]
 
 
 def check_memory_stays_flat(rank, folder):
