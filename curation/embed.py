@@ -315,11 +315,17 @@ def run(words: list[str], config: Config, process: Process) -> dict:
     rows = np.concatenate(decoded)
     if not len(rows):
         raise UsageError(f"{words[0]}: none of its {len(images):,d} images decodes")
+    # The report goes back over the list of a stage, as long as it is still this list.
+    list_sha256 = ""
+    if words[0].startswith("list:") and (images.root / "stage.json").exists():
+        listed = images.root / "list.txt"
+        list_sha256 = digest(listed) if listed.exists() else ""
     facts = {
         "stage": "embed", "images": len(rows), "broken": len(images) - len(rows),
         "width": table.width, "data": words[0], "data_root": config.data_root,
         "root": str(images.root.resolve()) if images.root else "", "classes": images.classes,
         "shard_size": config.shard_size, "names_sha256": names_sha256,
+        "list_sha256": list_sha256,
         "embedding": dict(reader.facts,
                           axes=digest(folder / "axes.npy") if axes is not None else None)}
     if process.main:

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from augment import fit_inside
-from curation.pool import Pool, open_pool
+from curation.pool import Pool, read_stage
 from machinery.checkpoints import digest, write_text
+from machinery.flags import UsageError
 from machinery.page import draw_frame, name_row, picture, rows_of_pictures, save, show
 
 ROWS = 6  # groups, queries or clusters on a page
@@ -43,27 +44,50 @@ def lines_of(facts: dict, indent: str = "") -> list[str]:
     return lines
 
 
-def whole_history(pool: Pool) -> list[tuple[Path, dict]]:
-    """Pool.history, and before it what led to the list, where the pool is that of a stage."""
+def stage_before(folder: Path, facts: dict) -> tuple[Path, str, str] | None:
+    """(folder of the stage before, a file in it, its hash when it was read); None if none was."""
+    if "source" in facts:
+        earlier = Path(os.path.normpath(folder / facts["source"]["folder"]))
+        return earlier, "stage.json", facts["source"]["sha256"]
     # `embed` may have been given list:FOLDER/list.txt, as in `curate.py run`, where copies are
     # found by other features than similar images.
-    folder = Path(pool.facts["root"])
-    if pool.facts["data"].startswith("list:") and (folder / "stage.json").exists():
-        return whole_history(open_pool(str(folder))) + pool.history
-    return pool.history
+    if facts.get("list_sha256"):
+        return Path(facts["root"]), "list.txt", facts["list_sha256"]
+    return None
+
+
+def whole_history(folder: Path) -> list[tuple[Path, dict]]:
+    """Folder and stage.json of every stage up to the one in this folder, the first one first.
+
+    A stage that is gone, or was made anew since, is not told: a note stands in its place, and in
+    that of all before it.
+    """
+    facts = read_stage(folder, "POOL")
+    history = [(folder, facts)]
+    while before := stage_before(folder, facts):
+        folder, file, sha256 = before
+        # The list is written by now, so that nothing here may end the stage with an error.
+        try:
+            facts = read_stage(folder, "POOL")
+            if digest(folder / file) != sha256:
+                facts = {"stage": "unknown", "note": "made anew since; what it did is lost"}
+        except (OSError, UsageError):
+            facts = {"stage": "unknown", "note": "gone since; what it did is lost"}
+        history.insert(0, (folder, facts))
+    return history
 
 
 def write_report(folder: Path):
     """report.md: all stages up to the one in this folder, with what each has noted."""
-    pool = open_pool(str(folder))
+    history = whole_history(folder.absolute())
     text = ["# How list.txt came about", ""]
-    for path, facts in whole_history(pool):
+    for path, facts in history:
         where = os.path.relpath(path, folder.absolute())  # this folder itself is "."
         text += [f"## {facts['stage']} ({where})", "", *lines_of(facts), ""]
 
     # With the hash whoever has a list can see whether it is this one.
     text += [
-        "## list.txt", "", f"- images: {len(pool.rows)}",
+        "## list.txt", "", f"- images: {history[-1][1]['images']}",
         f"- sha256: {digest(folder / 'list.txt')}", ""]
     write_text(folder / "report.md", "\n".join(text))
 

@@ -1,17 +1,20 @@
 """Claims
 1. The report names every stage with its counts, thresholds, seeds and hashes, and the hash of the
-   list.
+   list. Of a stage that was made anew since, or is gone, it says so and nothing else.
 2. The page shows groups of all sizes, and in each what stays first; an image that cannot be
    read any more leaves a grey place.
 """
+
+import re
+import shutil
 
 import numpy as np
 import pytest
 from curation_helpers import CPU, make_pool, unit_rows
 from PIL import Image
 
-from curation import report
-from curation.pool import finish
+from curation import embed, report
+from curation.pool import finish, open_pool
 from curation.report import draw_groups, evenly, write_report
 from machinery.checkpoints import digest
 
@@ -37,6 +40,36 @@ def test_the_report(pool, tmp_path):
                  f"- sha256: {digest(tmp_path / 'next/list.txt')}"):
         assert f"\n{line}\n" in text
     assert "nothing" not in text
+
+
+def test_a_stage_made_anew_is_not_told(pool, tmp_path):
+    """The report is of the stages that led to the list, and not of what is in their folders now."""
+
+    def stage(name, of, rows, threshold):
+        (tmp_path / name).mkdir(exist_ok=True)
+        finish(tmp_path / name, "dedup", of, np.array(rows), {"threshold": threshold}, CPU)
+
+    def report_of_last():
+        write_report(tmp_path / "last")
+        return (tmp_path / "last/report.md").read_text()
+
+    # pool --> first --> its list, embedded again --> last
+    stage("first", pool, [1, 4], 0.25)
+    config = embed.Config(weights=embed.HASH, output_dir=str(tmp_path / "again"), num_workers=0)
+    embed.run([f"list:{tmp_path}/first/list.txt"], config, CPU)
+    stage("last", open_pool(str(tmp_path / "again")), [0, 1], 0.5)
+    stages = re.findall(r"^## (\w+) \((.*)\)", report_of_last(), re.M)
+    assert stages == [("embed", "../pool"), ("dedup", "../first"), ("embed", "../again"),
+                      ("dedup", ".")]
+    shutil.rmtree(tmp_path / "pool/features")  # they are not needed any more
+    assert "- threshold: 0.25" in report_of_last()
+
+    stage("first", pool, [1, 5], 0.75)
+    text = report_of_last()
+    assert "## unknown (../first)\n\n- stage: unknown\n- note: made anew since" in text
+    assert "0.75" not in text and "../pool" not in text and "- threshold: 0.5" in text
+    shutil.rmtree(tmp_path / "first")
+    assert "## unknown (../first)\n\n- stage: unknown\n- note: gone since" in report_of_last()
 
 
 def test_the_page_of_groups(pool, tmp_path, monkeypatch):
