@@ -17,6 +17,7 @@ Letters  n images of the pool, D width.
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -158,7 +159,8 @@ def finish(folder: Path, stage: str, pool: Pool, rows: np.ndarray, facts: dict,
     """Write what the next stage takes up, stage.json last -> the content of stage.json.
 
     rows: the images that are left, ascending. UsageError if none is. Their paths and labels go
-    into list.txt, on which `--data list:FILE` trains, and those of `curated` behind them.
+    into list.txt, on which `--data list:FILE` trains, and those of `curated` behind them. The
+    number of images that is noted is that of the lines of list.txt.
     """
     some_are_left(rows, pool, stage)
 
@@ -166,27 +168,46 @@ def finish(folder: Path, stage: str, pool: Pool, rows: np.ndarray, facts: dict,
     # moved together.
     earlier = os.path.relpath(pool.history[-1][0], folder.absolute())
     source = {"folder": earlier, "sha256": pool.sha256}
-    content = {"stage": stage, "source": source, "images": len(rows), **facts}
+    listed = 0
+    if process.main:
+        save_array(folder / "rows.npy", rows)
+        listed = write_list(folder / "list.txt", pool, rows, curated)
+    content = {"stage": stage, "source": source, "images": process.broadcast(listed), **facts}
 
     # stage.json is the last file: its presence says that the others are complete.
     if process.main:
-        save_array(folder / "rows.npy", rows)
-        write_list(folder / "list.txt", pool, rows, curated)
         write_json(folder / "stage.json", content)
     process.barrier()
     return content
 
 
-def write_list(path: Path, pool: Pool, rows: np.ndarray, curated: Pool | None = None):
-    """The list of these images of the pool, and behind them the curated ones, if there are."""
+def files_to_list(pool: Pool, rows: np.ndarray,
+                  curated: Pool | None) -> Iterator[tuple[str, Pool, int]]:
+    """(path, its pool, its row) of these images of the pool, and behind them the curated ones.
+
+    A file that is in both sets comes once, where it is in the pool.
+    """
+    # The curated set is the small one, so its paths are in memory, and those of the pool are not.
+    only_curated = {curated.path(row): row for row in curated.rows.tolist()} if curated else {}
+    for row in rows.tolist():
+        path = pool.path(row)
+        only_curated.pop(path, None)
+        yield path, pool, row
+    for path, row in only_curated.items():
+        yield path, curated, row
+
+
+def write_list(path: Path, pool: Pool, rows: np.ndarray, curated: Pool | None = None) -> int:
+    """The list of files_to_list, with labels where there are some -> the number of its lines."""
     # Either all lines of a list have a label, or none: see images/names.py.
-    parts = [(pool, rows)] + ([(curated, curated.rows)] if curated else [])
-    labelled = all(part.images.labels for part, _ in parts)
+    labelled = all(part.images.labels for part in (pool, curated) if part)
     # Names may be of any bytes, as files are on Linux: "surrogateescape" keeps those that are no
     # text as they are.
+    lines = 0
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
-        for part, numbers in parts:
-            for row in numbers.tolist():
-                file.write(part.path(row) + (f"\t{part.label(row)}" if labelled else "") + "\n")
+        for name, part, row in files_to_list(pool, rows, curated):
+            file.write(name + (f"\t{part.label(row)}" if labelled else "") + "\n")
+            lines += 1
     os.replace(temporary, path)
+    return lines

@@ -1,6 +1,6 @@
 """Claims
 1. A stage leaves rows, a list that can be trained on, and what it did; the next one takes them up,
-   also when all folders have been moved.
+   also when all folders have been moved. A file of both sets is listed once.
 2. A stage that has not finished, one that was built on something that has changed since, features
    of other weights, a missing file of features, an empty result, and images that are no files are
    refused in one line.
@@ -51,7 +51,20 @@ def test_labels_of_two_pools_in_one_list(tmp_path):
     lines = (tmp_path / "list.txt").read_text().splitlines()
     assert [line[-8:] for line in lines] == ["0001.png", "0000.png", "0002.png"]  # no labels
     write_list(tmp_path / "list.txt", pool, np.array([1]), pool)
-    assert (tmp_path / "list.txt").read_text().count("\t") == 11
+    assert (tmp_path / "list.txt").read_text().count("\t") == 10
+
+
+def test_an_image_of_both_sets_is_listed_once(tmp_path):
+    """The number that is noted is that of the lines, with the curated images."""
+    pool = staged(tmp_path)
+    other = make_pool(tmp_path / "other", unit_rows(3, 4))
+    other.images.root = pool.images.root  # 0000.png to 0002.png are in the pool, too
+    rows = np.array([0, 2, 5])
+    content = finish(tmp_path / "next", "retrieve", pool, rows, {}, CPU, other)
+    lines = (tmp_path / "next/list.txt").read_text().splitlines()
+    assert [line[-8:] for line in lines] == ["0000.png", "0002.png", "0005.png", "0001.png"]
+    assert content["images"] == 4
+    assert json.loads((tmp_path / "next/stage.json").read_text()) == content
 
 
 def test_what_is_refused(tmp_path):

@@ -63,7 +63,7 @@ def test_the_curated_images_are_listed(tmp_path):
     pools(tmp_path)
     content = stage(tmp_path, with_curated=True)
     lines = (tmp_path / "out/list.txt").read_text().splitlines()
-    assert len(lines) == content["images"] + 9
+    assert len(lines) == content["images"] == len(open_pool(str(tmp_path / "out")).rows) + 9
     assert lines[-1] == f"{tmp_path}/curated/images/0008.png\towl"
 
 
