@@ -108,8 +108,9 @@ def nearest(features: Tensor, bank_features: Tensor, queries: Images, bank: Imag
             k: int) -> list[list[Neighbour]]:
     """The k nearest images of the bank for each query, nearest first.
 
-    features (n, D) are those of the queries. An image that equals the query pixel by pixel is
-    left out: where the query is in the bank itself, it would always be the nearest one.
+    features (n, D) are those of the queries. One image that equals the query pixel by pixel is
+    left out: where the query is in the bank itself, it would always be the nearest one. Further
+    copies of it in the bank are neighbours.
     """
     # One neighbour more than is wanted takes the place of the one that is left out.
     cosines, rows = top_neighbours(features, bank_features, min(k + 1, len(bank)))
@@ -121,9 +122,11 @@ def nearest(features: Tensor, bank_features: Tensor, queries: Images, bank: Imag
     for i in range(len(queries)):
         query = shown(queries, i)
         neighbours = []
+        itself = None  # the row that is left out
         for cosine, row in zip(cosines[i].tolist(), rows[i].tolist()):
             # Only a cosine of about 1 can be that of the same pixels.
-            if cosine > 0.999 and torch.equal(shown(bank, row), query):
+            if itself is None and cosine > 0.999 and torch.equal(shown(bank, row), query):
+                itself = row
                 continue
             right = None if labels is None else bank.labels[row] == int(labels[i])
             neighbours.append(Neighbour(row, cosine, right))

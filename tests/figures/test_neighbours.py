@@ -1,5 +1,6 @@
 """Claims
-1. The neighbours are those of a table of all cosines; the query itself is none of them.
+1. The neighbours are those of a table of all cosines; the query itself is none of them. There are
+   k of them also where the bank holds copies of the query.
 2. Right and wrong follow from the labels, which photos have where their folder is a class.
 3. The page has a row for each query, for photos and for sets by name.
 4. What cannot be drawn is refused in one line.
@@ -37,6 +38,17 @@ def test_neighbours_equal_a_table_of_cosines(photos, small_backbone):
         for n in neighbours:
             assert n.cosine == pytest.approx(float(cosines[query, n.row]), abs=1e-5)
             assert n.right == (bank.labels[n.row] == bank.labels[query])
+
+
+def test_copies_of_the_query_are_neighbours(photos):
+    """The query is one of three equal images: the two others are shown, and then what is next."""
+    folder = open_images(f"folder:{photos}")
+    bank = folder.subset([3, 3, 3, 7, 11, 15])
+    features = torch.eye(8)[[0, 0, 0, 1, 2, 3]] + 0.1
+    features[3, 0] += 0.5
+    [found] = nearest(features[:1], features, bank.subset([0]), bank, 3)
+    assert [n.cosine > 0.999 for n in found] == [True, True, False]
+    assert len({n.row for n in found}) == 3 and found[2].row == 3
 
 
 def test_photos_have_the_label_of_their_folder(photos, tmp_path):
