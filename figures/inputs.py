@@ -125,6 +125,17 @@ def patch_at(query: str, grid: tuple[int, int]) -> tuple[int, int]:
 # Networks
 
 
+def check_numbers(model: torch.nn.Module, what: str):
+    """UsageError if a weight of the network of --weights `what` is NaN or infinite."""
+    # Every feature would be NaN: a figure of them is empty, or its drawing fails somewhere.
+    state = model.state_dict()
+    bad = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if bad:
+        raise UsageError(
+            f"--weights {what}: {len(bad)} of {len(state)} tensors have weights that "
+            f"are no numbers, the first {bad[0]}")
+
+
 def networks(config: Config) -> dict[str, VisionTransformer]:
     """The networks of --weights by the names that the figure gives them, all of them ViTs."""
     if not config.weights:
@@ -144,6 +155,7 @@ def networks(config: Config) -> dict[str, VisionTransformer]:
             model.pixels = pixels
         else:
             model = load_backbone(what, config.checkpoint_key, config.num_heads)
+            check_numbers(model, what)
         # What cannot be drawn is said here, before any photograph is read.
         if not isinstance(model, VisionTransformer):
             raise UsageError(f"--weights {what}: a convnet, which has no attention and no "

@@ -41,7 +41,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from augment import normalise
 from backbones.weights import load_backbone
 from evaluation.masks import top_mass
-from figures.inputs import enlarge, fit
+from figures.inputs import check_numbers, enlarge, fit
 from images.files import EXTENSIONS, in_channels, read_file
 from images.names import in_natural_order
 from machinery.clock import Progress
@@ -511,10 +511,14 @@ class Config:
 
 
 def open_vit(config, purpose: str) -> VisionTransformer:
-    """The Vision Transformer of --weights; UsageError for a convnet, which lacks `purpose`."""
+    """The Vision Transformer of --weights.
+
+    UsageError for a convnet, which lacks `purpose`, and for weights that are no numbers.
+    """
     if not config.weights:
         raise UsageError("--weights: give a run, a file, or a released name such as dino_vits8")
     model = load_backbone(config.weights, config.checkpoint_key, config.num_heads)
+    check_numbers(model, config.weights)
     if not isinstance(model, VisionTransformer):
         raise UsageError(f"--weights {config.weights}: a convnet, which has no {purpose}")
     return model

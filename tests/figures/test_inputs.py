@@ -3,7 +3,8 @@
 2. Every odd image comes through every figure: grey, tiny, wide, turned, transparent, 16 bits.
 3. Every network does: one head and twelve, patches of 8, 14 and 16 pixels, registers.
 4. A sheet of many photographs has bands of COLUMNS of them, all of one size, none over another.
-5. Bad input is one line: no file, a convnet, a place outside the image, a missing block.
+5. Bad input is one line: no file, a convnet, a place outside the image, a missing block, weights
+   that are no numbers.
 """
 
 from pathlib import Path
@@ -153,6 +154,26 @@ def test_bad_input(network, photos, tmp_path, capsys):
         with pytest.raises(SystemExit):
             visualize.main([name, photo, "--weights", weights, "--query", "300,20"])
         assert "--query 300,20: expected X,Y" in capsys.readouterr().err
+
+
+def test_weights_that_are_no_numbers(network, photos, tmp_path, capsys):
+    """Of a run that went wrong: without a word every figure of it would be empty."""
+    weights = network()
+    state = torch.load(weights)
+    state["blocks.1.mlp.fc1.bias"][3] = float("nan")
+    torch.save(state, weights)
+    photo = str(photos / "cats/01.png")
+    words = "1 of 30 tensors have weights that are no numbers, the first blocks.1.mlp.fc1.bias"
+    for name in (*OF_PHOTOS, "norms", "video"):
+        argument = {"match": [photo, photo], "video": [str(photos / "dogs")]}.get(name, [photo])
+        with pytest.raises(SystemExit) as stop:
+            visualize.main([
+                name, *argument, "--weights", weights, "--output",
+                str(tmp_path / f"{name}.gif")])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1
+        assert f"--weights {weights}: {words}" in error
+        assert not (tmp_path / f"{name}.gif").exists()
 
 
 def test_read_names_what_is_near(photos, network):
