@@ -174,7 +174,7 @@ def ablate(config: AblateConfig, process: Process) -> dict:
         curves[name] = run.rows
 
     print_table(rows, untrained, run.judge.protocol)
-    print(f"wrote {draw(rows, curves, path)}")
+    print(f"wrote {draw(rows, curves, run.judge.protocol, path)}")
     return {"untrained": untrained, "runs": rows, "curves": curves}
 
 
@@ -211,8 +211,8 @@ def print_table(rows: list[dict], untrained: float | None, protocol: str):
 
 # What a panel shows -> the verdicts of the runs that it may show, the first of which is drawn.
 PANELS = {
-    "healthy": ("learns", "dimensional collapse"),
-    "all prototypes alike": ("uniform collapse",), "one prototype for all": ("one prototype",)}
+    "healthy": ("learns",), "all prototypes alike": ("uniform collapse",),
+    "one prototype for all": ("one prototype",)}
 CAPTION = (
     "Targets of the teacher over the steps of short runs, in shares of ln K, the entropy of a "
     "target that says nothing. Healthy: a target says more (H) than the mean of all, so targets "
@@ -220,8 +220,11 @@ CAPTION = (
     "prototype for all: both entropies are 0.")
 
 
-def draw(rows: list[dict], curves: dict[str, list[dict]], path: Path) -> Path:
-    """A panel for each kind of ending: entropies and KL of a run over its steps. DINO fig. 7."""
+def draw(rows: list[dict], curves: dict[str, list[dict]], protocol: str, path: Path) -> Path:
+    """A panel for each kind of ending: entropies and KL of a run over its steps. DINO fig. 7.
+
+    protocol: what the runs were judged by, as Judge.protocol says it.
+    """
     # One scale for all panels: what is compared are heights.
     plt = pyplot()
     fig, axes = plt.subplots(1, len(PANELS), figsize=(3.2 * len(PANELS), 2.9), sharey=True,
@@ -244,7 +247,9 @@ def draw(rows: list[dict], curves: dict[str, list[dict]], path: Path) -> Path:
         for name, label in figures.items():
             values = [row[name] / chosen["ln_k"] for row in curves[chosen["run"]]]
             axis.plot(steps, values, label=label)
-        axis.set_title(f"{title}\n({chosen['run']}: k-NN {100 * (chosen['knn'] or 0):.0f} %)")
+        # Without images to judge with there is no figure.
+        judged = "" if chosen["knn"] is None else f"\n{protocol} {100 * chosen['knn']:.0f} %"
+        axis.set_title(f"{title}\n{chosen['run']}{judged}")
         axis.set_xlabel("step")
     axes[0].set_ylabel("share of ln K")
 

@@ -3,7 +3,8 @@
    what the run does, and --auto_scale leaves them alone.
 2. The runs are of one epoch, unless --epochs says otherwise, and have one seed: as it is, a run
    gives the figures of train.py.
-3. The table has a row for each run with its verdict; the figure a panel for each kind of ending.
+3. The table has a row for each run with its verdict; the figure a panel for each kind of ending,
+   with what the run was judged by, if it was.
 4. Bad input is one line that names the flag.
 """
 
@@ -109,12 +110,21 @@ def test_panels(tmp_path, monkeypatch):
         dict(row, run="as it is", verdict="learns"),
         dict(row, run="without koleo", verdict="learns"),
         dict(row, run="without centering", verdict="one prototype")]
-    draw(rows, {r["run"]: curve for r in rows}, tmp_path / "a.png")
+    curves = {r["run"]: curve for r in rows}
+    draw(rows, curves, "k-NN(20)", tmp_path / "a.png")
     titles = [axis.get_title() for axis in shown[0].axes]
-    assert "healthy" in titles[0] and "as it is: k-NN 50 %" in titles[0]
+    assert titles[0] == "healthy\nas it is\nk-NN(20) 50 %"
     assert "none of these runs" in titles[1] and "without centering" in titles[2]
     heights = [line.get_ydata()[0] for line in shown[0].axes[0].lines]
     assert heights == [0.5, 1.0, 0.25]  # shares of ln K
+
+    # Without labels the judge asks another question, and without images none. A run whose
+    # features have collapsed is not healthy, whatever its targets look like.
+    rows[0]["verdict"], rows[1]["knn"] = "dimensional collapse", None
+    draw(rows, curves, "other-view retrieval", tmp_path / "b.png")
+    titles = [axis.get_title() for axis in shown[1].axes]
+    assert titles[0] == "healthy\nwithout koleo"
+    assert titles[2].endswith("without centering\nother-view retrieval 50 %")
 
 
 @pytest.mark.parametrize("flags, words", [
