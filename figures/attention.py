@@ -270,8 +270,10 @@ def draw(arguments: list[str], config: Config) -> Path:
     # One view has a page on which it is shown in full, several share a sheet.
     path = Path(config.output or "attention.png")
     looking = "the ringed patch" if config.query else "the class token"
-    caption = (f"Attention of {looking}, as multiples of its mean over the patches. "
-               + about(models, config))
+    caption = (
+        f"Attention of {looking}; in the titles what the darkest and the brightest colour "
+        "stand for, as multiples of the mean over the patches. The darkest 2 % of the "
+        f"patches share a colour, and so do the brightest. {about(models, config)}")
     if len(views) > 1:
         if config.separate:
             raise UsageError(f"--separate: give one photograph, one network and one --query, "

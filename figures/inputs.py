@@ -178,9 +178,11 @@ def about(models: dict[str, VisionTransformer], config: Config) -> str:
     # Networks of which the same is to be said share a sentence.
     names = {}
     for name, model in models.items():
-        side = round(config.image_size / model.patch_size) * model.patch_size
+        patch = model.patch_size
+        side, longest = (round(n * config.image_size / patch) * patch for n in (1, LONGEST))
         text = (f"block {config.block % model.depth} of 0 to {model.depth - 1}, patches of "
-                f"{model.patch_size} pixels, photographs with a shorter side of {side} pixels")
+                f"{patch} pixels, photographs with a shorter side of {side} pixels, panoramas "
+                f"with a longer one of {longest}")
         names.setdefault(text, []).append(name)
     return "; ".join(f"{', '.join(group)}: {text}" for text, group in names.items())
 

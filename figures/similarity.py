@@ -65,7 +65,8 @@ def draw(arguments: list[str], config: Config) -> Path:
     figure, axes = sheet(images, files, len(rows))
     for row_axes, (name, patch, place, maps) in zip(axes, rows):
         # All maps of a row have one scale, so that colours can be compared between photographs.
-        # Half a per cent of the patches, at least the one that asks, may be above it.
+        # Half a per cent of the patches, at least the one that asks, may be above it, and two
+        # per cent below it: the title says which cosines have the outermost colours.
         values = torch.cat([grid.flatten() for grid in maps])
         low, high = values.quantile(torch.tensor([0.02, 0.995])).tolist()
         for axis, grid in zip(row_axes, maps):
@@ -79,6 +80,9 @@ def draw(arguments: list[str], config: Config) -> Path:
             row_axes[0].set_title(title, fontsize=9)
         else:
             name_rows(row_axes, title)
-    caption = "Cosine of the features with that of the ringed patch, dark to bright. "
+    caption = (
+        "Cosine of the features with that of the ringed patch, dark to bright. The numbers "
+        "are those of the outermost colours, which the lowest 2 % and the highest 0.5 % of "
+        "the patches share. ")
     caption += about(models, config)
     return save(figure, Path(config.output or "similarity.png"), caption)

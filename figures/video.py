@@ -498,7 +498,9 @@ class Config:
     num_heads: int = 0  # attention heads, for a file that does not tell them; 0: of width 64
     method: Literal[*METHODS] = "attention"  # what is drawn beside each frame
     block: int = -1  # the block that is drawn; -1: the last
-    image_size: int = 0  # shorter side of a frame in pixels; 0: its own, but at most 480
+    # 0 is the rule of page_side: six times the network's own size, but at most 480 unless that
+    # size is larger.
+    image_size: int = 0  # shorter side in pixels; 0: the frame's, at most 480 or the network's own
     threshold: float = 0.0  # share of the attention that a third picture shows; 0: none
     maps_dir: str = ""  # a folder to keep the map of each frame in, as a file; empty: none
     video_only: bool = False  # make a video of a folder of pictures as they are, without weights

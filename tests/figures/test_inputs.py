@@ -16,7 +16,8 @@ from PIL import Image
 
 import visualize
 from backbones.convnet import ConvNet
-from figures.inputs import COLUMNS, Config, fit, networks, patch_at, photographs, read, sheet
+from figures.inputs import (COLUMNS, Config, about, fit, networks, patch_at, photographs, read,
+                            sheet)
 from images.files import read_file
 from machinery.flags import UsageError
 from machinery.page import pyplot
@@ -55,6 +56,17 @@ def test_photographs_of_a_folder(photos):
 def test_fit(height, width, side, patch, expected):
     image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
     assert fit(image, side, patch).shape[1:] == expected
+
+
+def test_what_the_caption_says_of_the_size(network):
+    """A panorama is not as high as other photographs, or its patches would be too many."""
+    config = Config(weights=(network(patch_size=14),), image_size=240)
+    models = networks(config)
+    assert "a shorter side of 238 pixels, panoramas with a longer one of 966" in about(
+        models, config)
+    for shape, shorter, longer in (((300, 400), 238, 322), ((200, 2000), 98, 966)):
+        image = fit(torch.zeros(3, *shape, dtype=torch.uint8), 240, 14)
+        assert image.shape[1:] == (shorter, longer)
 
 
 def test_patch_at():
