@@ -24,6 +24,7 @@ import contextlib
 import ctypes
 import gc
 import itertools
+import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -467,15 +468,18 @@ def time_in_turns(versions: dict[str, Step], config: Config,
     """(the seconds of each version, one for each turn; the ceiling in operations a second).
 
     The versions go there and back, as said at the top of this file: a b c, c b a, a b c, ...
+    A turn is one step, or on a GPU up to five. All turns together are --steps steps, rounded up
+    to whole turns, and at least two turns where two steps or more were asked for.
     """
     # A GPU prepares the next batch beside the present step, but not if it is waited for after
-    # each. So it is waited for after blocks of steps, which share the --steps.
-    block = min(5, config.steps) if process.device.type == "cuda" else 1
+    # each. So it is waited for after blocks of steps. A block is at most half of the steps,
+    # because a single turn has no way back, and its ratio is no median.
+    block = max(1, min(5, config.steps // 2)) if process.device.type == "cuda" else 1
     times = {name: [] for name in versions}
     ceiling = 0.0
     there = list(versions)
     back = there[::-1]
-    for turn in range(config.steps // block):
+    for turn in range(math.ceil(config.steps / block)):
         # The ceiling is what the hardware can do, so it is the best of all turns. It is
         # measured beside the steps, because a CPU's clock depends on how warm it is.
         ceiling = max(ceiling, matrix_ceiling(config.precision, process))

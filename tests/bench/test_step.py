@@ -196,12 +196,16 @@ def test_a_block_of_steps_is_timed_as_one(clock, monkeypatch):
     assert version(4) == (3 + 5 + 2 + 6 + 1) / 4
 
 
-@pytest.mark.parametrize("device, blocks", [("cpu", [1] * 7), ("cuda", [5])])
-def test_steps_between_two_waits(device, blocks, monkeypatch):
+@pytest.mark.parametrize("device, steps, blocks", [("cpu", 7, [1] * 7), ("cuda", 1, [1]),
+                                                   ("cuda", 2, [1, 1]), ("cuda", 7, [3, 3, 3]),
+                                                   ("cuda", 8, [4, 4]), ("cuda", 10, [5, 5]),
+                                                   ("cuda", 21, [5] * 5)])
+def test_steps_between_two_waits(device, steps, blocks, monkeypatch):
+    """A GPU is waited for after blocks; there are two turns also with the default of 8 steps."""
     monkeypatch.setattr(bench.step, "matrix_ceiling", lambda precision, process: 1e9)
     asked = []
     versions = {"ours": lambda count: asked.append(count) or 0.5}
-    config = config_of([*TINY, "--steps", "7"])
+    config = config_of([*TINY, "--steps", str(steps)])
     times, _ = time_in_turns(versions, config, Process(torch.device(device)))
     assert asked == blocks
     assert times == {"ours": [0.5] * len(blocks)}
