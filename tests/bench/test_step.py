@@ -234,15 +234,17 @@ def test_a_version_out_of_memory_is_a_row(clock, monkeypatch, capsys):
     assert table.count("out of memory") == 1
 
 
-def test_our_version_out_of_memory_is_an_error(monkeypatch):
+def test_our_version_out_of_memory_is_an_error(monkeypatch, capsys):
     """There is nothing to compare the others with."""
 
     def too_large(version):
         raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
 
     monkeypatch.setattr(Step, "peak_gb", too_large)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(SystemExit) as stop:
         main(["step", *TINY, "--plain", "--steps", "1"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "tried to allocate" in error
 
 
 def test_what_a_cpu_writes_out_by_itself_cannot_be_taken_out():
