@@ -557,7 +557,13 @@ def draw(arguments: list[str], config: Config) -> Path:
     height, width = next(frames.read(1)).shape[1:]
     side = config.image_size or min(height, width, page_side(model.img_size, model.patch_size))
     if config.maps_dir:
-        Path(config.maps_dir).mkdir(parents=True, exist_ok=True)
+        # Behind a shorter video the last maps of a longer one would stay, and --video_only would
+        # play both. They may have been edited, so they are not deleted unasked.
+        maps = Path(config.maps_dir)
+        maps.mkdir(parents=True, exist_ok=True)
+        if old := next(maps.glob("map-*.png"), None):
+            raise UsageError(f"--maps_dir {maps}: it holds maps already, such as {old.name}; "
+                             "expected a folder without any")
 
     patch = model.patch_size
     shown_side = min(fit(torch.zeros(3, height, width), side, patch).shape[1:])

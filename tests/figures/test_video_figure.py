@@ -154,6 +154,10 @@ def test_a_video_becomes_a_video(small_backbone, tmp_path):
     for picture, colours in zip(pictures, kept):
         assert torch.equal(picture[:24, 48:], colours.long())
 
+    # Maps of another video are not mixed with these.
+    with pytest.raises(UsageError, match="--maps_dir .*/maps: it holds maps already"):
+        draw([str(tmp_path / "in.png")], config)
+
     # Only the video, of these files.
     flags = f"--video_only --fps 5 --output {tmp_path}/only.png"
     pictures, milliseconds = shown_by_pillow(
