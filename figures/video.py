@@ -119,7 +119,7 @@ def open_animation(path: Path, channels: int) -> Frames:
             for frame in ImageSequence.Iterator(image):
                 frame.load()  # before it WebP does not know how long a frame lasts
                 durations.append(frame.info.get("duration", 0))
-    except (OSError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders raise exceptions of many kinds
         raise UsageError(f"{path}: not a readable video ({error!s:.100})") from None
     count = len(durations)
     if count < 2:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageSequence
+from torchvision.transforms.v2.functional import to_pil_image
 
 from augment import normalise
 from backbones.convnet import ConvNet
@@ -179,6 +180,23 @@ def test_frames_that_cannot_be_read(folder):
     names[1].write_bytes(names[1].read_bytes()[:-40])
     with pytest.raises(UsageError, match=f"{names[1].name}: not a readable frame"):
         list(open_frames(folder, 3).read(1))
+
+
+@pytest.mark.parametrize("kind", ["gif", "png", "webp"])
+def test_a_damaged_animation(kind, tmp_path):
+    """Pillow raises errors of many kinds, as it comes upon the damage here or there."""
+    frames = [to_pil_image(noise(i)) for i in range(3)]
+    file = tmp_path / f"a.{kind}"
+    frames[0].save(file, save_all=True, append_images=frames[1:], duration=100)
+    whole = file.read_bytes()
+    refused = 0
+    for end in range(1, len(whole), 41):
+        file.write_bytes(whole[:end])
+        try:
+            open_frames(file, 3)
+        except UsageError:
+            refused += 1
+    assert refused > 10
 
 
 def test_the_speed_of_an_animation(tmp_path):
