@@ -44,7 +44,7 @@ from torch import Tensor
 # well.
 
 CHECKSUM = "sha256_of_the_numbers"
-NETWORK = "network"
+NETWORK = "what_no_tensor_says"
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
