@@ -179,10 +179,10 @@ def about(models: dict[str, VisionTransformer], config: Config) -> str:
     names = {}
     for name, model in models.items():
         patch = model.patch_size
-        side, longest = (round(n * config.image_size / patch) * patch for n in (1, LONGEST))
+        side = round(config.image_size / patch) * patch
         text = (f"block {config.block % model.depth} of 0 to {model.depth - 1}, patches of "
-                f"{patch} pixels, photographs with a shorter side of {side} pixels, panoramas "
-                f"with a longer one of {longest}")
+                f"{patch} pixels, photographs with a shorter side of {side} pixels, less for "
+                "panoramas")
         names.setdefault(text, []).append(name)
     return "; ".join(f"{', '.join(group)}: {text}" for text, group in names.items())
 
