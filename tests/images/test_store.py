@@ -317,7 +317,7 @@ def test_a_step_in_an_epoch_does_not_depend_on_where_one_began(shards):
 
 def test_a_run_on_shards_with_a_cache(tiny, tmp_path, shards):
     flags = [f"shards:{shards}" if flag == "shapes:64" else flag for flag in tiny]
-    flags[flags.index("--val_data") + 1] = f"shards:{shards}"
+    flags += ["--val_data", "", "--val_share", "0.2"]
     flags += ["--cache", str(tmp_path / "cache"), "--cache_side", "32", "--save_every", "2"]
 
     def run(name, *more):
