@@ -127,10 +127,10 @@ class Network(nn.Module):
     def forward(self, crops: list[Tensor], plan=None, masks=None, mask_indices=None) -> dict:
         """Crops of all sizes -> features and logits.
 
-        crops: one tensor for each crop size, global crops (G*B, C, H, W) first; `plan` is that
-        of stochastic depth (vit.drop_path_plan). masks (G*B, P) hide patches from the student;
-        the teacher gets None. mask_indices (M,) says at which of the G*B*P patches logits are
-        asked.
+        crops: one tensor for each crop size, global crops (G*B, C, H, W) first. plan: which
+        crops skip which block (stochastic depth, vit.drop_path_plan). masks (G*B, P) hide
+        patches from the student; the teacher gets None. mask_indices (M,) says at which of the
+        G*B*P patches logits are asked.
 
         Returns features (V*B, D), the class tokens; patches (G*B, P, D) of the global crops;
         and, where the configuration learns them, dino (V*B, K), logits of the class tokens, and
@@ -190,8 +190,9 @@ class Learner:
     move_teacher: Callable = ema_update  # (teacher, student, momentum, ok) -> None
 
 
-# What a batch has of masks, where patches are masked: which patches are hidden from the student
-# (G*B, P), the places of those patches in a list of all patches (M,), and their weights (M,).
+# The tensors of a batch that are there only if the configuration masks patches: `masks` (G*B, P)
+# says which patches are hidden from the student, `mask_indices` (M,) gives their places among all
+# G*B*P patches, and `mask_weights` (M,) their weights in the loss.
 MASKS = ("masks", "mask_indices", "mask_weights")
 
 
@@ -256,8 +257,9 @@ def train_step(learner: Learner, batch: dict, schedule: dict, config: Config,
 
     # 2. Its logits become targets: softmax(logits / teacher_temp + bias). The low temperature
     # makes them sharp; the bias keeps all prototypes in use. It is -centre / teacher_temp with
-    # the running mean of DINO, or what Sinkhorn-Knopp finds for this batch (losses.py). With
-    # only one of the two the networks collapse: `python losses.py` shows how. DINO eq. 1 and 4.
+    # the running mean of DINO, or what Sinkhorn-Knopp finds for this batch (losses.py). Without
+    # the bias one prototype takes everything; without the low temperature all answers become
+    # uniform. `python losses.py` shows both collapses in numbers. DINO eq. 1 and 4.
     #
     # The number of masked patches varies from batch to batch, but the shape (M,) must not: a
     # changing shape would make torch.compile compile the step again. So the list of masked
@@ -272,8 +274,8 @@ def train_step(learner: Learner, batch: dict, schedule: dict, config: Config,
 
     # 3. The student sees all crops. Patches of the large ones are masked, and in each block
     # stochastic depth leaves out some of the crops. Which ones is drawn here, from a generator
-    # of this step: the blocks contain no randomness, can be compiled, and a resumed run draws
-    # the same.
+    # of this step, so that the blocks contain no randomness. Then they can be compiled, and a
+    # resumed run draws the same.
     plan = student.backbone.draw_plan(crops, schedule["generator"])
     with autocast(config.precision, process.device):
         student_out = learner.student(crops, plan, hidden, masked_at)
@@ -306,10 +308,11 @@ def train_step(learner: Learner, batch: dict, schedule: dict, config: Config,
         loss.backward()
     norm = clip_gradients(list(student.children()), config.clip_grad, config.clip_mode)
 
-    # NaN or infinity on any process gives ok = 0 on all of them: then the student, the moments
-    # of the optimizer, the teacher and the centres keep their values. `if not ok:` would make
-    # the CPU wait for the GPU; so the CPU learns of it at the next log line (training/log.py),
-    # where an error ends the run and names the images.
+    # If a loss or a gradient is not finite on any process, this step has to change nothing: not
+    # the student, the moments of the optimizer, the teacher, or the centres. We do not test
+    # this with `if`, because the CPU would then wait for the GPU. Instead `ok` stays a tensor,
+    # which the optimizer and stage 6 use on the device. The CPU reads it at the next log line
+    # (training/log.py), where an error ends the run and names the images.
     #
     # The mean over processes is for the log and for this decision; the gradients were averaged
     # by DDP or FSDP during the backward pass.
@@ -317,14 +320,15 @@ def train_step(learner: Learner, batch: dict, schedule: dict, config: Config,
     figures = dict(zip(["loss", *terms], means))
     ok = (figures["loss"] + norm).isfinite()
 
-    # PyTorch's fused optimizers leave a step out where this attribute is 1, and so do ours
-    # (training/optim.py).
+    # `step` is always called. PyTorch's fused optimizers change nothing where the attribute
+    # found_inf is 1, and neither do ours (training/optim.py).
     learner.optimizer.found_inf = 1 - ok.float()
     learner.optimizer.step()
 
     # 6. teacher <- m * teacher + (1 - m) * student, with m from .996 to 1 in DINO (sec. 3.1),
-    # and the centres move towards the logits of this batch. Both happen after the student's
-    # step, as in Alg. 1: the next step is the first one that sees them.
+    # and the running centres move towards the mean of the teacher's logits (Sinkhorn-Knopp has
+    # nothing to move). Both happen after the student's step, as in Alg. 1, so that the next step
+    # is the first one that uses the new values.
     learner.move_teacher(teacher, student, schedule["momentum"], ok.float())
     for name, centering in learner.centerings.items():
         centering.update(teacher_out[name], real_rows[name], ok)
