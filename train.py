@@ -594,10 +594,11 @@ def run(config: Config, build=build, move_teacher=ema_update) -> dict:
     with locked(folder, process):
         checkpoint = None
         if config.resume:
-            checkpoint = find_checkpoint(folder / "checkpoint", process)
-            unfinished = checkpoint and checkpoint[1]["step"] < config.epochs * epoch_steps
             # A finished run stays as it is, also where its checkpoints were removed to save room.
-            if (folder / "summary.json").exists() and not unfinished:
+            ended = (folder / "summary.json").exists()
+            checkpoint = find_checkpoint(folder / "checkpoint", process, required=not ended)
+            unfinished = checkpoint and checkpoint[1]["step"] < config.epochs * epoch_steps
+            if ended and not unfinished:
                 return finished(folder, process)
         with user_errors():
             training = Run(config, process, folder, images, val, epoch_steps, build,
@@ -953,8 +954,6 @@ def read_flags(argv: list[str], kind=Config, presets=PRESETS, program="train.py"
     # --val_share is 0.
     if "data" in config.given and "val_data" not in config.given:
         config.val_data = ""
-    # --no_resume was meant for the first start, and not for those after a failure.
-    config.resume = config.resume or machine.restarted()
     return config
 
 

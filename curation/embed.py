@@ -325,9 +325,10 @@ def run(words: list[str], config: Config, process: Process) -> dict:
         "width": table.width, "data": words[0], "data_root": config.data_root,
         "root": str(images.root.resolve()) if images.root else "", "classes": images.classes,
         "shard_size": config.shard_size, "names_sha256": names_sha256,
-        "list_sha256": list_sha256,
         "embedding": dict(reader.facts,
                           axes=digest(folder / "axes.npy") if axes is not None else None)}
+    if list_sha256:  # of other pools the file stays as it was before there were such notes
+        facts["list_sha256"] = list_sha256
     if process.main:
         write_pool(folder, images, rows, facts)
     process.barrier()

@@ -14,6 +14,7 @@ Letters  n images, B images of a batch, D width, C classes, b best of them: five
          there are fewer.
 """
 
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -160,17 +161,19 @@ def numbered_labels(bank: Images, queries: Images, flag: str) -> Tensor:
     """same_labels where one set has no names of classes, but numbers alone.
 
     Example: GTSRB has the classes 0 to 42, without names. Folders of its images are sorted as
-    0, 1, 10, 11, 2, ..., so that label 2 is the folder 10, and number 10 of GTSRB.
+    0, 1, 10, 11, 2, ..., so that label 2 is the folder 10, and number 10 of GTSRB. The classes of
+    MNIST are called "0 - zero" and so on, beside those of SVHN, which are 0 to 9.
     """
     names = bank.classes or queries.classes
-    if not all(name.isdecimal() for name in names):
+    found = [re.fullmatch(r"(\d+)( - .*)?", name) for name in names]
+    if not all(found):
         with_names, without = ("--data", flag) if bank.classes else (flag, "--data")
         raise ValueError(
             f"{without} has numbers for its classes, and {with_names} names such as "
             f"{names[0]}: expected names in both, or numbers as names")
 
     # Names become numbers, or numbers become places in the list of names.
-    numbers = [int(name) for name in names]
+    numbers = [int(match[1]) for match in found]
     if queries.classes:
         return torch.tensor(numbers)[torch.as_tensor(queries.labels)]
     unknown = sorted(set(queries.labels) - set(numbers))

@@ -422,7 +422,7 @@ def continue_from(folder: Path, probes: Probes, settings: dict, resume: bool,
     # Otherwise an old checkpoint of a later step would be taken for the newest one.
     if not resume and process.main:
         shutil.rmtree(folder, ignore_errors=True)
-    checkpoint = find_checkpoint(folder, process)
+    checkpoint = find_checkpoint(folder, process, required=True)
     if not checkpoint:
         return 0
 

@@ -108,9 +108,12 @@ def require_val_data(config, *instead: str):
     drawn = config.data.partition(":")[0] == "shapes"
     named = "val_data" in config.given or any(getattr(config, name, "") for name in instead)
     if not drawn and not named:
+        # X:val is what is judged; then X:train is to learn from.
+        whole = config.data.removesuffix(":val")
+        learned = f" beside --data {whole}:train" if whole != config.data else ""
         raise UsageError(
             f"--val_data is missing beside --data {config.data}: expected the images "
-            f"to be judged, such as {part_to_judge(config.data)}; by default they "
+            f"to be judged, such as {part_to_judge(config.data)}{learned}; by default they "
             f"are drawn ({config.val_data})")
 
 

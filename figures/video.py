@@ -502,7 +502,7 @@ class Config:
     # size is larger.
     image_size: int = 0  # shorter side in pixels; 0: the frame's, at most 480 or the network's own
     threshold: float = 0.0  # share of the attention that a third picture shows; 0: none
-    maps_dir: str = ""  # a folder to keep the map of each frame in, as a file; empty: none
+    maps_dir: str = ""  # a folder, without maps so far, to keep that of each frame in; empty: none
     video_only: bool = False  # make a video of a folder of pictures as they are, without weights
     # -- file
     fps: float = 0.0  # frames a second; 0: those of the video, or 30 for a folder

@@ -278,10 +278,11 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def find_checkpoint(folder: Path, process: Process) -> tuple[Path, dict] | None:
+def find_checkpoint(folder: Path, process: Process,
+                    required: bool = False) -> tuple[Path, dict] | None:
     """(path, manifest) of the newest checkpoint that agrees with its manifest.
 
-    None where there is no checkpoint; UsageError where none of those that are there is good.
+    None where there is none. required: UsageError where some are there, but none is good.
     The main process looks, and all get its answer. It names the damaged or foreign ones that it
     passes over. Reading them runs no code that is in them.
     """
@@ -307,7 +308,7 @@ def find_checkpoint(folder: Path, process: Process) -> tuple[Path, dict] | None:
             process.print(f"{path} is damaged ({error!s:.200}); trying the one before it")
 
     # To begin anew would delete all of them. Perhaps the disk is only away for a while.
-    if candidates and not newest_good:
+    if required and candidates and not newest_good:
         raise UsageError(f"{folder}: none of its checkpoints can be read; try again when the "
                          "disk is well, or remove this folder to begin anew")
     return process.broadcast(newest_good)

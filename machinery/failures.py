@@ -81,9 +81,8 @@ def mendable(error: BaseException) -> str:
     # its allocator, of which only the first sentence is told.
     if isinstance(error, torch.OutOfMemoryError):
         what = str(error).split(". ")[0]
-        return (
-            f"{what}; give --activation_checkpointing, or a smaller --batch_size_per_gpu or "
-            "--batch_size")
+        return (f"{what}; give smaller batches or images (train.py: --batch_size_per_gpu or "
+                "--activation_checkpointing; others: --batch_size or --image_size)")
 
     # A worker that was killed may have promised a batch, which nobody hands over any more. (A
     # download that breaks off is a ConnectionError, too, and not of that module.)

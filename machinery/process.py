@@ -136,12 +136,6 @@ def warn_of_unused_gpu():
             f"{built_for}) finds no GPU that works: this runs on the CPU", flush=True)
 
 
-def restarted() -> bool:
-    """Whether torchrun or Slurm starts this program once more, with its first command."""
-    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    return any(os.environ.get(name, "0") != "0" for name in counts)
-
-
 def spare_cores() -> int:
     """How many helpers, such as the workers of a loader, each process should start: 2 to 16.
 

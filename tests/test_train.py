@@ -530,11 +530,13 @@ def test_images_given_are_not_judged_by_the_presets():
 
 
 @pytest.mark.parametrize("count", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
-def test_a_start_after_a_failure_resumes(count, monkeypatch):
+def test_a_start_after_a_failure_removes_nothing(count, monkeypatch):
     monkeypatch.setenv(count, "0")  # the first start
-    assert not train.read_flags(["--no_resume"]).resume
+    check(train.read_flags(["--no_resume"]))
     monkeypatch.setenv(count, "1")
-    assert train.read_flags(["--no_resume"]).resume
+    check(train.read_flags([]))
+    with pytest.raises(UsageError, match=f"--no_resume in a start after a failure .{count}"):
+        check(train.read_flags(["--no_resume"]))
 
 
 @pytest.mark.parametrize("line, words", [

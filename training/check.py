@@ -337,7 +337,15 @@ def check_schedule(config: Config):
 
 
 def check_sources(config: Config, *sources: str):
-    """Refuses --no_resume in a folder that holds one of these networks: --init, or a teacher."""
+    """Refuses --no_resume where it would remove what is needed: --init, a teacher, this run."""
+    # After a failure torchrun (--max-restarts) and Slurm (--requeue) repeat the first command. Its
+    # --no_resume would now remove what the first start has trained.
+    for count in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+        if not config.resume and os.environ.get(count, "0") != "0":
+            raise UsageError(f"--no_resume in a start after a failure ({count} is "
+                             f"{os.environ[count]}): it would remove what was trained before; "
+                             "start again without it")
+
     # --no_resume removes what is in the folder, and so the network that the run begins with.
     folder = Path(config.output_dir or f"runs/{config.preset}").resolve()
     for source in filter(None, sources):
@@ -349,11 +357,15 @@ def check_sources(config: Config, *sources: str):
 
 def check_evaluation(config: Config):
     """Refuses a judge of patches where there are none, and a share that is not held out."""
-    if config.val_data and config.val_data == config.data:
+    # A run that began so before this rule may go on.
+    folder = Path(config.output_dir or f"runs/{config.preset}")
+    begun = config.resume and (folder / "config.json").exists()
+    if config.val_data and config.val_data == config.data and not begun:
+        whole = config.data.removesuffix(":train").removesuffix(":val")
         raise UsageError(
             f"--val_data {config.val_data} is --data itself: each image would find "
-            f"itself; give {config.data}:val, or leave it out, and a part is held "
-            "out of --data")
+            f"itself; give {whole}:val beside {whole}, or leave --val_data out, "
+            "and a part is held out of --data")
     if config.val_data and "val_share" in config.given and config.val_share:
         raise UsageError(
             f"--val_share {config.val_share}: nothing is held out of --data, because "

@@ -54,6 +54,8 @@ def test_numbers_and_names_that_are_numbers():
     assert same_labels(numbers, folders).tolist() == [0, 11, 10, 2]
     assert same_labels(folders, numbers).tolist() == [0, 3, 2, 1]
     assert same_labels(numbers, numbers).tolist() == numbers.labels
+    digits = Images("MNIST", None, list("kl"), [1, 0], ["0 - zero", "2 - two"])
+    assert same_labels(numbers, digits).tolist() == [2, 0]
     with pytest.raises(ValueError, match="--val_data has classes that --data has not: 7"):
         same_labels(folders, replace(numbers, labels=[0, 2, 7, 11]))
 

@@ -71,8 +71,8 @@ def test_where_all_are_damaged_none_is_removed(tmp_path):
         save(tmp_path, step)
         (tmp_path / f"step-{step}/manifest.json").write_text("{")
     with pytest.raises(UsageError, match="none of its checkpoints can be read"):
-        find_checkpoint(tmp_path, ALONE)
-    assert len(checkpoints(tmp_path)) == 2
+        find_checkpoint(tmp_path, ALONE, required=True)
+    assert len(checkpoints(tmp_path)) == 2 and find_checkpoint(tmp_path, ALONE) is None
 
 
 def test_nodes_that_share_no_disk(tmp_path):

@@ -40,8 +40,8 @@ TORCH_SAYS = RuntimeError("[enforce fail at inline_container.cc:672] . unexpecte
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nMore."),
      "error: DataLoader worker (pid 7) is killed by signal: Killed; "),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has ..."),
-     "error: CUDA out of memory; give --activation_checkpointing, or a smaller --batch_size"),
-    (CheckpointException("write", {1: (TORCH_SAYS, None)}), "the disk may be full; ")])
+     "error: CUDA out of memory; give smaller batches or images (train.py: --batch_size_per_gpu"
+     ), (CheckpointException("write", {1: (TORCH_SAYS, None)}), "the disk may be full; ")])
 def test_what_the_system_refuses(error, words, capsys):
 
     @command
