@@ -31,6 +31,7 @@ import train
 from figures import story
 from machinery.flags import UsageError, parse
 from machinery.process import Process, start_process
+from training.check import check
 from training.config import Config
 from training.recipes import PRESETS
 from training.rundir import forget_metrics_after, locked, match_stored_run, record
@@ -101,6 +102,30 @@ def test_a_finished_run_says_so(first, run, capsys, quick_runs):
     assert train.run(tiny_config(run)) == first[1]
     assert "is finished" in capsys.readouterr().out
     assert same_tensors(before, teacher_of(run))
+
+
+def test_checkpoints_that_cannot_be_read(run, capsys):
+    """A finished run needs none. Another is not begun anew, which would remove all of it."""
+    manifests = sorted((run / "checkpoint").glob("*/manifest.json"))
+    for manifest in manifests:
+        manifest.write_text("{")
+    train.run(tiny_config(run))
+    assert "is finished" in capsys.readouterr().out
+
+    (run / "summary.json").unlink()
+    rows = metrics_of(run)
+    with pytest.raises(UsageError, match="none of its checkpoints can be read"):
+        train.run(tiny_config(run))
+    assert metrics_of(run) == rows and all(manifest.exists() for manifest in manifests)
+
+
+def test_a_run_that_was_judged_by_its_own_images_may_go_on(run, tmp_path):
+    same = ("--data", "shapes:64", "--val_data", "shapes:64")
+    check(tiny_config(run, *same))
+    for config in (tiny_config(run, *same, "--no_resume"), tiny_config(tmp_path / "new",
+                                                                       *same)):
+        with pytest.raises(UsageError, match="--val_data shapes:64 is --data itself"):
+            check(config)
 
 
 def test_code_that_has_changed_is_named(run, capsys):
