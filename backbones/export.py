@@ -83,6 +83,7 @@ def hf_preprocessor(model: nn.Module) -> dict:
 
     The short side is resized to 8/7 of the network's own size, and the centre is cut out.
     """
+    # The names are those of their BitImageProcessor, whose steps are done in this order.
     size = model.img_size
     return dict(
         image_processor_type="BitImageProcessor",
@@ -134,6 +135,8 @@ def write_hf(model: nn.Module, what: str, path: Path):
     state = to_hf(model.state_dict())
     config = hf_config(model)
     path.mkdir(exist_ok=True)
+
+    # By these names AutoModel and AutoImageProcessor find what they need in the folder.
     write_json(path / "config.json", config)
     write_json(path / "preprocessor_config.json", hf_preprocessor(model))
     write_text(path / "README.md", hf_readme(model, what))
@@ -155,6 +158,8 @@ class Config:
 
 def export(what: str, config: Config) -> Path:
     """Write the backbone of a name, file or run as --to says, at --output."""
+    # Whatever it was stored as, in memory a network has the official names; EXPORTS goes on
+    # from these.
     model = load_backbone(what)
     path = Path(config.output)
     if not path.parent.is_dir():

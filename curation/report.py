@@ -46,6 +46,8 @@ def lines_of(facts: dict, indent: str = "") -> list[str]:
 
 def stage_before(folder: Path, facts: dict) -> tuple[Path, str, str] | None:
     """(folder of the stage before, a file in it, its hash when it was read); None if none was."""
+    # A stage that began with another one has noted its folder, relative to its own, so that both
+    # can be moved together.
     if "source" in facts:
         earlier = Path(os.path.normpath(folder / facts["source"]["folder"]))
         return earlier, "stage.json", facts["source"]["sha256"]
@@ -60,13 +62,15 @@ def whole_history(folder: Path) -> list[tuple[Path, dict]]:
     """Folder and stage.json of every stage up to the one in this folder, the first one first.
 
     A stage that is gone, or was made anew since, is not told: a note stands in its place, and in
-    that of all before it.
+    that of all before it. Example: a list that was retrieved from what `dedup` left has the
+    history embed, dedup, embed, retrieve, because images are embedded once for each.
     """
     facts = read_stage(folder, "POOL")
     history = [(folder, facts)]
     while before := stage_before(folder, facts):
         folder, file, sha256 = before
-        # The list is written by now, so that nothing here may end the stage with an error.
+        # Thresholds and counts of a folder that was made anew since did not make this list. The
+        # list itself is written by now, so nothing here may end the stage with an error.
         try:
             facts = read_stage(folder, "POOL")
             if digest(folder / file) != sha256:

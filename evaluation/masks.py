@@ -118,6 +118,7 @@ def run(extractor: Extractor) -> dict:
     networks = {config.weights: extractor.model}
     networks["the same, untrained"] = untrained_like(extractor.model).to(process.device)
     for what in config.others:
+        # load_backbone speaks of --weights, where this name was given by another flag.
         try:
             other = load_backbone(what, config.checkpoint_key, config.num_heads)
         except ValueError as error:
@@ -129,11 +130,14 @@ def run(extractor: Extractor) -> dict:
             raise UsageError(f"--others {what}: takes {other.pixels.channels} channels, and "
                              f"--weights {config.weights} {pairs.pixels.channels}")
         networks[what] = other.to(process.device)
+
+    # Networks may differ in depth, and a block is asked for by one number for all of them.
     for name, model in networks.items():
         if not -model.depth <= config.block < model.depth:
             raise UsageError(f"--block {config.block}: {name} has the blocks 0 to "
                              f"{model.depth - 1}")
 
+    # A row for each network, as soon as it is judged.
     table = {}
     process.print(
         f"masks: top {config.share:.0%} of the attention of block {config.block}, "
@@ -166,9 +170,11 @@ def judge(model: VisionTransformer, pairs: Pairs, size: int, config,
         truth = (classes != config.background) & (classes != IGNORE)
         # An image without any thing has no mask to be found.
         if truth.any():
-            maps = attention_at(model, image, size, config, process)
+            maps = attention_at(model, image, size, config, process)  # (nh, h, w)
+
             # The mean of the heads is treated as one head more.
             maps = torch.cat([maps, maps.mean(0, keepdim=True)])  # (nh + 1, h, w)
+            # The map is small, so the mask made of it is enlarged to the pixels of the truth.
             masks = top_mass(maps, config.share)
             masks = F.interpolate(masks[None].float(), classes.shape, mode="nearest")[0] > 0
             indices = jaccard(masks, truth, classes == IGNORE)  # (nh + 1,)
