@@ -113,9 +113,9 @@ def main(argv):
         config.precision = resolve_precision(config.precision, process.device)
 
     # --auto_scale sets what depends on the number of images and on the batch of all processes:
-    # of all GPUs of a plan, else of the one process that is timed. A speedrun sets it itself, for
-    # all processes of its run.
-    if config.auto_scale and name != "speedrun":
+    # of all GPUs of a plan, else of the one process that is timed. Whole runs set it themselves,
+    # for all their processes and for the epochs that they really have.
+    if config.auto_scale and name not in ("speedrun", "ablate"):
         batch = config.batch_size_per_gpu * (config.gpus if is_plan else 1)
         with user_errors():
             config = auto_scale(config, images_of(config), batch)

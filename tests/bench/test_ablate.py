@@ -98,6 +98,28 @@ def test_table_and_figure(tmp_path, monkeypatch, capsys):
     assert found["loss"] == last["dino"] and len(result["curves"]["as it is"]) == 4
 
 
+def test_the_settings_fit_the_length_of_the_runs(monkeypatch):
+    """400 images, 2 in a step: the teacher's average has the fewest steps, 10, in one epoch of 200
+    steps, and a fortieth of the run, 20, in the preset's four.
+    """
+
+    class Begun(Exception):
+        pass
+
+    begun = []
+
+    def begin(run, checkpoint):
+        begun.append(run.config)
+        raise Begun
+
+    monkeypatch.setattr(bench.ablate.ShortRun, "begin", begin)
+    flags = "shapes_dino --data shapes:400 --val_data shapes:50:val --batch_size_per_gpu 2".split()
+    for more, momentum in [([], 0.9), (["--epochs", "4"], 0.95)]:
+        with pytest.raises(Begun):
+            main(["ablate", *flags, *more])
+        assert begun[-1].momentum_teacher == momentum
+
+
 def test_panels(tmp_path, monkeypatch):
     """A kind of ending that no run had is said to be missing; the first of a kind is drawn."""
     shown = []
