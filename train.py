@@ -560,7 +560,7 @@ def run(config: Config, build=build, move_teacher=ema_update) -> dict:
     # Imported here, because a reader of the algorithm needs neither: read_once is for runs on
     # several processes, and check refuses settings that do not fit together.
     from machinery.read_once import read_once
-    from training.check import check, check_stages
+    from training.check import check, check_stages, warn_of_idle_flags
 
     # With --init the weights decide what the network is; `config` has to follow them first.
     if config.init:
@@ -581,6 +581,7 @@ def run(config: Config, build=build, move_teacher=ema_update) -> dict:
             chosen = "  ".join(f"{name} {getattr(config, name)}" for name in SCALED)
             process.print(f"--auto_scale: {chosen}")
         check(config)  # once more: a stored run or --auto_scale may have changed some settings
+        warn_of_idle_flags(config, process)
 
         # An epoch is one pass over the images, or a number of steps (DINOv2 counts 1,250 as
         # one).

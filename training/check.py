@@ -5,7 +5,7 @@
 Idea     A wrong setting is refused before the first image is read, by one sentence with the
          flag, and not by an error of torch in the middle of a step. Each rule has its reason
          beside it. What depends on the images or on a stored run is refused where these are
-         opened.
+         opened. A flag that would change nothing is no error, but it is named.
 Paper    none
 Try      python train.py --global_crops_size 41
 Change   a new rule is a branch of the function of its subject, such as check_masks
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from augment import BLUR_TAPS, PHOTOMETRY
 from machinery.flags import UsageError, require
+from machinery.process import Process
 from training.config import Config
 
 
@@ -373,3 +374,47 @@ def check_evaluation(config: Config):
     if config.dense_every and config.convnet:
         raise UsageError(f"--dense_every {config.dense_every}: --arch {config.arch} has no "
                          "patch tokens to judge; give a ViT, or leave it out")
+
+
+# ----------------------------------------------------------------------------------------------
+# Flags without an effect
+
+# What a run needs -> whether a Config has it, and the flags that have no effect without it. To
+# give them all the same is no error: a script may try several weights of a loss, and 0 among them.
+IDLE_WITHOUT = {
+    # Masks are drawn for the iBOT loss alone, and so is a head of the patches.
+    "--ibot_weight above 0": (lambda c: c.ibot_weight > 0, "mask_probability"),
+    "--ibot_weight and --mask_probability above 0": (
+        lambda c: c.learns_patches, "mask_ratio mask_shape mask_min_patches separate_head"),
+    "--separate_head and --ibot_weight above 0": (
+        lambda c: c.learns_patches and c.separate_head,
+        "ibot_n_prototypes ibot_head_bottleneck_dim"),
+    # Only rectangles have a smallest one.
+    "--mask_shape block": (lambda c: c.mask_shape == "block", "mask_min_patches"),
+    # Sinkhorn-Knopp keeps no average from one step to the next.
+    "--centering ema": (lambda c: c.centering == "ema", "center_momentum"),
+    "--local_crops_number and --dino_weight above 0": (lambda c: local_crops(c) > 0,
+                                                       "local_crops_size local_crops_scale"),
+    "--drop_path_rate above 0": (lambda c: c.drop_path_rate > 0, "drop_path_uniform"),
+    "--clip_grad above 0": (lambda c: c.clip_grad > 0, "clip_mode"),
+    # The cache and the judge of patches are there on request.
+    "--cache": (lambda c: c.cache != "", "cache_side"),
+    "--dense_every above 0": (lambda c: c.dense_every > 0, "dense_data dense_val_data"),
+    # A convnet has neither patches nor blocks, and torchvision has decided the rest of it.
+    "a ViT as --arch": (
+        lambda c: not c.convnet,
+        "patch_size drop_path_rate drop_path_uniform ffn_layer layerscale "
+        "num_register_tokens pos_embed_resize layerwise_decay patch_embed_lr_mult")}
+
+
+def warn_of_idle_flags(config: Config, process: Process):
+    """Print a line for each flag that was given and that nothing in this run looks at.
+
+    Example: `train.py shapes --mask_ratio 0.6 0.8` trains as without the flag, because `shapes`
+    has no iBOT loss and so draws no masks.
+    """
+    for needed, (is_there, names) in IDLE_WITHOUT.items():
+        for name in names.split():
+            if name in config.given and not is_there(config):
+                process.print(
+                    f"warning: --{name} changes nothing in this run: it needs {needed}")

@@ -2,7 +2,8 @@
 1. Every setting is explained by its help; what does not change a result is a setting.
 2. One table, one truth: a flag with choices takes exactly the names in the tables of the
    concept files, and an entry that is added to a table can be used at once, up to a whole run.
-3. --curriculum divides a run into stages whose crops are whole numbers of patches; the last
+3. A flag that changes nothing beside the others is named, with what it needs.
+4. --curriculum divides a run into stages whose crops are whole numbers of patches; the last
    stage has the sizes of the run, and no other is larger.
 """
 
@@ -14,13 +15,16 @@ import typing
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY
 
+import train
 from augment import MASK_SHAPES, PHOTOMETRY
 from backbones.convnet import CONVNETS
 from losses import CENTERING
 from machinery.flags import UsageError, describe, parse
-from training.check import check_stages
+from machinery.process import Process
+from training.check import IDLE_WITHOUT, check_stages, warn_of_idle_flags
 from training.config import NEUTRAL, Config
 from training.optim import OPTIMIZERS
 from vit import ARCHS, FFNS, POS_EMBED_RESIZE
@@ -121,6 +125,38 @@ def test_a_new_entry_can_be_used_at_once(tmp_path):
     stored = json.loads((tmp_path / "run/config.json").read_text())
     assert {stored[field] for field in TABLES} == {"new"}
     assert json.loads((tmp_path / "run/summary.json").read_text())["preset"] == "new"
+
+
+@pytest.mark.parametrize("flags, idle", [
+    ("--mask_ratio 0.6 0.8 --mask_probability 0.3", ["mask_probability", "mask_ratio"]),
+    ("--ibot_weight 1 --mask_ratio 0.6 0.8", []),
+    ("--ibot_weight 1 --mask_shape random --mask_min_patches 2", ["mask_min_patches"]),
+    ("--ibot_weight 1 --ibot_n_prototypes 64", ["ibot_n_prototypes"]),
+    ("--ibot_weight 1 --ibot_n_prototypes 64 --separate_head", []),
+    ("--centering sinkhorn --center_momentum 0.5", ["center_momentum"]),
+    ("--local_crops_number 0 --local_crops_size 32", ["local_crops_size"]),
+    ("--drop_path_rate 0 --drop_path_uniform --clip_grad 0 --clip_mode network", [
+        "drop_path_uniform", "clip_mode"]),
+    ("--cache_side 0 --dense_data shapes", ["cache_side", "dense_data"]),
+    ("--arch resnet18 --patch_size 8 --layerscale 0", ["patch_size", "layerscale"]), ("", [])])
+def test_flags_that_change_nothing_are_named(flags, idle, capsys):
+    warn_of_idle_flags(parse(Config, flags.split()), Process(torch.device("cpu")))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == [f"--{name}" for name in idle]
+    assert all("changes nothing in this run: it needs " in line for line in lines)
+    assert {name
+            for _, names in IDLE_WITHOUT.values()
+            for name in names.split()} <= set(vars(Config()))
+
+
+def test_a_run_says_which_flags_change_nothing(tmp_path, capsys):
+    flags = ["--output_dir", str(tmp_path), "--epochs", "1", "--mask_ratio", "0.6", "0.8"]
+    train.main([*TINY, *flags])
+    needed = "--ibot_weight and --mask_probability above 0"
+    assert capsys.readouterr().out.count("warning: --") == 1
+    train.main([*TINY, *flags])
+    assert f"--mask_ratio changes nothing in this run: it needs {needed}" in capsys.readouterr(
+    ).out
 
 
 # ----------------------------------------------------------------------------------------------
