@@ -607,12 +607,14 @@ OPERATIONS = {
 
 if __name__ == "__main__":
     import sys
+    from pathlib import Path
 
     import matplotlib.pyplot as plt
-    from PIL import Image
+
+    from images.files import read_file
 
     if sys.argv[1:]:
-        image = TF.pil_to_tensor(Image.open(sys.argv[1]).convert("RGB"))
+        image = read_file(Path(sys.argv[1]))
     else:  # no photograph at hand: a disc on a slope of colours
         side = torch.linspace(-1, 1, 256)
         y, x = torch.meshgrid(side, side, indexing="ij")

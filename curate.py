@@ -88,6 +88,13 @@ def run_all(words: list[str], config: RunConfig, process: Process) -> dict:
     """All stages, from DATA to a list: hash, copies, and what is like --curated."""
     folder = Path(config.output_dir or "curations/run")
 
+    # From the second stage on a stage begins with the list of the one before it. The hash would be
+    # computed for nothing if no list could name the images.
+    if words[0].partition(":")[0] not in ("folder", "list"):
+        raise UsageError(
+            f"run {words[0]}: expected images in files of their own, which a list can "
+            "name: folder:PATH or list:FILE")
+
     def stage(module, name: str, words: list[str], **values) -> str:
         """Run a stage with the flags of the pipeline, and these values -> its folder."""
         stage_config = config.config_of(module, output_dir=str(folder / name), **values)

@@ -29,7 +29,7 @@ from evaluation.extract import collate_or_text, spread
 from evaluation.protocol import Extractor
 from images.data import Sampler, begin_worker
 from images.names import beside_validation
-from images.pairs import Pairs, open_pairs
+from images.pairs import IGNORE, Pairs, open_pairs
 from machinery.clock import Progress
 from machinery.flags import UsageError
 from machinery.page import pyplot
@@ -114,6 +114,23 @@ def remedy(flag: str) -> str:
     return "; 255 in a mask means that there is no answer"
 
 
+def require_two_classes(pairs: Pairs, flag: str):
+    """UsageError if all pixels of all masks that have an answer have the same one."""
+    # A mask of 0 and 255 has one class, because 255 is what --ignore_label leaves out; then every
+    # answer would be right. Most sets have a second class in their first mask.
+    found = set()
+    for i in range(len(pairs)):
+        found.update(pairs[i][1].unique().tolist())
+        if len(found - {IGNORE}) > 1:
+            return
+    found.discard(IGNORE)
+    if not found:
+        raise UsageError(f"{flag}: every pixel of every mask is ignored{remedy(flag)}")
+    raise UsageError(
+        f"{flag}: the masks have the class {pairs.classes[found.pop()]} alone, beside "
+        f"what is ignored{remedy(flag)}")
+
+
 def with_common_classes(
     train: Pairs, val: Pairs, process: Process,
     flags: tuple[str, str] = ("--data", "--val_data")) -> tuple[Pairs, Pairs]:
@@ -130,10 +147,12 @@ def with_common_classes(
                          f"instead of {train.classes[:3]} ...")
     names = train.classes or val.classes
     if names:
-        return replace(train, classes=names), replace(val, classes=names)
+        named = replace(train, classes=names), replace(val, classes=names)
+        for pairs, flag in zip(named, flags):
+            require_two_classes(pairs, flag)
+        return named
 
-    # All masks of both have to be read once for this. A mask of 0 and 255 has one class, because
-    # 255 is what --ignore_label leaves out; then every answer would be right.
+    # All masks of both have to be read once for this.
     largest = -1
     for pairs, flag in ((train, flags[0]), (val, flags[1])):
         report = Progress(f"reading the masks of {flag}", len(pairs), process)

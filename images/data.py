@@ -129,9 +129,9 @@ def open_folder(argument: str, split: str, root: str, download: bool, channels: 
     """
     # Imported here, because drawn images have no files.
     from images.files import ARRAYS, EXTENSIONS
-    from images.names import Names, list_files, numbered
+    from images.names import Names, labels_of_folders, list_files
 
-    path = Path(argument).expanduser()
+    path = Path(os.path.expanduser(argument))
     if not argument or not path.is_dir():
         raise ValueError(f"folder:{argument}: there is no such folder")
 
@@ -149,10 +149,7 @@ def open_folder(argument: str, split: str, root: str, download: bool, channels: 
                          f"{', '.join(EXTENSIONS + ARRAYS)} files, or folders of them")
     read = partial(_read_path, path, names, channels)
 
-    # The first part of cats/07.jpg is the class cats; the first part of 07.jpg is the file.
-    labels = classes = None
-    if all("/" in name for name in names):
-        labels, classes = numbered(name.split("/")[0] for name in names)
+    labels, classes = labels_of_folders(path, names)
     return Images("folder", read, names, labels, classes, split=divided, root=path)
 
 
@@ -160,7 +157,7 @@ def open_list(argument: str, split: str, root: str, download: bool, channels: in
     """list:FILE, one path in each line, relative to the file's folder; a label behind a tab."""
     from images.names import read_list
 
-    path = Path(argument).expanduser()
+    path = Path(os.path.expanduser(argument))
     names, labels, classes = read_list(path)
     read = partial(_read_path, path.parent, names, channels)
     return Images("list", read, names, labels, classes, root=path.parent)
@@ -175,8 +172,10 @@ def _part_of_folder(path: Path, split: str) -> tuple[Path, str]:
     if not parts or not (split or len(parts) == 2):
         return path, ""
     if split not in parts:
-        raise ValueError(f"{path} has {' and '.join(parts)} in it: give one of them, as in "
-                         f"folder:{path}:{parts[0]}")
+        missing = f", and no {split}" if split else ""
+        raise ValueError(
+            f"{path} has {' and '.join(parts)} in it{missing}: give one of them, as "
+            f"in folder:{path}:{parts[0]}")
     return path / split, split
 
 
@@ -217,7 +216,7 @@ def _drawn(split: str, count: int | None) -> _Drawn:
 
 def open_shapes(argument: str, split: str, root: str, download: bool, channels: int) -> Images:
     """shapes, or shapes:N for N images, drawn by shapes.py; train and val share no image."""
-    if argument and not argument.isdigit():
+    if argument and (not argument.isdecimal() or int(argument) == 0):
         raise ValueError(f"shapes:{argument}: expected a number of images, or nothing")
     split = split or "train"
     drawn = _drawn(split, int(argument or 0) or None)
@@ -413,7 +412,7 @@ class Sampler:
             raise ValueError(
                 f"--batch_size_per_gpu {batch_size}: a global batch of "
                 f"{self.global_batch} is larger than the data set of {length} images; "
-                f"give at most {max(1, length // world_size)}")
+                f"give at most {length // world_size or '1, on fewer processes'}")
 
     def __len__(self) -> int:
         return self.steps - self.start

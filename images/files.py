@@ -86,7 +86,7 @@ def from_array(array: np.ndarray, channels: int) -> Tensor:
     Numbers are integers, which are divided by the largest of their type, or floats from 0 to 1.
     ValueError for anything else.
     """
-    if array.ndim not in (2, 3) or not np.issubdtype(array.dtype, np.number):
+    if array.ndim not in (2, 3) or not array.size or not np.issubdtype(array.dtype, np.number):
         raise ValueError(f"an array {array.shape} of {array.dtype}, expected an image")
 
     # Channels come first, unless only the last axis has the number that is wanted, or the last

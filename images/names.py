@@ -23,6 +23,15 @@ from pathlib import Path
 
 import numpy as np
 
+# Folders that divide a set, in small letters.
+PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+
+def warn(text: str):
+    """Say it once: torchrun numbers its processes by RANK."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {text}", file=sys.stderr)
+
 
 class Names(Sequence):
     """A list of strings that cannot be changed; a slice or an array of numbers gives a part.
@@ -68,14 +77,24 @@ class Names(Sequence):
         return os.fsdecode(bytes(self.letters[start:end]))
 
 
+def _is_folder(entry: os.DirEntry) -> bool:
+    # A link to itself, or to a place that may not be entered, leads nowhere. That is no reason to
+    # lose the files beside it.
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def list_files(folder: Path, prefix: str = "", above: tuple = ()) -> Iterator[str]:
     """The names of all files below a folder, relative to it and sorted.
 
     Hidden files and folders, such as the ._x.jpg of macOS and the .ipynb_checkpoints of
     Jupyter, are left out; links are followed. above: the folders that this one lies in.
     """
-    # A folder that may not be read counts as empty. So does one that lies in itself, by a link to
-    # a folder above: its images would be listed again and again.
+    # A folder that lies in itself, by a link to a folder above, counts as empty: its images would
+    # be listed again and again. So does one that may not be read, of which the user is told. Any
+    # other error is one of the disk and stops the program: the folder would be missing by chance.
     entries = []
     try:
         status = os.stat(folder)
@@ -84,8 +103,11 @@ def list_files(folder: Path, prefix: str = "", above: tuple = ()) -> Iterator[st
             return
         for entry in os.scandir(folder):
             if not entry.name.startswith("."):
-                entries.append(f"{entry.name}/" if entry.is_dir() else entry.name)
-    except OSError:
+                entries.append(f"{entry.name}/" if _is_folder(entry) else entry.name)
+    except FileNotFoundError:
+        return
+    except PermissionError:
+        warn(f"{folder} may not be read: what is in it is left out")
         return
 
     # A file system lists files in an order of its own, so they are sorted. One folder at a time
@@ -116,6 +138,26 @@ def numbered(labels: Iterable[str]) -> tuple[list[int], list[str]] | tuple[None,
     return [place[number] for number in numbers], classes
 
 
+def labels_of_folders(path: Path,
+                      names: Names) -> tuple[list[int], list[str]] | tuple[None, None]:
+    """The labels and classes of images that lie in folders below `path`, as `numbered` gives them.
+
+    The first part of cats/07.jpg is the class cats; the first part of 07.jpg is the file, which
+    has no class, and then the others have none either.
+    """
+    if not all("/" in name for name in names):
+        return None, None
+    labels, classes = numbered(name.split("/")[0] for name in names)
+
+    # A set that is divided into folders of other names than train and val looks like one of two
+    # classes, and k-NN would tell which part an image is from.
+    if classes and {name.lower() for name in classes} <= PARTS:
+        warn(
+            f"the classes of folder:{path} are {', '.join(classes)}, which sound like parts of a "
+            f"set; if they are, give one of them, as in folder:{path / classes[0]}")
+    return labels, classes
+
+
 def beside_validation(data: str, val_data: str) -> str:
     """--data as it is meant beside this --val_data.
 
@@ -134,7 +176,7 @@ def beside_validation(data: str, val_data: str) -> str:
 
 def in_natural_order(name: str) -> list:
     """A key to sort by: frame-2.jpg comes before frame-10.jpg."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
 
 
 def read_list(path: Path) -> tuple[Names, list[int] | None, list[str] | None]:
@@ -154,7 +196,9 @@ def read_list(path: Path) -> tuple[Names, list[int] | None, list[str] | None]:
                 if len(label) > 1 or not name:
                     raise ValueError(f"list:{path}: line {number} is not a path, or a path, "
                                      f"a tab and a label: {line.strip()!r:.80}")
-                labels.append(sys.intern(label[0]) if label else None)
+                # Blanks around a label are not seen in an editor; a tab at the end is no label.
+                label = label[0].strip() if label else ""
+                labels.append(sys.intern(label) if label else None)
                 yield name
 
     if not path.is_file():

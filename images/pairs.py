@@ -139,12 +139,15 @@ def read_depth(file: Path, scale: float = 1000.0) -> Tensor:
 
     A .npy holds metres, and so does a picture of floats. A picture of integers has `scale` of them
     in a metre (1000: they are millimetres). "Not measured" is 0, the largest number of 16 bits,
-    or among floats NaN and infinity. ValueError for colours, and for an array that is not (H, W).
+    or among floats NaN and infinity. ValueError for colours, for an array that is not (H, W), and
+    for a .npy of integers, whose unit nobody can tell.
     """
     # 65,535 is the largest number of 16 bits, which some cameras write for "too far". NumPy's
     # files are read without pickles, which could run code.
-    if file.suffix == ".npy":
+    if file.suffix.lower() == ".npy":
         values = np.load(file, allow_pickle=False)
+        if values.dtype.kind != "f":
+            raise ValueError(f"{file}: an array of {values.dtype}, expected metres in floats")
         metres = values.astype(np.float32)
     else:
         with Image.open(file) as image:
@@ -180,7 +183,7 @@ def open_folder(kind: str, argument: str, split: str, root: str, download: bool,
     """
     # PATH/val/images is the layout of a set with a training and a validation part; a set that
     # has only one part is PATH/images. That may also be the training part beside PATH/val.
-    path = Path(argument).expanduser()
+    path = Path(os.path.expanduser(argument))
     part = path / (split or "train")
     parts = [name for name in ("train", "val") if (path / name).is_dir()]
     if not split and len(parts) == 2:
@@ -202,7 +205,7 @@ def open_folder(kind: str, argument: str, split: str, root: str, download: bool,
     # that nothing is read by half.
     map_of = {Path(name).with_suffix(""): name for name in maps}
     missing = [name for name in images if Path(name).with_suffix("") not in map_of]
-    if missing or len(map_of) != len(images):
+    if missing or not len(map_of) == len(maps) == len(images):
         first = f"; {missing[0]} has no map" if missing else ""
         raise ValueError(f"pairs:{argument}: {len(images)} images in {top / 'images'} and "
                          f"{len(maps)} maps in {top / kind}{first}; expected one map of the "
@@ -247,7 +250,7 @@ def open_ade20k(argument: str, split: str, root: str, download: bool, channels: 
                 read_map) -> Pairs:
     """ade20k:PATH, the folder ADEChallengeData2016 as it is unpacked: 150 classes."""
     # images/training/ADE_train_00000001.jpg has its mask in the same place of annotations/.
-    path = Path(argument).expanduser()
+    path = Path(os.path.expanduser(argument))
     part = "validation" if split == "val" else "training"
     images = _files(path / "images" / part, (".jpg",), f"ade20k:{argument}")
     files = []
@@ -418,7 +421,7 @@ def main(argv):
     for spec in argv or ["shapes:100"]:
         with user_errors():
             pairs = open_pairs(MASKS, spec, read_mask)
-        image, mask = pairs[0]
+            image, mask = pairs[0]
         shares = torch.bincount(mask[mask != IGNORE]) / mask.numel()
         listed = ", ".join(f"{c}: {share:.1%}" for c, share in enumerate(shares) if share)
         print(f"{spec}: {len(pairs):,d} pairs, the first {tuple(image.shape)}, with the "

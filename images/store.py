@@ -17,6 +17,8 @@ Change   how far images are mixed: BUFFER; what a label is: Shards.list_members
 Tests    pytest tests/images/test_store.py
 """
 
+import contextlib
+import errno
 import glob
 import hashlib
 import json
@@ -87,7 +89,9 @@ class Cache:
         """(3, H, W) uint8, channels last in memory, as from a decoder."""
         height, width, checksum = (int(x) for x in self.sizes[i])
         if not height:
-            raise ValueError("it did not decode when the cache was built")
+            raise ValueError(
+                f"it did not decode when {self.folder} was built; remove the folder "
+                "to try again")
         # A copy in memory: the map is read-only, and torch expects memory that can be written.
         data = np.array(self.pixels[self.starts[i]:self.starts[i + 1]])
         if zlib.crc32(data) != checksum:
@@ -103,9 +107,17 @@ class Shrunk(torch.utils.data.Dataset):
         self.side = side
 
     def __getitem__(self, i: int) -> Tensor:
+        # Decoders raise exceptions of many kinds. Those of the operating system have a number: a
+        # file that is not there or may not be read will not be there tomorrow, but a disk that
+        # fails for a while must not cost an image for ever.
         try:
             return shrink(self.read(i), self.side).permute(1, 2, 0).contiguous()  # (H, W, 3)
-        except Exception:  # decoders raise exceptions of many kinds
+        except MemoryError:
+            raise
+        except Exception as error:
+            number = getattr(error, "errno", None)
+            if number not in (None, errno.ENOENT, errno.EACCES, errno.ELOOP):
+                raise
             return torch.empty(0, 0, 3, dtype=torch.uint8)
 
 
@@ -126,10 +138,13 @@ def build(folder: Path, read, names: list[str], side: int, num_workers: int = 0,
         "images": len(names), "side": side,
         "names": hashlib.sha256(os.fsencode("\n".join(names))).hexdigest()}
 
-    with open(folder / "lock", "w") as lock:
+    with contextlib.ExitStack() as stack:
         # The system lets go of this lock when the process ends, even if it is killed. So a lock
-        # never has to be removed by hand.
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        # never has to be removed by hand. Some network disks know no locks, and others cannot be
+        # written to: a cache that is whole already can be used there all the same.
+        with contextlib.suppress(OSError):
+            lock = stack.enter_context(open(folder / "lock", "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
 
         # Written under another name and renamed: after a kill the file is whole or not there.
         source_file = folder / "source.json"
@@ -139,11 +154,15 @@ def build(folder: Path, read, names: list[str], side: int, num_workers: int = 0,
             os.replace(unfinished, source_file)
 
         # A folder that was there before may be of other images.
-        stored = json.loads(source_file.read_text())
+        try:
+            stored = json.loads(source_file.read_text())
+            made_from = f"{stored['images']} images at {stored['side']} px"
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{source_file} is damaged; remove {folder}") from None
         if stored != source:
-            raise ValueError(f"{folder} was made from {stored['images']} images at "
-                             f"{stored['side']} px, not from these {len(names)} at {side} px; "
-                             "give another folder, or remove it")
+            raise ValueError(
+                f"{folder} was made from {made_from}, not from these {len(names)} at "
+                f"{side} px; give another folder, or remove it")
         complete(folder, Shrunk(read, side), len(names), num_workers, report)
 
     # Files of the same names may have got other pixels since. Eight images, evenly spread over
@@ -163,6 +182,13 @@ def complete(folder: Path, images: Shrunk, count: int, num_workers: int, report=
     Example: sizes.bin of 41 bytes has 3 whole records (36 bytes). If they promise 700,000 bytes
     and pixels.bin has 705,000, it is cut to 700,000, and the build goes on with image 3.
     """
+    # A whole cache may lie where nothing can be written. (ValueError: half a record.)
+    with contextlib.suppress(OSError, ValueError):
+        cache = Cache(folder)
+        if len(cache.sizes) == count and os.path.getsize(
+                folder / "pixels.bin") == cache.starts[-1]:
+            return
+
     with open(folder / "sizes.bin", "a+b") as sizes, open(folder / "pixels.bin",
                                                           "a+b") as pixels:
         # Files opened to append stand at their end: `tell` is their length.
@@ -266,9 +292,10 @@ class Shards:
             if None in labels or len(set(labels)) < 2:
                 labels = None
 
-        # Labels that are numbers are sorted by value, so that class 10 comes after class 9.
+        # Labels that are numbers are sorted by value, so that class 10 comes after class 9. A
+        # single label tells nothing apart.
         self.classes = self.labels = None
-        if labels:
+        if labels and len(set(labels)) > 1:
             numeric = all(label.isdigit() for label in labels)
             self.classes = sorted(set(labels), key=int if numeric else str)
             number = {label: i for i, label in enumerate(self.classes)}
@@ -288,8 +315,8 @@ class Shards:
             stored = json.loads(list_file.read_text())
             if stored["stamp"] == stamp:
                 return stored["members"]
-        except (OSError, ValueError, KeyError):
-            pass  # no list, or one that is damaged: it is made again
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # no list, or one that is damaged or not ours: it is made again
 
         # "r:" takes uncompressed files only: in a compressed one no member could be read by its
         # place. A label is the content of a small member, so it is read at once.
@@ -300,9 +327,11 @@ class Shards:
                 for entry in entries:
                     if entry.name.endswith(".cls"):
                         content = tar.extractfile(entry).read()
-                        labels[entry.name[:-4]] = content.decode().strip()
-        except (tarfile.TarError, EOFError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is no whole tar file ({error})") from None
+                        labels[entry.name[:-4]] = content.decode(errors="replace").strip()
+                end = tar.offset  # where tarfile has looked for another header, and found none
+        except (tarfile.TarError, EOFError) as error:
+            raise ValueError(f"{file} is no whole tar file ({error}); expected one that is not "
+                             "compressed") from None
         members = []
         for entry in entries:
             # What belongs together has the same name up to its first dot: 01.rgb.png and 01.cls.
@@ -316,6 +345,17 @@ class Shards:
         # tarfile does not notice when the content of the last member is cut off.
         if members and members[-1][1] + members[-1][2] > stamp[0]:
             raise ValueError(f"{file} is no whole tar file (it ends within {members[-1][0]})")
+
+        # Neither does it notice a damaged header, which it takes for the end, nor a file that is
+        # cut off between two members. A tar file ends with blocks of zeros.
+        with open(file, "rb") as tar:
+            tar.seek(end)
+            closing = tar.read(512)
+        if len(closing) < 512 or any(closing):
+            last = members[-1][0] if members else "the start"
+            raise ValueError(
+                f"{file} is no whole tar file (no header and no end behind {last}, "
+                f"at byte {end:,d})")
 
         # Several processes may write the list at once, so each writes a file of its own name
         # and renames it when it is whole. Where the folder cannot be written to there is no

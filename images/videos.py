@@ -15,6 +15,7 @@ Tests    pytest tests/images/test_videos.py
 Letters  C channels, H W pixels of a frame.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -85,10 +86,18 @@ def video_of_files(name: str, frames: Path, masks: Path, channels: int) -> Video
             raise UsageError("--data: {} has {} x {} pixels, but {} has {} x {}".format(
                 path, *sizes[path], paths[0].name, *sizes[paths[0]]))
 
-    if not any(read_mask(mask_paths[t]).any() for t in annotated):
+    # What only the head of a file did not tell: it may be cut off.
+    def whole(read, path):
+        try:
+            return read(path)
+        except (OSError, SyntaxError) as error:
+            raise UsageError(f"--data: {path} does not decode ({error!s:.100})") from None
+
+    if not any(whole(read_mask, mask_paths[t]).any() for t in annotated):
         raise UsageError(f"--data: no object is marked in {len(annotated)} masks in {masks}")
-    return Video(name, [path.stem for path in paths], lambda t: read_file(paths[t], channels),
-                 annotated, lambda t: read_mask(mask_paths[t]))
+    read_frame = partial(read_file, channels=channels)
+    return Video(name, [path.stem for path in paths], lambda t: whole(read_frame, paths[t]),
+                 annotated, lambda t: whole(read_mask, mask_paths[t]))
 
 
 def open_davis(argument: str, side: int, channels: int) -> list[Video]:
@@ -98,9 +107,9 @@ def open_davis(argument: str, side: int, channels: int) -> list[Video]:
     """
     # DAVIS has two sizes of every frame; its figures are those of the smaller one, which is 480
     # pixels high.
-    frames = Path(argument).expanduser() / "JPEGImages" / "480p"
-    masks = Path(argument).expanduser() / "Annotations" / "480p"
-    listed = Path(argument).expanduser() / "ImageSets" / "2017" / "val.txt"
+    frames = Path(os.path.expanduser(argument)) / "JPEGImages" / "480p"
+    masks = Path(os.path.expanduser(argument)) / "Annotations" / "480p"
+    listed = Path(os.path.expanduser(argument)) / "ImageSets" / "2017" / "val.txt"
     names = sorted(folder.name for folder in frames.glob("[!.]*"))
     if listed.exists():
         names = listed.read_text().split()
@@ -112,7 +121,7 @@ def open_frames(argument: str, side: int, channels: int) -> list[Video]:
 
     Only the first frame needs a mask. Where others have one, it is judged.
     """
-    folders = sorted(Path(argument).expanduser().glob("[!.]*/images"))
+    folders = sorted(Path(os.path.expanduser(argument)).glob("[!.]*/images"))
     return [
         video_of_files(folder.parent.name, folder, folder.parent / "masks", channels)
         for folder in folders]

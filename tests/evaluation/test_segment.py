@@ -156,9 +156,10 @@ def test_misfits(small_backbone, colours, tmp_path, capsys):
     data = f"--data pairs:{binary} --val_data pairs:{copy_of(binary)}"
     assert "the masks have the class 0 alone" in refused(data)
     (binary / "classes.txt").write_text("thing\nground\n")
+    assert "the masks have the class thing alone" in refused(data)
     for file in (binary / "masks").iterdir():
         Image.new("L", (48, 32), 255).save(file)
-    assert "in no crop has a pixel a class" in refused(data)
+    assert "--data: every pixel of every mask is ignored" in refused(data)
 
     # The names of one set count for both. Two names are too few for masks of ten classes.
     two = tmp_path / "two"

@@ -8,8 +8,10 @@
    what it takes while it is listed: a folder, tar files, and parts of them.
 """
 
+import errno
 import os
 import pickle
+import shutil
 import tracemalloc
 from unittest.mock import patch
 
@@ -64,6 +66,48 @@ def test_files_of_a_folder(tmp_path):
     # A link to a folder above would list everything again and again.
     (tmp_path / "a/up").symlink_to(tmp_path)
     assert list(list_files(tmp_path)) == sorted(expected)
+
+
+def test_a_link_that_leads_nowhere_costs_no_other_file(tmp_path):
+    for name in ("a/1.jpg", "a/2.jpg", "b/3.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a/me").symlink_to("me")
+    assert list(list_files(tmp_path)) == ["a/1.jpg", "a/2.jpg", "a/me", "b/3.jpg"]
+
+
+@pytest.mark.parametrize("error, told",
+                         [(PermissionError(errno.EACCES, "Permission denied"), True),
+                          (OSError(errno.ESTALE, "Stale file handle"), False)])
+def test_a_folder_that_cannot_be_read_is_named(error, told, tmp_path, monkeypatch, capsys):
+    """One that may not be read is left out; a disk that fails for a while stops the program."""
+    for name in ("a/1.jpg", "b/2.jpg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    scandir = os.scandir
+
+    def fails(folder):
+        if folder.name == "a":
+            raise error
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", fails)
+    if told:
+        assert list(list_files(tmp_path)) == ["b/2.jpg"]
+        assert f"warning: {tmp_path}/a may not be read" in capsys.readouterr().err
+    else:
+        with pytest.raises(OSError, match="Stale"):
+            list(list_files(tmp_path))
+
+
+@pytest.mark.parametrize("folders, told", [("train test", True), ("Train Val", True),
+                                           ("train cats", False), ("train", False)])
+def test_folders_that_sound_like_parts_are_named(folders, told, photos, tmp_path, capsys):
+    for folder in folders.split():
+        (tmp_path / "set" / folder).mkdir(parents=True)
+        shutil.copy(sorted(photos.rglob("*.*"))[0], tmp_path / "set" / folder)
+    open_images(f"folder:{tmp_path}/set")
+    assert (f"folder:{tmp_path}/set/" in capsys.readouterr().err) == told
 
 
 # -- 3

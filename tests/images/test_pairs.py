@@ -7,6 +7,7 @@
 3. What does not fit is refused with one line that names the flag and the file.
 """
 
+import shutil
 from functools import partial
 
 import numpy as np
@@ -54,6 +55,11 @@ def test_files_of_maps(folder, tmp_path):
     np.testing.assert_allclose(depth[1:], millimetres[1:] / 1000, rtol=1e-6)
     np.save(tmp_path / "d.npy", np.array([[1.5, np.nan], [np.inf, -1.0]]))
     assert read_depth(tmp_path / "d.npy").tolist() == [[1.5, 0], [0, 0]]
+    for number in (65535, 1500):
+        np.save(tmp_path / "d.npy", np.array([[number]], np.uint16))
+        with pytest.raises(ValueError, match="d.npy: an array of uint16, expected metres in"):
+            read_depth(tmp_path / "d.npy")
+
     # A picture of floats holds metres, too.
     Image.fromarray(np.array([[1.5, np.nan]], np.float32)).save(tmp_path / "d.tif")
     assert read_depth(tmp_path / "d.tif").tolist() == [[1.5, 0]]
@@ -180,6 +186,10 @@ def test_misfits(folder):
     (folder / "val/images/.ipynb_checkpoints/0.jpg").touch()  # is left out
     with pytest.raises(ValueError, match="0.jpg: its mask has the class 7, and there are 3"):
         opened(f"pairs:{folder}:val")[0]
+    shutil.copy(folder / "val/masks/1.png", folder / "val/masks/1.tif")  # two maps of one image
+    with pytest.raises(ValueError, match="3 images in .* and 4 maps"):
+        opened(f"pairs:{folder}:val")
+    (folder / "val/masks/1.tif").unlink()
     (folder / "val/masks/1.png").unlink()
     with pytest.raises(ValueError, match="3 images in .* and 2 maps in .*1.jpg has no map"):
         opened(f"pairs:{folder}:val")

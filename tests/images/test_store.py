@@ -8,6 +8,8 @@
 6. A run on shards with a cache, killed and run again, has the same weights, bit for bit.
 """
 
+import errno
+import gzip
 import io
 import json
 import multiprocessing
@@ -16,6 +18,7 @@ import pickle
 import shutil
 import signal
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -183,6 +186,56 @@ def test_broken_images_and_broken_caches(photos, tmp_path):
         store.Cache(folder).read(0)
 
 
+def test_a_disk_that_fails_for_a_while_costs_no_image(photos, tmp_path):
+    """The build stops and goes on later; a file that is not there is stored as broken."""
+    images = open_images(f"folder:{photos}")
+    folder = tmp_path / "cache"
+
+    def fails(i):
+        if i == 5:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return images.read(i)
+
+    with pytest.raises(OSError, match="Stale"):
+        store.build(folder, fails, images.names, 32)
+    (photos / images.names[7]).unlink()
+    built = store.build(folder, images.read, images.names, 32)
+    assert [i for i in range(len(images)) if not built.sizes[i, 0]] == [7]
+    with pytest.raises(ValueError, match="did not decode when .*/cache was built; remove"):
+        built.read(7)
+
+
+def test_a_cache_on_a_disk_without_locks_or_without_writing(photos, tmp_path, monkeypatch):
+    images = open_images(f"folder:{photos}")
+    folder = tmp_path / "cache"
+
+    def no_locks(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    made = content(folder) if store.build(folder, images.read, images.names, 32) else None
+    opened = []
+
+    def not_for_writing(file, mode="r", *args, **kwargs):
+        opened.append(mode)
+        if set(mode) & set("wa+"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return open(file, mode, *args, **kwargs)
+
+    monkeypatch.setattr(store, "open", not_for_writing, raising=False)
+    assert store.build(folder, images.read, images.names, 32).read(3).shape[0] == 3
+    assert content(folder) == made and opened == ["w"]
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]"])
+def test_a_damaged_note_of_the_source(text, photos, tmp_path):
+    images = open_images(f"folder:{photos}")
+    cached(images, str(tmp_path / "cache"), 32)
+    (tmp_path / "cache/source.json").write_text(text)
+    with pytest.raises(ValueError, match="source.json is damaged; remove .*cache"):
+        cached(images, str(tmp_path / "cache"), 32)
+
+
 # -- 4: tar files
 
 
@@ -226,8 +279,9 @@ def test_the_list_beside_a_shard(shards, tmp_path):
     assert len(store.Shards(shards, EXTENSIONS).names) == 19  # it is believed
     os.utime(tmp_path / "0.tar", ns=(0, 0))  # another file: it is not
     assert store.Shards(shards, EXTENSIONS).names == first.names
-    list_file.write_text("{")
-    assert store.Shards(shards, EXTENSIONS).names == first.names
+    for damaged in ("{", "[]", "7"):
+        list_file.write_text(damaged)
+        assert store.Shards(shards, EXTENSIONS).names == first.names
 
 
 def test_the_lists_are_no_shards(shards):
@@ -253,6 +307,37 @@ def test_no_shards_and_half_shards(shards, tmp_path):
         (tmp_path / "1.tar").write_bytes(whole[:size])
         with pytest.raises(ValueError, match="1.tar is no whole tar file"):
             open_images(f"shards:{shards}")
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut in a header", "cut between two", "compressed"])
+def test_damaged_shards_do_not_lose_images_in_silence(how, shards, tmp_path):
+    """tarfile takes a header that it cannot read, and the end of the file, for the end."""
+    file = tmp_path / "0.tar"
+    content = bytearray(file.read_bytes())
+    with tarfile.open(file) as tar:
+        fourth = [entry for entry in tar if entry.isfile()][3].offset
+    if how == "flipped":
+        content[fourth] ^= 1
+    elif how == "compressed":
+        content = gzip.compress(bytes(content))
+    else:
+        content = content[:fourth + 100 * (how == "cut in a header")]
+    file.write_bytes(content)
+    words = "not compressed" if how == "compressed" else "no header and no end behind"
+    with pytest.raises(ValueError, match=f"0.tar is no whole tar file .*{words}"):
+        store.Shards(shards, EXTENSIONS)
+    assert not Path(f"{file}.index").exists()
+
+
+def test_a_single_label_tells_nothing_apart(photos, tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for i in range(2):
+            tar.add(sorted(photos.rglob("*.*"))[i], f"{i}.png")
+            info = tarfile.TarInfo(f"{i}.cls")
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"3"))
+    images = open_images(f"shards:{tmp_path}/x.tar")
+    assert len(images) == 2 and images.labels is None and images.classes is None
 
 
 def test_a_broken_image_of_a_shard_is_named(photos, shards):

@@ -98,6 +98,17 @@ def test_broken_data(how, words, tmp_path):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_frame_that_is_cut_off_is_named(tmp_path):
+    folder = tmp_path / "data/one"
+    write_video(folder / "images", folder / "masks")
+    frame = folder / "images/00002.jpg"
+    frame.write_bytes(frame.read_bytes()[:-200])
+    video = open_videos(f"frames:{tmp_path}/data", 96, 3)[0]
+    assert video.read_frame(1).shape[0] == 3
+    with pytest.raises(UsageError, match="00002.jpg does not decode"):
+        video.read_frame(2)
+
+
 def test_frames_are_in_the_order_of_their_numbers(tmp_path):
     """Names of several lengths: by letters 10 comes before 8, and would be shown first."""
     write_video(tmp_path / "bus/images", tmp_path / "bus/masks", count=3)
