@@ -141,9 +141,11 @@ class Attention(nn.Module):
         fig. 1. `rows`, a slice or a list of numbers, picks the tokens that ask: (b, nh, r, n).
         """
         q, k, _ = self.split_heads(self.qkv(x), b, n).unbind(0)
-        # The product is taken in float32, so that small weights are not rounded away in a plot.
-        q = q[:, :, rows].float() * q.shape[-1]**-0.5
-        return (q @ k.float().transpose(-2, -1)).softmax(-1)  # (b, nh, n, n), or r rows of it
+        # The product is taken in float32, also inside autocast, so that small weights are not
+        # rounded away in a plot.
+        with torch.autocast(q.device.type, enabled=False):
+            q = q[:, :, rows].float() * q.shape[-1]**-0.5
+            return (q @ k.float().transpose(-2, -1)).softmax(-1)  # (b, nh, n, n), or r rows
 
 
 class Mlp(nn.Module):
@@ -211,8 +213,8 @@ class LayerScale(nn.Module):
 class Keep(NamedTuple):
     """Which images take part in one residual branch of one block."""
 
-    rows: Tensor  # (T',) int64, where their tokens are in the packed sequence
-    scale: Tensor  # (T', 1), b / kept: the factor that keeps the branch's expected value
+    rows: Tensor  # (T',) int64, where the kept tokens are in the packed sequence
+    scale: Tensor  # (T', 1), b / kept: an image is kept with chance kept / b, so on average by 1
     groups: Groups  # (kept, n) per crop size
 
 

@@ -38,7 +38,9 @@ class ConvNet(nn.Module):
 
     def __init__(self, name: str = "resnet50", img_size: int = 224):
         super().__init__()
-        # The size that it was trained on, to be told to others; any other size will do.
+        # To be told to others: its name, and the size that it was trained on. Any other size will
+        # do.
+        self.name = name
         self.img_size = img_size
         if name not in CONVNETS:
             raise ValueError(f"convnet {name!r}: choose from {', '.join(CONVNETS)}")

@@ -22,16 +22,27 @@ from torch import nn
 from backbones.layouts import hf_type, to_hf, write_safetensors
 from backbones.weights import architecture, load_backbone
 from machinery.checkpoints import save_tensors, write_json, write_text
-from vit import VisionTransformer
+from vit import FFNS, VisionTransformer
+
+
+def what_no_tensor_says(model: nn.Module) -> dict:
+    """How images are normalised, and arguments of the network that leave no trace in its tensors.
+
+    The names are those of weights.KEPT_FIELDS.
+    """
+    about = dict(mean=list(model.pixels.mean), std=list(model.pixels.std))
+    if not isinstance(model, VisionTransformer):
+        return about | dict(arch=model.name, global_crops_size=model.img_size)
+
+    # A feed-forward layer that somebody has added may have the tensors of the MLP.
+    kinds = [name for name, kind in FFNS.items() if kind is type(model.blocks[0].mlp)]
+    return about | dict(pos_embed_resize=model.pos_embed_resize, norm_eps=model.norm.eps,
+                        num_heads=model.num_heads, ffn_layer=kinds[0])
 
 
 def write_official(model: nn.Module, what: str, path: Path):
     """The tensors in one file; a run's other files stay where they are."""
-    # What no tensor says: how images are normalised and, of a ViT, three of its arguments.
-    about = dict(mean=list(model.pixels.mean), std=list(model.pixels.std))
-    if isinstance(model, VisionTransformer):
-        about |= dict(pos_embed_resize=model.pos_embed_resize, norm_eps=model.norm.eps,
-                      num_heads=model.num_heads)
+    about = what_no_tensor_says(model)
 
     # The format follows from the ending. A .safetensors file has no code in it, and room for
     # more than tensors; a .pth file is what torch.load and Meta's code read.
@@ -68,11 +79,9 @@ def hf_config(model: nn.Module) -> dict:
     if kind == "dinov2_with_registers":
         config["num_register_tokens"] = model.num_register_tokens
     ratio = round(options["mlp_ratio"])
-    if ratio != options["mlp_ratio"] or options["ffn_layer"] not in ("mlp", "swiglu"):
-        raise ValueError(
-            f"--to hf: a feed-forward layer {options['ffn_layer']} of "
-            f"{options['mlp_ratio']:g} times the width; {kind} has mlp or swiglu, of "
-            "a whole number of times")
+    if ratio != options["mlp_ratio"]:
+        raise ValueError(f"--to hf: a feed-forward layer of {options['mlp_ratio']:g} times the "
+                         f"width; {kind} has one of a whole number of times")
     names = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
     return dict(architectures=[names[kind]], model_type=kind, mlp_ratio=ratio,
                 use_swiglu_ffn=options["ffn_layer"] == "swiglu", **config)
@@ -131,16 +140,31 @@ def write_hf(model: nn.Module, what: str, path: Path):
         raise ValueError(f"--output {path}: --to hf writes a folder; give it a name without "
                          f"{path.suffix}")
 
-    # Before the folder is made, because a network that has no names there is refused here.
+    # Before the folder is made, because a network that has no names there is refused here. One
+    # with another feed-forward layer would be computed as an MLP.
     state = to_hf(model.state_dict())
+    about = what_no_tensor_says(model)
+    if about["ffn_layer"] not in ("mlp", "swiglu"):
+        raise ValueError(
+            f"--to hf: transformers has no feed-forward layer {about['ffn_layer']}, "
+            "only mlp and swiglu")
     config = hf_config(model)
+
+    # A folder that is there may hold a run, or a README.md of somebody. An earlier export may be
+    # written anew.
+    readme = path / "README.md"
+    is_ours = readme.exists() and readme.read_text().startswith(
+        "---\nlibrary_name: transformers")
+    if path.exists() and any(path.iterdir()) and not is_ours:
+        raise ValueError(
+            f"--output {path}: there are other files in this folder; give a new one")
     path.mkdir(exist_ok=True)
 
     # By these names AutoModel and AutoImageProcessor find what they need in the folder.
     write_json(path / "config.json", config)
     write_json(path / "preprocessor_config.json", hf_preprocessor(model))
     write_text(path / "README.md", hf_readme(model, what))
-    write_safetensors(path / "model.safetensors", state)
+    write_safetensors(path / "model.safetensors", state, about)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -154,13 +178,14 @@ class Config:
     # -- export
     to: Literal[*EXPORTS] = "official"  # who will read it: Meta's code, or Hugging Face's
     output: str = "backbone.safetensors"  # a file (.pth for torch.load); for hf a folder
+    num_heads: int = 0  # attention heads, where the file does not say; 0: each is 64 wide
 
 
 def export(what: str, config: Config) -> Path:
     """Write the backbone of a name, file or run as --to says, at --output."""
     # Whatever it was stored as, in memory a network has the official names; EXPORTS goes on
     # from these.
-    model = load_backbone(what)
+    model = load_backbone(what, num_heads=config.num_heads)
     path = Path(config.output)
     if not path.parent.is_dir():
         raise ValueError(f"--output {path}: there is no folder {path.parent}")

@@ -55,10 +55,14 @@ class DINOv2(VisionTransformer):
     """A ViT with the methods of Meta's repository dinov2."""
 
     def forward(self, x, masks=None, is_training: bool = False):
-        """Class tokens (B, D), or the dictionary of forward_features with is_training=True."""
+        """head(class tokens), or the dictionary of forward_features with is_training=True.
+
+        `head` is the identity, so this is (B, D). Programs put a classifier in its place.
+        """
         if is_training:
             return self.forward_features(x, masks)
-        return super().forward(x, masks)
+        tokens = super().forward(x, masks)
+        return [self.head(t) for t in tokens] if isinstance(tokens, list) else self.head(tokens)
 
 
 def backbone(name: str, pretrained: bool = True, weights: str = "",
@@ -113,8 +117,11 @@ def as_official(model: VisionTransformer | ConvNet, name: str) -> nn.Module:
         network.num_features = network.embed_dim = model.embed_dim
         return network.train(model.training)
 
-    # The classes above only add methods, so the network can become one of them as it is.
+    # The classes above only add methods, so the network can become one of them as it is. DINOv2's
+    # `forward` ends with a head, which has no tensors; that of DINO does not.
     model.__class__ = DINOv2 if name.startswith("dinov2") else DINO
+    if isinstance(model, DINOv2):
+        model.head = nn.Identity()
     model.num_features = model.embed_dim
     model.patch_embed.num_patches = model.pos_embed.shape[1] - 1
     return model

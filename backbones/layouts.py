@@ -328,7 +328,8 @@ def from_timm(state: dict) -> dict:
     # class token it is one more, which is never a square.) A row of zeros in front makes the
     # table the official one, and the network computes the same.
     positions = state.get("pos_embed")
-    if positions is not None and math.isqrt(positions.shape[1])**2 == positions.shape[1]:
+    square = positions is not None and math.isqrt(positions.shape[1])**2 == positions.shape[1]
+    if square and "register_tokens" in state:
         state["pos_embed"] = torch.cat([torch.zeros_like(positions[:, :1]), positions], 1)
     return state
 

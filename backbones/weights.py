@@ -17,6 +17,7 @@ Tests    pytest tests/backbones/test_weights.py
 """
 
 import hashlib
+import http.client
 import json
 import math
 import os
@@ -105,7 +106,7 @@ def fetch(url: str) -> Path:
         torch.hub.download_url_to_file(url, str(unfinished))
         if size and unfinished.stat().st_size != size:
             raise OSError(f"only {unfinished.stat().st_size:,d} of {size:,d} bytes came")
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
         unfinished.unlink(missing_ok=True)
         raise ValueError(f"--weights: {url} cannot be fetched ({error}); download it by hand "
                          f"and put it at {path}") from None
@@ -250,7 +251,8 @@ def read_hf_fields(file: Path) -> dict:
 # What export.py writes beside the tensors into a .safetensors file, each with an example of its
 # type; the names are those of read_hf_fields.
 KEPT_FIELDS = {
-    "pos_embed_resize": "offset", "norm_eps": 1e-6, "num_heads": 6, "mean": [], "std": []}
+    "pos_embed_resize": "offset", "norm_eps": 1e-6, "num_heads": 6, "ffn_layer": "mlp",
+    "arch": "resnet18", "global_crops_size": 224, "mean": [], "std": []}
 
 
 def read_kept_fields(file: Path) -> dict:
@@ -312,7 +314,7 @@ def read_backbone(what: str | Path,
     try:
         state = read_tensors(file)
         if file.suffix == ".safetensors":
-            config = config or read_kept_fields(file)
+            config = read_kept_fields(file) | config
         if checkpoint_key == "student":
             state = student_of(file, state)
         if isinstance(state, dict):
@@ -477,6 +479,8 @@ def load_backbone(what: str | Path, checkpoint_key: str = "teacher",
     The network's `pixels` say what images it wants: channels, mean, spread. ValueError names
     the first four tensors that are missing, left over or of another shape.
     """
+    if checkpoint_key not in ("teacher", "student"):
+        raise ValueError(f"--checkpoint_key {checkpoint_key}: choose from teacher, student")
     state, config = read_backbone(what, checkpoint_key)
     if config.get("arch") in CONVNETS or is_resnet50(state):
         model = ConvNet(config.get("arch", "resnet50"), config.get("global_crops_size", 224))

@@ -41,9 +41,14 @@ def run(extractor: Extractor) -> dict:
     if output.suffix != ".npy":
         raise UsageError(f"--output {output}: expected a name that ends in .npy")
 
+    names = output.with_suffix(".txt")
+    if names.exists() and not output.exists():
+        raise UsageError(
+            f"--output {output}: the names of its rows would overwrite {names}, which "
+            "has no table beside it; give another name")
+
     # Every process has all rows, in the order of the names; one of them writes.
     rows = extractor(images, "features")
-    names = output.with_suffix(".txt")
     if process.main:
         output.parent.mkdir(parents=True, exist_ok=True)
         np.save(output, rows.numpy())

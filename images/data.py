@@ -149,8 +149,8 @@ def open_folder(argument: str, split: str, root: str, download: bool, channels: 
                          f"{', '.join(EXTENSIONS + ARRAYS)} files, or folders of them")
     read = partial(_read_path, path, names, channels)
 
-    labels, classes = labels_of_folders(path, names)
-    return Images("folder", read, names, labels, classes, split=divided, root=path)
+    return Images("folder", read, names, *labels_of_folders(path, names), split=divided,
+                  root=path)
 
 
 def open_list(argument: str, split: str, root: str, download: bool, channels: int) -> Images:
@@ -172,10 +172,8 @@ def _part_of_folder(path: Path, split: str) -> tuple[Path, str]:
     if not parts or not (split or len(parts) == 2):
         return path, ""
     if split not in parts:
-        missing = f", and no {split}" if split else ""
-        raise ValueError(
-            f"{path} has {' and '.join(parts)} in it{missing}: give one of them, as "
-            f"in folder:{path}:{parts[0]}")
+        found = " and ".join(parts) + f", and no {split}" * bool(split)
+        raise ValueError(f"{path} has {found}: give one, as in folder:{path}:{parts[0]}")
     return path / split, split
 
 

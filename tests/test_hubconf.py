@@ -237,6 +237,12 @@ def test_methods_of_dinov2(name):
         assert shapes_of(layers(images, [2, 5, 8, 11], reshape=True)) == [as_map] * 4
         for pair in layers(images, n=2, return_class_token=True, norm=False):
             assert shapes_of(pair) == [patches, feature]
+
+        # `head` has no tensors; what is put in its place is used.
+        feature_of_images = model(images)
+        model.head = torch.nn.Linear(feature[1], 10)
+        assert torch.equal(model(images), model.head(feature_of_images))
+        assert shapes_of(model([images, images[..., :28]])) == [(2, 10)] * 2
     assert model.num_features == model.embed_dim == feature[1]
     assert model.patch_embed.num_patches == num_patches
 

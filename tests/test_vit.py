@@ -252,6 +252,18 @@ def test_bfloat16_on_a_cpu_is_as_exact_as_the_kernel():
         assert (a.grad.double() - b.grad).abs().mean() < 0.02 * b.grad.abs().mean()
 
 
+def test_attention_to_be_plotted_is_float32_inside_autocast():
+    torch.manual_seed(0)
+    model = VisionTransformer(32, 8, **SMALL).eval()
+    for block in model.blocks:  # queries and keys of some length, whose weights are sharp
+        block.attn.qkv.weight.data.mul_(30)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        weights = model.get_attention(images)
+    assert weights.dtype == torch.float32
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 1, 17))
+
+
 @pytest.mark.parametrize("registers", [0, 2])
 def test_a_batch_of_no_images(registers):
     model = VisionTransformer(16, 8, num_register_tokens=registers, **SMALL).eval()

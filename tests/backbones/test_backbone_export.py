@@ -20,7 +20,7 @@ from backbones.__main__ import main
 from backbones.convnet import ConvNet
 from backbones.export import hf_config
 from backbones.weights import load_backbone, read_backbone
-from vit import VisionTransformer
+from vit import FFNS, Mlp, VisionTransformer
 
 TYPES = ["vit", "dinov2", "dinov2_with_registers"]  # of KINDS, as Hugging Face calls them
 
@@ -68,6 +68,96 @@ def test_what_no_tensor_says_comes_along(tmp_path, capsys):
     capsys.readouterr()
     main(["export", str(run), "--output", str(tmp_path / "out.pth")])
     assert "holds tensors only, and not mean [0.1, 0.2, 0.3]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+def test_a_convnet_keeps_its_name_and_its_size(ending, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    torch.save(ConvNet("resnet18").state_dict(), run / "teacher.pt")
+    fields = dict(global_batch=8, arch="resnet18", global_crops_size=64)
+    (run / "config.json").write_text(json.dumps(fields))
+    main(["export", str(run), "--output", str(tmp_path / f"out.{ending}")])
+    if ending == "pth":
+        assert "arch resnet18, global_crops_size 64;" in capsys.readouterr().out
+        return
+    loaded = load_backbone(tmp_path / "out.safetensors")
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), load_backbone(run)(images))
+    assert (loaded.name, loaded.img_size) == ("resnet18", 64)
+
+
+def test_a_layer_that_somebody_has_added(tmp_path, monkeypatch, capsys):
+    """Its tensors may have the names of the MLP, but it computes something else."""
+
+    class Relu(Mlp):
+
+        def forward(self, x, groups=None):
+            return self.fc2(self.fc1(x).relu())
+
+    monkeypatch.setitem(FFNS, "relu", Relu)
+    torch.manual_seed(0)
+    run = tmp_path / "run"
+    run.mkdir()
+    model = VisionTransformer(32, 8, embed_dim=64, depth=1, num_heads=1,
+                              ffn_layer="relu").eval()
+    torch.save(model.state_dict(), run / "teacher.pt")
+    fields = dict(global_batch=8, ffn_layer="relu")
+    (run / "config.json").write_text(json.dumps(fields))
+    main(["export", str(run), "--output", str(tmp_path / "out.safetensors")])
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(load_backbone(tmp_path / "out.safetensors")(images), model(images))
+    with pytest.raises(SystemExit):
+        main(["export", str(run), "--to", "hf", "--output", str(tmp_path / "hf")])
+    assert "transformers has no feed-forward layer relu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind, rule", [(KINDS[0], "antialias"), (KINDS[2], "offset")])
+def test_our_own_reader_knows_the_rule_for_positions(kind, rule, tmp_path):
+    """A folder of Hugging Face has no word for it, but the file of tensors has."""
+    run = tmp_path / "run"
+    run.mkdir()
+    model, _ = random_vit(dict(kind, pos_embed_resize=rule), tmp_path)
+    torch.save(model.state_dict(), run / "teacher.pt")
+    fields = dict(global_batch=8, pos_embed_resize=rule)
+    (run / "config.json").write_text(json.dumps(fields))
+    main(["export", str(run), "--to", "hf", "--output", str(tmp_path / "out")])
+    loaded = load_backbone(tmp_path / "out")
+    images = torch.randn(2, 3, 40, 24)
+    with torch.no_grad():
+        assert loaded.pos_embed_resize == rule and torch.equal(loaded(images), model(images))
+
+
+def test_heads_that_the_file_does_not_tell(tmp_path):
+    model = VisionTransformer(32, 16, embed_dim=128, depth=1, num_heads=1)
+    torch.save(model.state_dict(), tmp_path / "file.pth")
+    out = str(tmp_path / "out.safetensors")
+    main(["export", str(tmp_path / "file.pth"), "--num_heads", "1", "--output", out])
+    assert load_backbone(out).num_heads == 1
+
+
+@pytest.mark.parametrize("there, written", [("", True), ("export", True), ("README.md", False),
+                                            ("config.json", False), ("teacher.pt", False)])
+def test_a_folder_with_other_files_is_left_alone(there, written, tmp_path, capsys):
+    _, original = random_vit(KINDS[0], tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    arguments = ["export", original, "--to", "hf", "--output", str(out)]
+    if there == "export":
+        main(arguments)
+    elif there:
+        (out / there).write_text("mine")
+    if written:
+        main(arguments)
+        assert load_backbone(out)
+    else:
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert f"--output {out}: there are other files in this folder" in capsys.readouterr(
+        ).err
+        assert [path.read_text() for path in out.iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize("kind, model_type", [*zip(KINDS, TYPES)])
@@ -135,8 +225,7 @@ def test_the_card_of_a_run_comes_along(tmp_path):
 @pytest.mark.parametrize("line, words", [
     ("FILE --to hf --output out.safetensors", "--to hf writes a folder"),
     ("CONVNET --to hf --output out", "--to hf: expected a Vision Transformer.* conv1.weight"),
-    ("NARROW --to hf --output out",
-     "a feed-forward layer mlp of 2.5 times the width; dinov2 has"),
+    ("NARROW --to hf --output out", "a feed-forward layer of 2.5 times the width; dinov2 has"),
     ("FILE --to timm", "--to: invalid choice"),
     ("FILE --output /none/out.pth", "--output /none/out.pth: there is no folder /none")])
 def test_refusals(line, words, tmp_path, monkeypatch, capsys):

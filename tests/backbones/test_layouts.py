@@ -120,6 +120,15 @@ def test_layouts_of_others(write, kind, tmp_path):
         torch.testing.assert_close(model(images), loaded(images), rtol=0, atol=1e-6)
 
 
+def test_a_rectangular_table_is_not_taken_for_a_square_one(tmp_path):
+    """14 x 16 patches and the class token are 225 = 15 * 15 rows."""
+    state = VisionTransformer(64, 16, embed_dim=64, depth=1, num_heads=1).state_dict()
+    state["pos_embed"] = torch.randn(1, 1 + 14 * 16, 64)
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="pos_embed"):
+        load_backbone(tmp_path / "other.pth")
+
+
 def test_safetensors_are_checked(tmp_path):
     file = tmp_path / "a.safetensors"
     state = {

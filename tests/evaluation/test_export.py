@@ -4,12 +4,24 @@
 """
 
 import numpy as np
+import pytest
 import torch
 from conftest import run_evaluate
 
 from augment import center_crop, normalise
 from backbones.weights import load_backbone
 from images.data import open_images
+
+
+def test_a_text_file_of_somebody_is_not_overwritten(small_backbone, photos, tmp_path, capsys):
+    """--output photos.npy has its names in photos.txt, which may be the list of --data itself."""
+    listed = photos / "photos.txt"
+    listed.write_text("cats/01.png\ncats/02.png\n")
+    with pytest.raises(SystemExit):
+        run_evaluate(f"features --weights {small_backbone} --data list:{listed}",
+                     output=photos / "photos.npy", features_dir=tmp_path / "kept")
+    assert "would overwrite" in capsys.readouterr().err
+    assert listed.read_text() == "cats/01.png\ncats/02.png\n"
 
 
 def test_features(small_backbone, photos, tmp_path):

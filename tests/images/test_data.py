@@ -214,16 +214,13 @@ def test_the_main_process_says_how_a_set_is_divided(many, capsys, monkeypatch):
 
 def test_folders_train_and_val(many, capsys):
     (many / "a").rename(many / "train")
-    with pytest.raises(
-            ValueError,
-            match="--data .* has train in it, and no val: give one of them, as in folder"):
+    with pytest.raises(ValueError,
+                       match="--data .* has train, and no val: give one, as in folder"):
         open_images(f"folder:{many}:val")
     (many / "b").rename(many / "val")
     assert names_of(f"folder:{many}:val") == {f"{i}.png" for i in range(1, 100, 2)}
     assert names_of(f"folder:{many}:train") == {f"{i}.png" for i in range(0, 100, 2)}
-    with pytest.raises(
-            ValueError,
-            match="has train and val in it: give one of them, as in folder:.*:train"):
+    with pytest.raises(ValueError, match="has train and val: give one, as in folder:.*:train"):
         open_images(f"folder:{many}")
     assert not capsys.readouterr().out
 
