@@ -76,6 +76,10 @@ def released_head(state: dict, width: int,
     weight (1000, 1920) reads 1920 / 384 = 5 tokens, which are four class tokens and the mean
     patch. ValueError for anything else than a linear head.
     """
+    if not isinstance(state, dict):
+        raise ValueError(
+            f"expected the tensors of a linear layer, found a {type(state).__name__}")
+
     # Ours and DINOv2's are {"weight": .., "bias": ..}; DINO's lie in "state_dict" and are
     # called module.linear.weight and module.linear.bias.
     state = state.get("state_dict", state)
@@ -87,6 +91,10 @@ def released_head(state: dict, width: int,
                          f"{', '.join(list(state)[:4])}")
     weight = state["weight"].float()  # (C, columns)
     bias = state["bias"].float()  # (C,)
+    if weight.ndim != 2 or bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"a weight {tuple(weight.shape)} with a bias {tuple(bias.shape)}; expected "
+            "(classes, columns) and (classes,)")
 
     # Columns -> what they are: the four choices that the papers train.
     choices = {
@@ -135,14 +143,17 @@ def read_head(what: str | Path, layers: int = 4) -> dict:
 class Classifier(nn.Module):
     """A backbone and a linear head on what is read off it: (B, 3, H, W) -> logits (B, C).
 
-    head: the tensors of a linear layer, as read_head gives them.
+    head: the tensors of a linear layer, as read_head gives them. kind: (blocks, with the mean patch
+    or not) of a head that is none of the four which the papers train. One on two class tokens has
+    as many columns as one on a class token and the mean patch, for which it would be taken.
     """
 
-    def __init__(self, model: nn.Module, head: dict[str, Tensor]):
+    def __init__(self, model: nn.Module, head: dict[str, Tensor],
+                 kind: tuple[int, bool] | None = None):
         super().__init__()
         # The names backbone and linear_head are those of Meta's repository, so that the keys of
         # the state dict are the same.
-        n, with_mean, weight, bias = released_head(head, model.embed_dim)
+        n, with_mean, weight, bias = released_head(head, model.embed_dim, kind)
         self.backbone = model
         self.linear_head = nn.Linear(weight.shape[1], len(bias))
         self.linear_head.load_state_dict({"weight": weight, "bias": bias})

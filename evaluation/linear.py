@@ -34,7 +34,7 @@ from evaluation import protocol
 from evaluation.extract import accuracy, best_classes, gather
 from evaluation.protocol import (Extractor, keep_earlier, open_judged, open_labelled,
                                  random_crops, results_folder, training_steps)
-from images.data import Images
+from images.data import Images, first_line
 from machinery.checkpoints import (Reader, find_checkpoint, quiet, save_checkpoint,
                                    save_tensors)
 from machinery.clock import Progress
@@ -452,8 +452,7 @@ def open_head(what: str) -> dict:
         return read_head(what)
     except Exception as error:  # torch.load raises different exceptions for different damage
         raise UsageError(
-            f"--head {what}: not a readable file of tensors ({str(error).splitlines()[0]})"
-        ) from None
+            f"--head {what}: not a readable file of tensors ({first_line(error)})") from None
 
 
 def judge_head(extractor: Extractor, train: Images, state: dict, flag: str = "val_data",

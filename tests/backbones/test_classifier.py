@@ -75,12 +75,25 @@ def test_heads_are_found_by_name(name, layers, file, tmp_path, monkeypatch):
             read_head(f"{name}_lc", 2)
 
 
-@pytest.mark.parametrize("columns, blocks, pool", [(1, 1, 0), (2, 1, 1), (4, 4, 0), (5, 4, 1)])
-def test_a_backbone_with_its_head(columns, blocks, pool):
+@pytest.mark.parametrize("state, words", [
+    ([], "found a list"), (torch.zeros(3), "found a Tensor"),
+    (dict(weight=torch.zeros(3), bias=torch.zeros(3)), r"a weight \(3,\) with a bias \(3,\)"),
+    (dict(weight=torch.zeros(3, 8), bias=torch.zeros(2)), r"with a bias \(2,\); expected")])
+def test_what_is_no_linear_layer(state, words):
+    with pytest.raises(ValueError, match=words):
+        released_head(state, 8)
+
+
+@pytest.mark.parametrize("columns, blocks, pool, told",
+                         [(1, 1, 0, 0), (2, 1, 1, 0), (4, 4, 0, 0), (5, 4, 1, 0), (2, 2, 0, 1),
+                          (4, 3, 1, 1)])
+def test_a_backbone_with_its_head(columns, blocks, pool, told):
+    """Of other choices than those of the papers the kind is told."""
     torch.manual_seed(0)
     model = VisionTransformer(16, 8, embed_dim=64, depth=5, num_heads=1).eval()
     weight, bias = torch.randn(3, columns * 64), torch.randn(3)
-    whole = Classifier(model, {"weight": weight, "bias": bias}).eval()
+    kind = (blocks, bool(pool)) if told else None
+    whole = Classifier(model, {"weight": weight, "bias": bias}, kind).eval()
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         outs = model.get_intermediate_layers(images, blocks, return_class_token=True)
