@@ -502,7 +502,11 @@ def rotate_hue(images: Tensor, shift: Tensor) -> Tensor:
     spread = value - low
 
     # The hue in sixths of a turn, counted from red: positive towards green, negative towards
-    # blue. Red alone would be 0. Three examples, one for each largest channel:
+    # blue. Red alone would be 0. One sum serves for all three cases:
+    #     r is the largest:  r and value cancel; low is g or b, so g + b - 2 low = |g - b|
+    #     g is the largest:  2 (g - low) + b - r, which is two sixths, and from there towards blue
+    #     b is the largest:  2 (b - low) + g - r, the same seen from blue, with a minus in front
+    # Three examples:
     #     r  orange (1, .5, 0):      +(.5 + 0 - 1 + 1 - 0) / 1 = .5, half of the way to yellow
     #     g  green (.2, .8, .4):     +(.8 + .4 - .2 + .8 - .4) / .6 = 2.33, from 2 towards blue
     #     b  blue (.2, .4, .8):      -(.4 + .8 - .2 + .8 - .4) / .6 = -2.33, which is 3.67
@@ -510,7 +514,8 @@ def rotate_hue(images: Tensor, shift: Tensor) -> Tensor:
     hue = hue + 6 * shift
     hue = hue - 6 * (hue / 6).floor()  # red at 0 (and 6), green at 2, blue at 4
 
-    # A channel is full within one sixth of its own hue, and empty two sixths away from it.
+    # A channel is full within one sixth of its own hue, and empty two sixths away from it. The hue
+    # of green is 2 and that of blue 4. That of red is 0 and 6, as far as possible from 3.
     shares = ((hue - 3).abs() - 1, 2 - (hue - 2).abs(), 2 - (hue - 4).abs())
     for channel, share in enumerate(shares):
         images[:, channel] = torch.addcmul(low, spread, share.clamp_(0, 1))
@@ -607,14 +612,13 @@ OPERATIONS = {
 
 if __name__ == "__main__":
     import sys
-    from pathlib import Path
 
     import matplotlib.pyplot as plt
+    from PIL import Image, ImageOps
 
-    from images.files import read_file
-
-    if sys.argv[1:]:
-        image = read_file(Path(sys.argv[1]))
+    if sys.argv[1:]:  # a camera that was held sideways says so beside the pixels
+        image = TF.pil_to_tensor(
+            ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB"))
     else:  # no photograph at hand: a disc on a slope of colours
         side = torch.linspace(-1, 1, 256)
         y, x = torch.meshgrid(side, side, indexing="ij")

@@ -35,7 +35,6 @@ from torch import Tensor, nn
 
 import train
 from backbones.convnet import ConvNet
-from backbones.layouts import read_tensors
 from backbones.weights import load_backbone, load_strictly, weights_file
 from machinery.checkpoints import digest
 from machinery.flags import UsageError, command
@@ -46,6 +45,7 @@ from training.check import check, check_sources
 from training.stored import read_config
 from training.optim import ema_update
 from training.recipes import DISTILLATION
+from training.warmstart import read_heads
 from vit import ARCHS
 
 # A term of the loss -> the output of the networks that it compares. These terms are for
@@ -69,8 +69,9 @@ class Config(TrainingConfig):
     patch_tokens: Literal["all", "sampled"] = "all"  # compare all patches, or those under masks
     class_feature_weight: float = 0.0  # weight of matching the teacher's class token (ours)
     patch_feature_weight: float = 0.0  # weight of matching the teacher's patch tokens (ours)
-    # The names become the choices of a flag. Elsewhere a star before NAMES does the same; here
-    # Python 3.10 has to be able to read the file, so that it can say that it is too old.
+    # The names become the choices of a flag. training/config.py puts a star before such a table
+    # for the same, which Python 3.10 cannot read. This file is started by the user, so it has to
+    # be read up to the line that says that this Python is too old.
     feature_distance: Literal[tuple(DISTANCES)] = "cosine"  # how far apart two features are
 
     # In train.py masks hide patches from the student. Here they only say which patches are
@@ -301,7 +302,10 @@ def train_heads(config: Config, backbone: nn.Module) -> Path:
     arch = names.get((backbone.embed_dim, backbone.depth), config.arch)
     p = backbone.patch_size
     local = max(1, round(config.local_crops_size / p)) * p  # whole patches of the teacher
+    is_swiglu = hasattr(backbone.blocks[0].mlp, "w12")
     heads_config = replace(heads_config, arch=arch, patch_size=p, local_crops_size=local,
+                           ffn_layer="swiglu" if is_swiglu else config.ffn_layer,
+                           layerscale=1.0 if hasattr(backbone.blocks[0].ls1, "gamma") else 0.0,
                            num_register_tokens=backbone.num_register_tokens,
                            pos_embed_resize=backbone.pos_embed_resize)
 
@@ -353,7 +357,7 @@ def add_heads(config: Config, backbone: nn.Module, run: Path) -> tuple[Config, N
 
     # 4. The network, with heads as they were trained: each tensor has to find its place.
     frozen = Network(teacher_config, backbone=backbone)
-    tensors = read_tensors(run / "heads.pt")
+    tensors = read_heads(run / "heads.pt", "--teacher")
     for name, head in frozen.heads().items():
         load_strictly(head, tensors.get(name, {}), f"{run}/heads.pt")
     return config, frozen
@@ -385,11 +389,12 @@ def open_teacher(config: Config) -> tuple[Config, Network]:
                 f"--train_teacher_heads_epochs {config.train_teacher_heads_epochs}: no loss needs "
                 "heads, as --dino_weight and --ibot_weight are 0; leave it out")
         return config, Network(config, backbone=backbone).eval()
-    run = Path(config.teacher).expanduser()
+
+    # Heads that are there already lie beside the file of the backbone, such as RUN/teacher.pt.
     if config.train_teacher_heads_epochs:
         run = train_heads(config, backbone)
-    if not run.is_dir():  # a file such as RUN/teacher.pt: the heads lie beside it
-        run = run.parent
+    else:
+        run = weights_file(config.teacher).parent
     with teacher_errors():
         config, frozen = add_heads(config, backbone, run)
     return config, frozen.requires_grad_(False).eval()
@@ -404,6 +409,9 @@ def run(config: Config) -> dict:
         config = config_from_init(config)
     check(config)
     check_sources(config, config.teacher)
+    if not (config.objectives or config.class_feature_weight or config.patch_feature_weight):
+        raise UsageError("no loss asks the teacher: give --dino_weight, --ibot_weight, "
+                         "--class_feature_weight or --patch_feature_weight")
     with teacher_errors():
         config = identify_teacher(config)
     config, frozen = open_teacher(config)

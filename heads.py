@@ -42,9 +42,10 @@ class Prototypes(nn.Module):
 
     def weight(self) -> Tensor:
         """The (K, d) matrix that multiplies the bottleneck."""
-        # It is computed at every step, because v changes at every step. The gradient of v is
-        # at a right angle to v, so each step makes v a little longer, and a longer v turns more
-        # slowly.
+        # It is computed at every step, because v changes at every step. The length of v does
+        # not matter for the result, so its gradient is at a right angle to v. A step of plain
+        # SGD along it makes v a little longer (Pythagoras), and a longer v turns more slowly;
+        # weight decay makes it shorter again.
         lengths = self.weight_v.norm(dim=1, keepdim=True)  # (K, 1)
         return self.weight_v * (self.weight_g / lengths)  # (K, d)
 

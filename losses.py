@@ -125,8 +125,10 @@ class SinkhornKnopp(NoCenter):
         # The first sweep divides each column by its mean. It sees the rows before any of them
         # is normalised, so that a row of large logits weighs more, as in the official code. The
         # exponential of large logits would overflow, so a constant is subtracted from all of
-        # them: the mean of the largest logits of the rows. It has to be the same for all rows,
-        # on all processes; then it changes no target, because softmax ignores it.
+        # them: the mean of the largest logits of the rows. (The largest of all would do, too, but
+        # the mean is one more sum over the processes, as the other steps.) The constant has to be
+        # the same for all rows, on all processes. Then it divides all that the prototypes get by
+        # one number, which adds one number to all biases, and softmax does not see it.
         top = column_mean(rows.amax(1, keepdim=True), real) / temp  # (1,)
         got = column_mean(rows, real, lambda x: exponentials(x, temp, top))  # (K,)
         bias = -got.clamp(min=1e-38).log()  # (K,)

@@ -76,8 +76,9 @@ class SegmentationHead(nn.Module):
 
     def __init__(self, channels: int, classes: int):
         super().__init__()
-        # BatchNorm without a learned scale would do for the linear layer behind it; it is here
-        # to bring all channels to the same spread, so that one learning rate suits all.
+        # BatchNorm brings all channels to the same spread, so that one learning rate suits all. Its
+        # own scale and shift are learned, too, as in the released heads; the linear layer behind
+        # it could do without them.
         self.bn = nn.BatchNorm2d(channels)
         # A convolution of 1 x 1 is the same linear layer at every place of the grid.
         self.conv_seg = nn.Conv2d(channels, classes, 1)

@@ -75,9 +75,10 @@ class LinearDepth(nn.Module):
             parts += [patches, cls[:, :, None, None].expand_as(patches)]
         scores = self.conv_depth(torch.cat(parts, 1))  # (B, K, h, w)
 
-        # DINOv2's code enlarges the tokens fourfold before its linear layer. A linear layer and
-        # a weighted mean of neighbours can change places, and 256 scores are fewer numbers than
-        # the tokens of four blocks.
+        # DINOv2's code enlarges the tokens fourfold before its linear layer. Enlarging takes a mean
+        # of neighbours, whose weights sum to 1, so the linear layer may come first: also its bias
+        # stays what it is. Then 256 scores are enlarged, fewer numbers than the tokens of four
+        # blocks. The shares below are not linear, so they have to come after it.
         scores = F.interpolate(scores, scale_factor=4, mode="bilinear", align_corners=False)
 
         shares = shares_of(scores)

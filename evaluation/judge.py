@@ -35,6 +35,24 @@ from training.rundir import record
 FEWEST = 50  # images to judge with, for a warning that the features are poor
 
 
+def learned_from(val: Images, train: Images) -> int:
+    """How many files of `val` are files of `train`, too, by their names below the same folder.
+
+    Example: folder:X/new lies in folder:X, where 1.jpg is called new/1.jpg.
+    """
+    if not (val.root and train.root):  # drawn images, and those in tar files
+        return 0
+    names = set(val.names)
+    below, above = val.root.resolve(), train.root.resolve()
+    if below.is_relative_to(above):
+        prefix = "" if below == above else f"{below.relative_to(above)}/"
+        return sum(
+            name.startswith(prefix) and name[len(prefix):] in names for name in train.names)
+    if above.is_relative_to(below):
+        return sum(f"{above.relative_to(below)}/{name}" in names for name in train.names)
+    return 0
+
+
 class Judge:
     """k-NN(20) of the teacher's class token: 10,000 images at most vote on 5,000 at most.
 
@@ -57,6 +75,11 @@ class Judge:
         self.labelled = bool(train.labels and val.labels)
         if self.labelled:
             same_labels(train, val)
+            if shared := learned_from(val, train):
+                process.print(
+                    f"warning: {shared:,d} of the {len(val):,d} images to judge with are in "
+                    "--data, too; each finds itself, so k-NN is too high; give others by "
+                    "--val_data")
         self.protocol = "k-NN(20)" if self.labelled else "other-view retrieval"
         # The part X:train is what --val_share leaves: of it nothing more is held out.
         way_out = "give --val_data, or hold images out by --val_share"

@@ -27,6 +27,7 @@ import signal
 import sys
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -165,9 +166,9 @@ def open_list(argument: str, split: str, root: str, download: bool, channels: in
 
 def _part_of_folder(path: Path, split: str) -> tuple[Path, str]:
     """(folder of this split, the split); (path, "") where nothing in the folder divides it."""
-    # If one of the two folders is there the other one is wanted, too: all images without those
-    # of PATH/val would not be the rest of them. And without a split nobody means the two folders
-    # to be two classes.
+    # If only one of the two folders is there, PATH with the other split is refused. Example: beside
+    # PATH/val and PATH/cats, PATH:train might be meant as PATH/cats or as all images, of which
+    # those of PATH/val are a part. And without a split nobody means train and val to be classes.
     parts = [part for part in ("train", "val") if (path / part).is_dir()]
     if not parts or not (split or len(parts) == 2):
         return path, ""
@@ -360,13 +361,9 @@ def part_by_name(images: Images, split: str, share: float = 0.05) -> Images:
 
 
 def repeated_class(classes: list[str]) -> str | None:
-    """The first name that is there for the second time; None if each class has its own."""
-    known = set()
-    for name in classes:
-        if name in known:
-            return name
-        known.add(name)
-    return None
+    """The first name that is there more than once; None if each class has its own."""
+    counts = Counter(classes)
+    return next((name for name in counts if counts[name] > 1), None)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -488,8 +485,10 @@ def begin_worker(worker: int):
 
     # So it is with SIGTERM, which torchrun, systemd and others send to every process of a job.
     # But it is also the way in which the training process ends a worker, so it matters who sent
-    # it. A handler is not told; sigtimedwait is, for signals that are blocked. (macOS and
-    # Windows do not have it: there SIGTERM ends a worker, whoever sent it.)
+    # it. A function set by signal.signal is not told by whom a signal was sent. So SIGTERM is
+    # blocked, which makes it wait, and a thread takes it with sigtimedwait, which tells the number
+    # of the sending process. (macOS and Windows do not have it: there SIGTERM ends a worker,
+    # whoever sent it.)
     if hasattr(signal, "sigtimedwait"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey_parent, daemon=True).start()

@@ -89,8 +89,9 @@ def from_array(array: np.ndarray, channels: int) -> Tensor:
     if array.ndim not in (2, 3) or not array.size or not np.issubdtype(array.dtype, np.number):
         raise ValueError(f"an array {array.shape} of {array.dtype}, expected an image")
 
-    # Channels come first, unless only the last axis has the number that is wanted, or the last
-    # axis is the shorter one: (20, 30, 5) is 5 channels of 20 x 30 pixels.
+    # Channels come first if the first axis has the number that is wanted. Otherwise they come last
+    # if the last axis has it, or is the shorter of the two: (20, 30, 5) is 5 channels of 20 x 30
+    # pixels.
     first = array.shape[0]
     last = array.shape[-1]
     if array.ndim == 3 and first != channels and (last == channels or last < first):

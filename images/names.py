@@ -3,10 +3,12 @@
     folder --list_files, sorted--> cats/1.png, dogs/22.png, ... --> Names: letters, starts, ends
 
 Idea     A string of Python takes about 50 bytes beside its letters, and a list 8 more to point
-         to it. A worker process that is forked shares the memory of the training process until
-         one of them writes to it; and Python writes into each string that is merely looked at,
-         because it counts who uses it. So every worker would have a copy of all names in the
-         end. Here the names are three long arrays, into which nobody writes.
+         to it. A worker process that is forked shares the memory of the training process, page by
+         page, until one of them writes to a page, which is then copied ("copy on write"). And
+         Python writes into each string that is merely looked at: every object has a count of
+         those who use it ("reference count") beside its content. So every worker would have a
+         copy of all names in the end. Here the names are three long arrays, into which nobody
+         writes.
 Paper    none
 Try      python -m images.names      how many bytes a name takes
 Change   which files are listed: list_files; a line of a list: read_list; how names are kept: Names

@@ -105,10 +105,10 @@ class Normalise(torch.autograd.Function):
         rows = x.numel() // x.shape[1]
         sums = torch.stack([by_bias, by_weight])  # (2, C)
         dist.all_reduce(sums)
-        g, gn = sums / (rows * dist.get_world_size())  # (C,) each
+        mean_g, mean_gn = sums / (rows * dist.get_world_size())  # (C,) each
         scale = (var + ctx.eps).rsqrt()
-        slope = weight * scale**2 * gn
-        offset = weight * scale * g
+        slope = weight * scale**2 * mean_gn
+        offset = weight * scale * mean_g
         shape = (1, -1) + (1,) * (x.ndim - 2)  # along the channels
         line = (x - mean.view(shape)) * slope.view(shape) + offset.view(shape)
         return (by_x - line).to(x.dtype), by_weight, by_bias, None, None, None

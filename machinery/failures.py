@@ -77,9 +77,10 @@ def mendable(error: BaseException) -> str:
         what = str(error).splitlines()[0].rstrip(" .")
         return f"{what}; the same command continues, or give fewer --num_workers"
 
-    # The GPU has less memory left than was asked for. PyTorch's message goes on with advice for
-    # its allocator, of which only the first sentence is told.
-    if isinstance(error, torch.OutOfMemoryError):
+    # The GPU, or the machine, has less memory left than was asked for. PyTorch's message goes on
+    # with advice for its allocator, of which only the first sentence is told.
+    no_memory = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if isinstance(error, torch.OutOfMemoryError) or no_memory:
         what = str(error).split(". ")[0]
         return (f"{what}; give smaller batches or images (train.py: --batch_size_per_gpu or "
                 "--activation_checkpointing; others: --batch_size or --image_size)")

@@ -22,6 +22,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import os
 import re
 import sys
 import textwrap
@@ -232,8 +233,10 @@ def options_of(field: dataclasses.Field, kind) -> dict:
         number = "+" if inner[-1] is Ellipsis else len(inner)
         one = str if inner[0] is str else number_from(0, inner[0])
         return dict(nargs=number, type=one, metavar=field.name.upper()[0])
+
+    # A shell puts the home folder in the place of ~, but leaves --flag=~/x as it is.
     if kind is str:
-        return dict(type=str, metavar="str")
+        return dict(type=os.path.expanduser, metavar="str")
 
     # Of the numbers, those whose default is below 0 may be negative.
     lowest = -LARGEST if field.default < 0 else 0

@@ -18,9 +18,10 @@ OFFICIAL = Path(__file__).parents[1] / "docs/coming_from_dino.md"
 
 
 def official_flag(given: str, flags: list[str]) -> str:
-    """What OFFICIAL says of a flag, for a program that has `flags`; empty if it says nothing.
+    """What OFFICIAL says of a flag, for a program that has `flags`, or which of them is longer.
 
-    Example: "--data_path" gives "; here it is --data folder:PATH".
+    Empty if there is neither. Example: "--data_path" gives "; here it is --data folder:PATH", and
+    "--batch_size" gives "; did you mean --batch_size_per_gpu?".
     """
     # A row of the page is a flag of theirs, what is typed here, and a remark.
     answers = {}  # a dictionary and not a list: several programs may have the same answer
@@ -35,7 +36,16 @@ def official_flag(given: str, flags: list[str]) -> str:
         wanted = re.findall(r"--\w+", answer[0])
         if set(wanted) <= set(flags):
             answers[answer[0] if wanted else ": ".join(filter(None, answer))] = True
-    return f"; here it is {', or '.join(answers)}" if answers else ""
+    if answers:
+        return f"; here it is {', or '.join(answers)}"
+
+    # Who shortens a flag means one that begins so, or has the word in it: --batch_size here is
+    # --batch_size_per_gpu. A flag with as many letters may be like it, and mean something else.
+    word = given.strip("-")
+    longer = [flag for flag in flags if flag.startswith(given)]
+    longer += [flag for flag in flags if word in flag and flag not in longer]
+    longer = [flag for flag in longer if not flag.startswith("--no_")]
+    return f"; did you mean {longer[0]}?" if len(word) > 2 and longer else ""
 
 
 if __name__ == "__main__":

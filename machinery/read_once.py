@@ -69,6 +69,8 @@ def read_once(read: Callable, process: Process):
 def fill_once(read: Callable, state: dict, process: Process):
     """Fill the tensors of `state` in place, by read(alone) in as few processes as will do.
 
+    alone: whether this process reads without the others, who do not call `read` then.
+
     All processes have to call it, with the same names in `state`, nested dictionaries. Where
     its tensors are whole, one process reads alone and sends them to the others; where they are
     split (FSDP), each has to read its own parts, with `alone` false.
@@ -76,7 +78,8 @@ def fill_once(read: Callable, state: dict, process: Process):
     Example: a ViT-L with its heads, its average and two moments of each weight are 6.4 GB. On
     96 processes that is one reading of 6.4 GB, and not 96 of them.
     """
-    # A value that is no tensor could not be filled in place, nor be sent like one.
+    # A single process reads alone in any case. So does the main one of several, if all values are
+    # whole tensors: others could not be filled in place, nor be sent.
     alone = process.world_size == 1
     tensors = leaves(state)
     whole = all(isinstance(x, Tensor) and not isinstance(x, DTensor) for x in tensors)

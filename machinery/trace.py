@@ -27,7 +27,8 @@ def traced(batches: Iterable, steps: int, folder: Path, process: Process) -> Ite
     """The same batches; what is done with `steps` of them is recorded into folder/trace.json.
 
     The first ones are left out, because memory and compiled code are made in them. Only the
-    main process records: the others do the same at the same time.
+    main process records: the others do the same at the same time. What the loop does between two
+    steps, such as k-NN at the end of an epoch or a checkpoint, counts to the step before.
     """
     if not process.main:
         yield from batches
@@ -53,7 +54,8 @@ def traced(batches: Iterable, steps: int, folder: Path, process: Process) -> Ite
                                     on_trace_ready=write) as profiler:
             for batch in batches:
                 yield batch
-                # Back here the step is over: the loop asks for the next batch.
+                # Back here the step is over, and what came after it: the loop asks for the next
+                # batch.
                 profiler.step()
     finally:
         if not file.exists():

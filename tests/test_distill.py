@@ -14,6 +14,8 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -26,6 +28,7 @@ from conftest import (TINY, TINY_NETWORK, TINY_RUN, finish, heads_of, killed_in_
 
 import distill
 import train
+import training.warmstart
 from augment import MultiCrop, collate, pixels_of
 from backbones.weights import load_backbone
 from images.data import Views
@@ -460,14 +463,16 @@ def test_first_weights_give_way_to_the_teacher(teacher, tmp_path, quick_runs):
 
 def test_heads_for_a_teacher_with_registers(tmp_path):
     """Their run is judged and drawn as any other; --no_resume of the distillation keeps it."""
-    model = VisionTransformer(24, 8, num_register_tokens=2, mask_token=True,
-                              **ARCHS["vit_nano"])
+    model = VisionTransformer(24, 8, num_register_tokens=2, mask_token=True, ffn_layer="swiglu",
+                              layerscale=0.1, **ARCHS["vit_nano"])
     torch.save(model.state_dict(), tmp_path / "registers.pth")
     distill.run(
         config_of(tmp_path / "registers.pth", "--train_teacher_heads_epochs", "1", "--epochs",
                   "1", "--output_dir", str(tmp_path / "run"), "--no_resume"))
     heads_run = tmp_path / "run/teacher_heads"
-    assert json.loads((heads_run / "config.json").read_text())["num_register_tokens"] == 2
+    stored = json.loads((heads_run / "config.json").read_text())
+    assert stored["num_register_tokens"] == 2
+    assert (stored["ffn_layer"], stored["layerscale"]) == ("swiglu", 1.0)
     assert (heads_run / "heads.pt").exists() and (tmp_path / "run/summary.json").exists()
 
 
@@ -518,6 +523,7 @@ def test_the_student_is_shown_what_its_teacher_wants(tmp_path):
      "--curriculum: crops of 12 is not a"),
     ("--arch resnet18 --ibot_weight 0 --patch_feature_weight 1", "--patch_feature_weight 0"),
     ("--dino_weight 0 --ibot_weight 0", "nothing to learn"),
+    ("--dino_weight 0 --ibot_weight 0 --koleo_weight 0.1", "no loss asks the teacher: give"),
     ("--dino_weight 0 --ibot_weight 0 --class_feature_weight 1 --train_teacher_heads_epochs 1",
      "--train_teacher_heads_epochs 1: no loss needs heads"),
     ("--patch_tokens some", "--patch_tokens"), ("--in_chans 1", "leave them to --teacher"),
@@ -537,6 +543,46 @@ def test_misuse(line, words, teacher, backbone_file, tmp_path, capsys):
     assert words in error
     assert error.count("\n") == 1, error
     assert not run.exists()
+
+
+@pytest.mark.parametrize("size", [0, 100, 0.5, "list"])
+def test_damaged_heads_of_a_teacher(size, teacher, tmp_path, capsys):
+    damaged = tmp_path / "teacher"
+    shutil.copytree(teacher, damaged)
+    heads = damaged / "heads.pt"
+    content = heads.read_bytes()
+    if size == "list":
+        torch.save({"dino": [torch.zeros(2)]}, heads)
+    else:
+        heads.write_bytes(content[:int(size * len(content)) if size == 0.5 else size])
+    with pytest.raises(SystemExit):
+        distill.main([
+            *STUDENT, "--teacher",
+            str(damaged), "--output_dir",
+            str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert f"--teacher: {heads} is not readable" in error and error.count("\n") == 1
+
+
+def test_heads_are_those_of_the_file_that_was_read(teacher, tmp_path, monkeypatch):
+    """A released name wins over a folder of the same name, whose heads are another network's."""
+    (tmp_path / "cache").mkdir()
+    shutil.copy(teacher / "teacher.pt", tmp_path / "cache/released.pth")
+    shutil.copytree(teacher, tmp_path / "dino_vits16")
+    monkeypatch.chdir(tmp_path)
+    for module in (distill, training.warmstart):
+        monkeypatch.setattr(module, "weights_file",
+                            lambda what: tmp_path / "cache/released.pth")
+    with pytest.raises(UsageError,
+                       match="dino_vits16 has no heads.pt and config.json beside it"):
+        distill.add_heads(
+            parse(distill.Config, [*STUDENT, "--teacher", "dino_vits16"], DISTILLATION), None,
+            distill.weights_file("dino_vits16").parent)
+    config = replace(tiny_config(tmp_path / "run"), init="dino_vits16")
+    assert training.warmstart.init_heads(config) == {}
+    monkeypatch.setattr(training.warmstart, "weights_file",
+                        lambda what: Path(what) / "teacher.pt")
+    assert "dino_head" in training.warmstart.init_heads(config)
 
 
 def test_presets():

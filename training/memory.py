@@ -96,8 +96,9 @@ def expected_memory(student: nn.Module, config: Config, process: Process,
     saved = {}
 
     def note(x):
-        # Views share a storage, which must be counted once. Holding the storages also keeps
-        # Python from giving the same number to another one while we count.
+        # Views share a storage, which must be counted once. `_cdata` is its address in memory. The
+        # address of an object that is freed may be given to the next one, so all are held while we
+        # count.
         storage = x.untyped_storage()
         saved[storage._cdata] = storage
         return x

@@ -57,11 +57,12 @@ def fits(value, kind) -> bool:
     return type(value) is kind
 
 
-def read_config(file: Path, kind: type = Config) -> dict:
+def read_config(file: Path, kind: type | None = None) -> dict:
     """The fields of a run's config.json by name, and its global_batch.
 
-    kind: Config, or a dataclass with more fields, such as that of distill.py. A field that the
-    run did not know, because it is older than the field, has its default.
+    kind: that of the program which continues the run: Config, or the dataclass of distill.py, which
+    has more fields; None if nobody continues it. A field that the run did not know, because it is
+    older than the field, has its default.
     ValueError if the file is anything else, or a value is not of the type of its field: the
     file may come from anywhere.
     """
@@ -69,14 +70,19 @@ def read_config(file: Path, kind: type = Config) -> dict:
         stored = json.loads(file.read_text())
         if type(stored) is not dict or not fits(stored.get("global_batch"), int):
             raise ValueError("expected an object that knows its global_batch")
-        for name, type_of_field in typing.get_type_hints(kind).items():
+        for name, type_of_field in typing.get_type_hints(kind or Config).items():
             if name in stored and not fits(stored[name], type_of_field):
                 raise ValueError(f"{name} is {stored[name]!r:.40}")
     except (OSError, ValueError, RecursionError) as error:  # brackets nested without end
         raise ValueError(f"{file}: not the config.json of a run ({error})") from None
 
     stored = {name: tuple(v) if type(v) is list else v for name, v in stored.items()}
-    return asdict(kind()) | stored
+    # Without its teacher a distillation would go on as self-distillation.
+    settings = asdict((kind or Config)())
+    if kind and stored.get("teacher") and "teacher" not in settings:
+        raise ValueError(f"{file}: a run of distill.py, with the teacher {stored['teacher']}; "
+                         "continue it by distill.py, or give another --output_dir")
+    return settings | stored
 
 
 def warn_of_changed_code(folder: Path, process: Process):

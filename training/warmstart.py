@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from backbones.layouts import read_tensors
 from backbones.weights import (architecture, is_resnet50, load_strictly, read_backbone,
                                run_config_file, weights_file)
+from images.data import first_line
 from machinery.flags import UsageError
 from training.config import CROPS, HEADS, NETWORK, Config
 from training.stored import read_config
@@ -177,10 +178,21 @@ def init_heads(config: Config) -> dict[str, dict[str, Tensor]]:
 
     UsageError if the file is damaged.
     """
-    file = Path(config.init).expanduser() / "heads.pt"
-    if not (config.init and file.exists()):
+    # A released name wins over a folder of the same name, whose heads are those of another network.
+    folder = Path(config.init).expanduser()
+    if not (config.init and (folder / "heads.pt").exists()):
         return {}
+    if weights_file(config.init).parent.resolve() != folder.resolve():
+        return {}
+    return read_heads(folder / "heads.pt", "--init")
+
+
+def read_heads(file: Path, flag: str) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each head of a heads.pt, by its name; UsageError if the file is damaged."""
     try:
-        return read_tensors(file)
+        heads = read_tensors(file)
+        if not all(isinstance(tensors, dict) for tensors in heads.values()):
+            raise ValueError("expected a dictionary for each head")
     except Exception as error:  # of any kind, for damage has many forms
-        raise UsageError(f"--init: {file} is not readable ({error!s:.200})") from None
+        raise UsageError(f"{flag}: {file} is not readable ({first_line(error):.200})") from None
+    return heads

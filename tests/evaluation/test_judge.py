@@ -5,7 +5,8 @@
 2. The same network gets the same figure again, and is left in the mode that it was in.
    It tells in how many directions the features vary. Features that are worse than before
    training, or hardly better and of few directions, are named with a remedy, once in a run.
-3. Large sets are thinned out evenly; two images are needed; classes have to match.
+3. Large sets are thinned out evenly; two images are needed; classes have to match. Images that are
+   learned from as well are counted in a warning.
 4. A run on photographs without labels is judged.
 5. With --dense_every the patch tokens are judged, too: as `patch_knn` does, alike on every process;
    it is logged and kept, the run ends in the same weights, and a run without
@@ -14,6 +15,7 @@
 
 import math
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -25,7 +27,7 @@ from torch import nn
 
 import train
 from augment import MultiCrop, center_crop, normalise, photometry
-from evaluation.judge import Judge, PatchJudge, RawPixels, evenly_spaced
+from evaluation.judge import Judge, PatchJudge, RawPixels, evenly_spaced, learned_from
 from evaluation.knn import knn_accuracy
 from evaluation.patches import patch_knn
 from images.data import Images, open_images
@@ -54,6 +56,30 @@ def test_labelled_images(tmp_path):
     expected = knn_accuracy(features_of(bank), bank.labels, features_of(queries),
                             queries.labels, (20,))[20]
     assert 0 < expected < 1 and judge(network) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("data, val_data, shared", [("", "/cats", 12), ("/cats", "", 12),
+                                                    ("", "", 24), ("/cats", "/dogs", 0),
+                                                    ("", "/../new", 1)])
+def test_images_that_are_judged_and_learned_from(data, val_data, shared, photos, tmp_path,
+                                                 capsys):
+    """A part of a folder, the folder of a part, and a list of some of its files."""
+    (photos / "../new").mkdir()
+    shutil.copy(photos / "cats/01.png", photos / "../new/01.png")
+    if val_data == "/../new":
+        (photos / "some.txt").write_text("cats/01.png\n../new/01.png\n")
+        val = open_images(f"list:{photos}/some.txt")
+    else:
+        val = open_images(f"folder:{photos}{val_data}")
+    train = open_images(f"folder:{photos}{data}")
+    assert learned_from(val, train) == shared
+    labels = [i % 2 for i in range(max(len(train), len(val)))]
+    with_labels = [
+        replace(images, labels=labels[:len(images)], classes=["a", "b"])
+        for images in (train, val)]
+    Judge(*with_labels, tiny_config(tmp_path), ALONE)
+    said = f"warning: {shared} of the {len(val)} images to judge with are in --data"
+    assert (said in capsys.readouterr().out) == bool(shared)
 
 
 class FewPixels(nn.Module):

@@ -39,6 +39,10 @@ TORCH_SAYS = RuntimeError("[enforce fail at inline_container.cc:672] . unexpecte
         "machinery.flags.UsageError: --data: ten images"), "error: --data: ten images"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nMore."),
      "error: DataLoader worker (pid 7) is killed by signal: Killed; "),
+    (RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:132] data. DefaultCPUAllocator: can't allocate "
+        "memory: you tried to allocate 4000000000000 bytes. Error code 12"),
+     "give smaller batches or images"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has ..."),
      "error: CUDA out of memory; give smaller batches or images (train.py: --batch_size_per_gpu"
      ), (CheckpointException("write", {1: (TORCH_SAYS, None)}), "the disk may be full; ")])

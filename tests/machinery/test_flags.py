@@ -116,6 +116,24 @@ def test_flags_of_the_official_programs(program, line, answer, capsys):
     assert answer in message and message.count("\n") <= 1
 
 
+@pytest.mark.parametrize("given, meant", [("--batch_size", "--batch_size_per_gpu"),
+                                          ("--save", "--save_every"),
+                                          ("--mask", "--mask_probability"),
+                                          ("--crops", "--global_crops_number"),
+                                          ("--temp", "--student_temp"), ("--epoch", "--epochs")])
+def test_a_flag_that_was_shortened(given, meant):
+    """What begins so comes first, then what has the word in it, then what looks like it."""
+    with pytest.raises(UsageError, match=f"no flag {given}; did you mean {meant}"):
+        train.read_flags([given, "4"])
+
+
+def test_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of")
+    config = train.read_flags(["--output_dir=~/runs/x", "--cache=~", "--data=folder:~/photos"])
+    assert (config.output_dir, config.cache) == ("/home/of/runs/x", "/home/of")
+    assert config.data == "folder:~/photos"  # open_images knows where the path begins
+
+
 def test_without_the_page_of_official_flags(monkeypatch, tmp_path):
     """A copy of the code without its docs still says what it can."""
     monkeypatch.setattr(official, "OFFICIAL", tmp_path / "none.md")

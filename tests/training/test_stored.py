@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
+import distill
 from training.config import Config
 from training.stored import read_config
 
@@ -34,6 +35,14 @@ def test_a_config_comes_back(tmp_path):
     config = replace(Config(), compile=None, lr=1, mask_ratio=(0.2, 0.4), given=("lr",))
     file.write_text(json.dumps(asdict(config) | {"global_batch": 64, "teacher": "a"}))
     assert read_config(file) == asdict(config) | {"global_batch": 64, "teacher": "a"}
+
+
+def test_a_distillation_is_not_continued_without_its_teacher(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"global_batch": 8, "teacher": "runs/large"}))
+    with pytest.raises(ValueError, match="a run of distill.py, with the teacher runs/large"):
+        read_config(file, Config)
+    assert read_config(file, distill.Config)["teacher"] == "runs/large"
 
 
 def test_a_config_of_an_earlier_version_comes_back(tmp_path):

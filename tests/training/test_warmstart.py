@@ -56,6 +56,7 @@ def first(tmp_path_factory):
 
 def test_damaged_heads(tmp_path):
     file = tmp_path / "heads.pt"
+    (tmp_path / "teacher.pt").touch()
     torch.save({"dino_head": {"last_layer.weight_v": torch.ones(50, 50)}}, file)
     damaged = bytearray(file.read_bytes())
     damaged[len(damaged) // 2] ^= 1
