@@ -13,6 +13,7 @@ Tests    pytest tests/training/test_card.py
 
 import hashlib
 import json
+import shlex
 from pathlib import Path
 
 from augment import pixels_of
@@ -33,10 +34,10 @@ def code_digest(folder: Path) -> str:
 def flag_text(name: str, value) -> str:
     """A flag as it is typed: use_bn_in_head, False -> --use_bn_in_head false."""
     if isinstance(value, list):  # two ends of a range, or one number for each channel
-        value = " ".join(map(str, value))
+        return f"--{name} {' '.join(map(str, value))}"
     if isinstance(value, bool):
-        value = str(value).lower()
-    return f"--{name} {value}"
+        return f"--{name} {str(value).lower()}"
+    return f"--{name} {shlex.quote(str(value))}"  # a path may have blanks in it, or be empty
 
 
 def network_text(config: dict) -> str:
@@ -109,6 +110,14 @@ def card_text(folder: Path) -> str:
     if config["init"]:
         start = f"{config['init']}, {start}"
 
+    # Other networks that it has learned from, or begun with, whether a flag or the preset named
+    # them.
+    sources = []
+    if config.get("teacher"):
+        sources += [f"- Teacher: `{config['teacher']}`, SHA-256 {config['teacher_sha256']}."]
+    if config["init"]:
+        sources += [f"- Began with: `{config['init']}`."]
+
     # Stages of --curriculum are named with the steps in which they end.
     stages = []
     if config.get("curriculum"):  # runs of earlier versions do not know it
@@ -122,7 +131,7 @@ def card_text(folder: Path) -> str:
         network_text(config), "", f"- Data: `{config['data']}`, judged with {judged}.",
         f"- Recipe: preset `{config['preset']}`, {', '.join(flags) or 'no flags'}.",
         f"- Losses and their weights: {', '.join(weights)}; centering {config['centering']}.",
-        *stages,
+        *sources, *stages,
         f"- Length: {summary['steps']:,d} steps of {config['global_batch']} images, seed "
         f"{config['seed']}, {summary['minutes']:.1f} minutes on {summary['device']} in "
         f"{summary['precision']}.", f"- At the end: loss {summary['loss']:.3f}, {collapse}; "

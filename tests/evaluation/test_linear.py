@@ -212,6 +212,28 @@ def test_images_of_test_data_are_opened_before_the_training(small_backbone, phot
         assert words in capsys.readouterr().err
 
 
+def test_numbers_that_a_released_head_counts_otherwise(small_backbone, photos, tmp_path,
+                                                       monkeypatch, capsys):
+    """Folders 0 to 10 are sorted as 0, 1, 10, 2; with zeros in front they are in order."""
+    photo = sorted(photos.rglob("*.*"))[0]
+    head = {"weight": torch.zeros(11, 64), "bias": torch.zeros(11)}
+    monkeypatch.setattr("evaluation.linear.open_head", lambda what: head)
+    for width in (1, 2):
+        for name in ("train", "val"):
+            for c in range(11):
+                folder = tmp_path / str(width) / name / f"{c:0{width}d}"
+                folder.mkdir(parents=True)
+                shutil.copy(photo, folder)
+        line = (f"linear --weights {small_backbone} --data folder:{tmp_path}/{width}:train "
+                f"--val_data folder:{tmp_path}/{width}:val")
+        if width == 2:
+            run_evaluate(line, head="some_lc", output_dir=tmp_path)
+        else:
+            with pytest.raises(SystemExit):
+                run_evaluate(line, head="some_lc", output_dir=tmp_path)
+            assert "letters (0, 1, 10 ...)" in capsys.readouterr().err
+
+
 def test_what_a_head_reads_is_told_by_both_flags_or_by_none(small_backbone, tmp_path, capsys):
     line = f"{SWEEP} --epochs 1 --lr 0.1 --weights {small_backbone} --n_last_blocks 1"
     run_evaluate(line, output_dir=tmp_path)

@@ -8,6 +8,7 @@ import json
 
 import pytest
 
+import distill
 from training.card import card_text, code_digest, write_card
 from training.config import Config
 
@@ -24,8 +25,11 @@ ROWS = [
 
 def write_run(folder, summary=SUMMARY, **settings):
     """The files of a finished run that a card is made of."""
-    config = Config(preset="shapes_dino", given=("lr", "num_workers", "mask_ratio"), **settings)
-    stored = dataclasses.asdict(config) | {"global_batch": 32}
+    kind = distill.Config if "teacher" in settings else Config
+    usual = dict(preset="shapes_dino", given=("lr", "num_workers", "mask_ratio"))
+    stored = dataclasses.asdict(kind(**usual | settings)) | {"global_batch": 32}
+    if "teacher" in settings:
+        stored["teacher_sha256"] = "12ab"
     (folder / "config.json").write_text(json.dumps(stored))
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -62,6 +66,10 @@ def test_another_version_of_the_code_is_told(tmp_path):
     (dict(arch="resnet50"), "The convnet resnet50. It learned"),
     (dict(init="dinov2_vits14"), "| dinov2_vits14, before training | 28.1% |"),
     (dict(data="folder:a", val_data="folder:b"), "Data: `folder:a`, judged with `folder:b`."),
+    (dict(init="dinov2_vits14"), "\n- Began with: `dinov2_vits14`.\n"),
+    (dict(teacher="runs/large", given=()), "\n- Teacher: `runs/large`, SHA-256 12ab.\n"),
+    (dict(data="folder:my photos", given=("data",)), "`--data 'folder:my photos'`."),
+    (dict(val_data="", given=("val_data",)), "`--val_data ''`."),
     (dict(in_chans=1), "images of 1 channels"),
     (dict(val_data="", val_share=0.0), "judged with nothing."),
     (dict(curriculum=(0.75, 0.5)),
