@@ -113,7 +113,8 @@ def test_the_settings_fit_the_length_of_the_runs(monkeypatch):
         raise Begun
 
     monkeypatch.setattr(bench.ablate.ShortRun, "begin", begin)
-    flags = "shapes_dino --data shapes:400 --val_data shapes:50:val --batch_size_per_gpu 2".split()
+    flags = "shapes_dino --data shapes:400 --val_data shapes:50:val --batch_size_per_gpu 2".split(
+    )
     for more, momentum in [([], 0.9), (["--epochs", "4"], 0.95)]:
         with pytest.raises(Begun):
             main(["ablate", *flags, *more])

@@ -120,7 +120,8 @@ def test_flags_of_the_official_programs(program, line, answer, capsys):
                                           ("--save", "--save_every"),
                                           ("--mask", "--mask_probability"),
                                           ("--crops", "--global_crops_number"),
-                                          ("--temp", "--student_temp"), ("--epoch", "--epochs")])
+                                          ("--temp", "--student_temp"),
+                                          ("--epoch", "--epochs")])
 def test_a_flag_that_was_shortened(given, meant):
     """What begins so comes first, then what has the word in it, then what looks like it."""
     with pytest.raises(UsageError, match=f"no flag {given}; did you mean {meant}"):
