@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 import train
 from backbones.convnet import ConvNet
-from backbones.weights import load_backbone, load_strictly, weights_file
+from backbones.weights import ffn_layer_of, load_backbone, load_strictly, weights_file
 from machinery.checkpoints import digest
 from machinery.flags import UsageError, command
 from machinery.process import Process, start_process
@@ -302,10 +302,10 @@ def train_heads(config: Config, backbone: nn.Module) -> Path:
     arch = names.get((backbone.embed_dim, backbone.depth), config.arch)
     p = backbone.patch_size
     local = max(1, round(config.local_crops_size / p)) * p  # whole patches of the teacher
-    is_swiglu = hasattr(backbone.blocks[0].mlp, "w12")
+    # Any number above 0 says that there are factors; theirs are in the backbone.
+    layerscale = 1.0 if hasattr(backbone.blocks[0].ls1, "gamma") else 0.0
     heads_config = replace(heads_config, arch=arch, patch_size=p, local_crops_size=local,
-                           ffn_layer="swiglu" if is_swiglu else config.ffn_layer,
-                           layerscale=1.0 if hasattr(backbone.blocks[0].ls1, "gamma") else 0.0,
+                           ffn_layer=ffn_layer_of(backbone), layerscale=layerscale,
                            num_register_tokens=backbone.num_register_tokens,
                            pos_embed_resize=backbone.pos_embed_resize)
 

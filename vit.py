@@ -216,7 +216,9 @@ class Keep(NamedTuple):
     """Which images take part in one residual branch of one block."""
 
     rows: Tensor  # (T',) int64, where the kept tokens are in the packed sequence
-    scale: Tensor  # (T', 1), b / kept: an image is kept with chance kept / b, so on average by 1
+    # An image is kept with chance kept / b. Multiplied by b / kept when it is, the branch adds on
+    # average what it would add without stochastic depth.
+    scale: Tensor  # (T', 1), b / kept
     groups: Groups  # (kept, n) per crop size
 
 

@@ -20,9 +20,9 @@ from typing import Literal
 from torch import nn
 
 from backbones.layouts import hf_type, to_hf, write_safetensors
-from backbones.weights import architecture, load_backbone
+from backbones.weights import architecture, ffn_layer_of, load_backbone
 from machinery.checkpoints import save_tensors, write_json, write_text
-from vit import FFNS, VisionTransformer
+from vit import VisionTransformer
 
 
 def what_no_tensor_says(model: nn.Module) -> dict:
@@ -34,10 +34,8 @@ def what_no_tensor_says(model: nn.Module) -> dict:
     if not isinstance(model, VisionTransformer):
         return about | dict(arch=model.name, global_crops_size=model.img_size)
 
-    # A feed-forward layer that somebody has added may have the tensors of the MLP.
-    kinds = [name for name, kind in FFNS.items() if kind is type(model.blocks[0].mlp)]
     return about | dict(pos_embed_resize=model.pos_embed_resize, norm_eps=model.norm.eps,
-                        num_heads=model.num_heads, ffn_layer=kinds[0])
+                        num_heads=model.num_heads, ffn_layer=ffn_layer_of(model))
 
 
 def write_official(model: nn.Module, what: str, path: Path):
@@ -153,8 +151,8 @@ def write_hf(model: nn.Module, what: str, path: Path):
     # A folder that is there may hold a run, or a README.md of somebody. An earlier export may be
     # written anew.
     readme = path / "README.md"
-    is_ours = readme.exists() and readme.read_text().startswith(
-        "---\nlibrary_name: transformers")
+    is_ours = readme.exists() and readme.read_text(
+        errors="replace").startswith("---\nlibrary_name: transformers")
     if path.exists() and any(path.iterdir()) and not is_ours:
         raise ValueError(
             f"--output {path}: there are other files in this folder; give a new one")

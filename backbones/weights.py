@@ -34,7 +34,7 @@ from augment import pixels_of
 from backbones.convnet import CONVNETS, ConvNet
 from backbones.layouts import LAYOUTS, read_about, read_tensors
 from machinery.flags import UsageError, did_you_mean, near_path
-from vit import ARCHS, VisionTransformer
+from vit import ARCHS, FFNS, VisionTransformer
 
 # ----------------------------------------------------------------------------------------------
 # What Meta released: name -> (file, k-NN accuracy, linear accuracy)
@@ -459,6 +459,17 @@ def untraceable(options: dict, config: dict, num_heads: int) -> dict:
     if not 0 < heads <= dim or dim % heads:
         raise ValueError(f"--num_heads {heads}: the width {dim} is no multiple of it")
     return better | {"num_heads": heads}
+
+
+def ffn_layer_of(model: VisionTransformer) -> str:
+    """The name of its feed-forward layer in vit.FFNS; ValueError if it is none of them."""
+    # The type tells, and not the tensors: one that somebody has added may have those of the MLP.
+    kind = type(model.blocks[0].mlp)
+    for name, known in FFNS.items():
+        if known is kind:
+            return name
+    raise ValueError(f"a feed-forward layer {kind.__name__}, expected one of vit.FFNS: "
+                     f"{', '.join(FFNS)}")
 
 
 def is_resnet50(state: dict) -> bool:

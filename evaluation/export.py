@@ -41,6 +41,8 @@ def run(extractor: Extractor) -> dict:
     if output.suffix != ".npy":
         raise UsageError(f"--output {output}: expected a name that ends in .npy")
 
+    # The names of the rows lie beside the table. Where there is no table yet, a file of that name
+    # is somebody else's, and may be the list that --data names.
     names = output.with_suffix(".txt")
     if names.exists() and not output.exists():
         raise UsageError(

@@ -485,6 +485,7 @@ def judge_head(extractor: Extractor, train: Images, state: dict, flag: str = "va
     if len(bias) != known:
         raise UsageError(f"--head {config.head} knows {len(bias)} classes, --data has {known}; "
                          "expected the classes that it was trained on")
+
     # Folders and lists sort the names of classes by their letters: 0, 1, 10, 2. A released head
     # has them in the order of their numbers.
     names = train.classes or []
@@ -495,6 +496,7 @@ def judge_head(extractor: Extractor, train: Images, state: dict, flag: str = "va
             f"--head {config.head}: the classes of --data are numbers in the order of "
             f"their letters ({', '.join(names[:3])} ...), so that number 2 is another "
             "class for the head; name them with zeros in front, as in 0002")
+
     rows = extractor(images, f"linear{n}-{flag}", Blocks(model, n))
     columns = kinds_of_input(model.embed_dim, (n,), (pool,))[n, pool]
     logits = rows[:, columns] @ weight.T + bias

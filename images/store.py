@@ -100,13 +100,17 @@ class Cache:
 
 
 class Shrunk(torch.utils.data.Dataset):
-    """Image i as it is stored, (H, W, 3) uint8; one that does not decode is (0, 0, 3)."""
+    """Image i as it is stored, (H, W, 3) uint8; one that does not decode is (0, 0, 3).
+
+    Where the disk fails it is a text that says so: an exception would come out of a worker as a
+    page of calls.
+    """
 
     def __init__(self, read, side: int):
         self.read = read
         self.side = side
 
-    def __getitem__(self, i: int) -> Tensor:
+    def __getitem__(self, i: int) -> Tensor | str:
         # Decoders raise exceptions of many kinds. Those of the operating system have a number: a
         # file that is not there or may not be read will not be there tomorrow, but a disk that
         # fails for a while must not cost an image for ever.
@@ -117,7 +121,7 @@ class Shrunk(torch.utils.data.Dataset):
         except Exception as error:
             number = getattr(error, "errno", None)
             if number not in (None, errno.ENOENT, errno.EACCES, errno.ELOOP):
-                raise
+                return str(error)
             return torch.empty(0, 0, 3, dtype=torch.uint8)
 
 
@@ -208,6 +212,8 @@ def complete(folder: Path, images: Shrunk, count: int, num_workers: int, report=
         rest = torch.utils.data.Subset(images, range(done, count))
         loader = torch.utils.data.DataLoader(rest, batch_size=None, num_workers=num_workers)
         for i, image in enumerate(loader, done + 1):
+            if isinstance(image, str):
+                raise OSError(f"{image}; the same command goes on where it stopped")
             data = image.numpy()
             pixels.write(data)
             pixels.flush()

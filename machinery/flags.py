@@ -159,10 +159,11 @@ class Parser(argparse.ArgumentParser):
             given = match[1].split("=")[0]
             all_flags = [flag for action in self._actions for flag in action.option_strings]
             # Imported here: it is needed when a flag is wrong, and no run starts after that.
-            from machinery.official import official_flag
+            from machinery.official import longer_flag, official_flag
 
-            hint = official_flag(given, all_flags) or did_you_mean(given, all_flags)
-            message = f"there is no flag {given}{hint or '; --help lists them'}"
+            hint = official_flag(given, all_flags) or longer_flag(given, all_flags)
+            hint = hint or did_you_mean(given, all_flags) or "; --help lists them"
+            message = f"there is no flag {given}{hint}"
 
         # "invalid choice: 'deit_small' (choose from ...)" goes on "did you mean vit_small?"
         if match := re.search(r"invalid choice: '(.+?)' \(choose from (.+)\)", message):

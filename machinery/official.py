@@ -1,10 +1,11 @@
-"""Official: which flag of this project a flag of Meta's programs is, for those who type theirs.
+"""Official: which flag is meant by one that a program does not have.
 
-    --data_path  -->  docs/coming_from_dino.md  -->  "here it is --data folder:PATH"
+    --data_path   -->  docs/coming_from_dino.md      -->  "here it is --data folder:PATH"
+    --batch_size  -->  the flags with that in them   -->  "did you mean --batch_size_per_gpu?"
 
 Idea     Many users know the official programs by heart. The page that compares the two has a row
          for each of their flags already, so the answer to a flag that does not exist is looked
-         up there: a second list would soon say something else.
+         up there: a second list would soon say something else. Others shorten a flag.
 Paper    none
 Try      python -m machinery.official      what three flags of theirs are called here
 Change   an answer is one row of the page that OFFICIAL names
@@ -18,10 +19,9 @@ OFFICIAL = Path(__file__).parents[1] / "docs/coming_from_dino.md"
 
 
 def official_flag(given: str, flags: list[str]) -> str:
-    """What OFFICIAL says of a flag, for a program that has `flags`, or which of them is longer.
+    """What OFFICIAL says of a flag, for a program that has `flags`; empty if it says nothing.
 
-    Empty if there is neither. Example: "--data_path" gives "; here it is --data folder:PATH", and
-    "--batch_size" gives "; did you mean --batch_size_per_gpu?".
+    Example: "--data_path" gives "; here it is --data folder:PATH".
     """
     # A row of the page is a flag of theirs, what is typed here, and a remark.
     answers = {}  # a dictionary and not a list: several programs may have the same answer
@@ -36,16 +36,22 @@ def official_flag(given: str, flags: list[str]) -> str:
         wanted = re.findall(r"--\w+", answer[0])
         if set(wanted) <= set(flags):
             answers[answer[0] if wanted else ": ".join(filter(None, answer))] = True
-    if answers:
-        return f"; here it is {', or '.join(answers)}"
+    return f"; here it is {', or '.join(answers)}" if answers else ""
 
-    # Who shortens a flag means one that begins so, or has the word in it: --batch_size here is
-    # --batch_size_per_gpu. A flag with as many letters may be like it, and mean something else.
+
+def longer_flag(given: str, flags: list[str]) -> str:
+    """The flag that somebody has shortened to `given`; empty if there is none.
+
+    One that begins so comes first, then one that has the word in it. Example: "--batch_size"
+    gives "; did you mean --batch_size_per_gpu?".
+    """
+    # A word of one or two letters is in too many flags.
     word = given.strip("-")
-    longer = [flag for flag in flags if flag.startswith(given)]
-    longer += [flag for flag in flags if word in flag and flag not in longer]
-    longer = [flag for flag in longer if not flag.startswith("--no_")]
-    return f"; did you mean {longer[0]}?" if len(word) > 2 and longer else ""
+    if len(word) < 3:
+        return ""
+    longer = [flag for flag in flags if word in flag and not flag.startswith("--no_")]
+    longer.sort(key=lambda flag: not flag.startswith(given))  # the others stay in their order
+    return f"; did you mean {longer[0]}?" if longer else ""
 
 
 if __name__ == "__main__":

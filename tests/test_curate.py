@@ -77,6 +77,8 @@ def test_a_line_in_stages_is_a_stage(monkeypatch, capsys):
     ("dedup x --treshold 0.5", "there is no flag --treshold; did you mean --threshold?"),
     ("embed folder:nowhere --weights pca_hash", "DATA folder:nowhere: there is no such folder"),
     ("embed shapes:9 --weights nothing.pth", "--weights nothing.pth"),
+    ("run shapes:9 --curated shapes:9:val --weights pca_hash",
+     "run shapes:9: expected images in files of their own"),
     ("embed shapes:9 --weights pca_hash --shard_size 0", "--shard_size 0: expected at least 1"),
     ("retrieve x --n_nearest 0", "--n_nearest 0: expected at least 1"),
     ("run folder:nowhere --by cluster", "DATA folder:nowhere: there is no such folder"),

@@ -472,6 +472,7 @@ def test_heads_for_a_teacher_with_registers(tmp_path):
     heads_run = tmp_path / "run/teacher_heads"
     stored = json.loads((heads_run / "config.json").read_text())
     assert stored["num_register_tokens"] == 2
+    # The network is the teacher's, and not the student's: an MLP without factors.
     assert (stored["ffn_layer"], stored["layerscale"]) == ("swiglu", 1.0)
     assert (heads_run / "heads.pt").exists() and (tmp_path / "run/summary.json").exists()
 
@@ -484,8 +485,10 @@ def test_heads_for_a_teacher_of_other_patches(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "run",
                         lambda config, build: shown.append(config) or check(config))
     config = config_of(tmp_path / "coarse.pth", "--patch_size", "8", "--ibot_weight", "0",
-                       "--local_crops_size", "16", "--train_teacher_heads_epochs", "1")
+                       "--local_crops_size", "16", "--train_teacher_heads_epochs", "1",
+                       "--ffn_layer", "swiglu", "--layerscale", "0.1")
     distill.train_heads(config, load_backbone(tmp_path / "coarse.pth"))
+    assert (shown[0].ffn_layer, shown[0].layerscale) == ("mlp", 0.0)  # those of the teacher
     assert (shown[0].patch_size, shown[0].global_crops_size,
             shown[0].local_crops_size) == (12, 24, 12)
 

@@ -77,6 +77,7 @@ def read_config(file: Path, kind: type | None = None) -> dict:
         raise ValueError(f"{file}: not the config.json of a run ({error})") from None
 
     stored = {name: tuple(v) if type(v) is list else v for name, v in stored.items()}
+
     # Without its teacher a distillation would go on as self-distillation.
     settings = asdict((kind or Config)())
     if kind and stored.get("teacher") and "teacher" not in settings:

@@ -321,6 +321,12 @@ def test_without_weights_it_is_like_one_with_weights(name, tmp_path):
     assert model.pixels == loaded.pixels and model.training == loaded.training
 
 
+def test_only_two_networks_of_a_training_are_kept():
+    with pytest.raises(ValueError,
+                       match="--checkpoint_key studnet: choose from teacher, student"):
+        load_backbone("runs/none", "studnet")
+
+
 @pytest.mark.parametrize("name", ["dino_new", "dino_vitx16", "dino_vits160", "vit_small"])
 def test_a_name_that_tells_no_architecture(name):
     with pytest.raises(ValueError, match="expected a name that begins as dino_vits16"):

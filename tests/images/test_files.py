@@ -45,9 +45,10 @@ def test_channels(tmp_path):
     np.save(tmp_path / "a.npy", array + 7)
     with pytest.raises(ValueError, match="--data values from 7.* expected 0 to 1"):
         open_images(f"folder:{tmp_path}", pixels=pixels_of(5))
-    np.save(tmp_path / "a.npy", np.float32(0.5))
-    with pytest.raises(ValueError, match="expected an image"):
-        open_images(f"folder:{tmp_path}", pixels=pixels_of(5))
+    for no_image in (np.float32(0.5), np.zeros((0, 8, 5), np.float32)):
+        np.save(tmp_path / "a.npy", no_image)
+        with pytest.raises(ValueError, match="expected an image"):
+            open_images(f"folder:{tmp_path}", pixels=pixels_of(5))
     Image.fromarray((array[..., :4] * 255).astype(np.uint8), "RGBA").save(tmp_path / "d.png")
     images = open_images(f"folder:{tmp_path}",
                          pixels=pixels_of(4))  # arrays: where nothing else is

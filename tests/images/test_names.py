@@ -124,6 +124,10 @@ def test_a_list_of_paths_and_labels(tmp_path):
     assert labels == [1, 0, 1] and classes == ["cat", "dog"]
     file.write_text("a b.jpg\n/else/where.png\n")
     assert read_list(file) == (["a b.jpg", "/else/where.png"], None, None)
+    file.write_text("a b.jpg\tdog \n\udcff.jpg\tdog\na b.jpg\t cat\n", errors="surrogateescape")
+    assert read_list(file)[1:] == ([1, 1, 0], ["cat", "dog"])  # blanks that nobody sees
+    file.write_text("a b.jpg\t\n")
+    assert read_list(file) == (["a b.jpg"], None, None)  # a tab at the end is no label
     file.write_text("a b.jpg\n", encoding="utf-8-sig")  # as some editors write it
     assert read_list(file)[0] == ["a b.jpg"]
     assert numbered(iter(["x", "x"])) == (None, None)  # tells nothing apart

@@ -186,7 +186,8 @@ def test_broken_images_and_broken_caches(photos, tmp_path):
         store.Cache(folder).read(0)
 
 
-def test_a_disk_that_fails_for_a_while_costs_no_image(photos, tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_that_fails_for_a_while_costs_no_image(workers, photos, tmp_path):
     """The build stops and goes on later; a file that is not there is stored as broken."""
     images = open_images(f"folder:{photos}")
     folder = tmp_path / "cache"
@@ -196,8 +197,9 @@ def test_a_disk_that_fails_for_a_while_costs_no_image(photos, tmp_path):
             raise OSError(errno.ESTALE, "Stale file handle")
         return images.read(i)
 
-    with pytest.raises(OSError, match="Stale"):
-        store.build(folder, fails, images.names, 32)
+    with pytest.raises(OSError, match="Stale") as stop:
+        store.build(folder, fails, images.names, 32, workers)
+    assert "\n" not in str(stop.value)
     (photos / images.names[7]).unlink()
     built = store.build(folder, images.read, images.names, 32)
     assert [i for i in range(len(images)) if not built.sizes[i, 0]] == [7]
