@@ -235,7 +235,7 @@ def complete(folder: Path, images: Shrunk, count: int, num_workers: int, report=
 # where it begins. Example: train-000.tar, and the list that is kept beside it when it has been
 # read through once, train-000.tar.index:
 #
-#     {"stamp": [184320, 1700000000000000000],             size and time of the tar file
+#     {"stamp": [2, 184320, 1700000000000000000],          LISTED, size and time of the tar file
 #      "members": [["cats/01.jpg",   512, 84213, null],    name, first byte, bytes, label
 #                  ["dogs/02.jpg", 85504, 91020, null]]}
 #
@@ -244,6 +244,38 @@ def complete(folder: Path, images: Shrunk, count: int, num_workers: int, report=
 
 BUFFER = 4096  # places by which an image may be delayed
 BLOCK = 2**22  # bytes that are asked of a disk at once
+LISTED = 2  # the version of list_members: the list of an earlier one is made again
+
+
+def with_content(headers: list, file: str) -> list:
+    """(header of a name, header before its content) of each file in a tar file.
+
+    Both are the same but for links: GNU tar writes the content of a file of several names once,
+    and for each further name a hard link to the first. A symbolic link may lead out of the tar
+    file; those that do are left out, with a warning.
+    """
+    from images.names import warn
+
+    by_name = {os.path.normpath(entry.name): entry for entry in headers if entry.isfile()}
+    pairs = []
+    left_out = 0
+    for entry in headers:
+        # A hard link gives the whole name of the other file, a symbolic link the way to it from
+        # its own folder. Example: cats/2.jpg -> ../dogs/1.jpg is dogs/1.jpg.
+        source = entry if entry.isfile() else None
+        if entry.islnk():
+            source = by_name.get(os.path.normpath(entry.linkname))
+        elif entry.issym():
+            folder = os.path.dirname(entry.name)
+            source = by_name.get(os.path.normpath(os.path.join(folder, entry.linkname)))
+        if source:
+            pairs.append((entry, source))
+        elif entry.islnk() or entry.issym():
+            left_out += 1
+    if left_out:
+        warn(f"{file}: left out {left_out:,d} links to what is no file in it; tar's "
+             "--dereference writes the files themselves")
+    return pairs
 
 
 class Shards:
@@ -315,7 +347,8 @@ class Shards:
         file itself, which has to be read through, header by header. ValueError for a file that
         is no tar file or is cut off.
         """
-        stamp = [os.path.getsize(file), os.stat(file).st_mtime_ns]
+        length = os.path.getsize(file)
+        stamp = [LISTED, length, os.stat(file).st_mtime_ns]
         list_file = Path(file + ".index")
         try:
             stored = json.loads(list_file.read_text())
@@ -328,29 +361,30 @@ class Shards:
         # place. A label is the content of a small member, so it is read at once.
         try:
             with tarfile.open(file, "r:") as tar:
-                entries = [entry for entry in tar if entry.isfile()]
+                entries = with_content(tar.getmembers(), file)
                 labels = {}  # name without its ending -> label
-                for entry in entries:
+                for entry, source in entries:
                     if entry.name.endswith(".cls"):
-                        content = tar.extractfile(entry).read()
+                        content = tar.extractfile(source).read()
                         labels[entry.name[:-4]] = content.decode(errors="replace").strip()
                 end = tar.offset  # where tarfile has looked for another header, and found none
         except (tarfile.TarError, EOFError) as error:
             raise ValueError(f"{file} is no whole tar file ({error}); expected one that is not "
                              "compressed") from None
         members = []
-        for entry in entries:
+        for entry, source in entries:
             # What belongs together has the same name up to its first dot: 01.rgb.png and 01.cls.
             # Some write 01.a.png and 01.a.cls, which the name up to the last dot tells apart.
             folder, name = os.path.split(entry.name)
             first = os.path.join(folder, name.split(".")[0])
             label = labels.get(os.path.splitext(entry.name)[0], labels.get(first))
             members.append([
-                entry.name.removeprefix("./"), entry.offset_data, entry.size, label])
+                entry.name.removeprefix("./"), source.offset_data, source.size, label])
 
         # tarfile does not notice when the content of the last member is cut off.
-        if members and members[-1][1] + members[-1][2] > stamp[0]:
-            raise ValueError(f"{file} is no whole tar file (it ends within {members[-1][0]})")
+        for name, start, size, _ in members:
+            if start + size > length:
+                raise ValueError(f"{file} is no whole tar file (it ends within {name})")
 
         # Neither does it notice a damaged header, which it takes for the end, nor a file that is
         # cut off between two members. A tar file ends with blocks of zeros.

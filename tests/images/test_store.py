@@ -272,6 +272,37 @@ def test_labels_of_webdataset(photos, tmp_path):
     assert open_images(f"shards:{tmp_path}/y.tar").labels == [0, 1, 0, 1]
 
 
+def test_links_in_a_shard(photos, tmp_path, capsys):
+    """What tar writes for a file of two names; symbolic links that lead in and out of it."""
+    first, second = sorted(photos.rglob("*.*"))[:2]
+    folder = tmp_path / "set"
+    for name in ("cats", "dogs"):
+        (folder / name).mkdir(parents=True)
+    shutil.copy(first, folder / "cats/1.jpg")
+    os.link(folder / "cats/1.jpg", folder / "cats/2.jpg")
+    shutil.copy(second, folder / "dogs/3.jpg")
+    (folder / "dogs/4.jpg").symlink_to("../cats/1.jpg")
+    (folder / "dogs/5.jpg").symlink_to(second)  # no file of the tar file
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(folder, ".")
+    found = store.Shards(f"{tmp_path}/x.tar", EXTENSIONS)
+    expected = {
+        "cats/1.jpg": first, "cats/2.jpg": first, "dogs/3.jpg": second, "dogs/4.jpg": first}
+    assert {name.removeprefix("x.tar/") for name in found.names} == {*expected}
+    for i, name in enumerate(found.names):
+        assert found.read_bytes(i) == expected[name.removeprefix("x.tar/")].read_bytes()
+    assert found.classes == ["cats", "dogs"] and len(found.labels) == 4
+    assert "x.tar: left out 1 links to what is no file in it" in capsys.readouterr().err
+
+
+def test_the_list_of_an_earlier_version_is_made_again(shards, tmp_path):
+    names = store.Shards(shards, EXTENSIONS).names
+    list_file = tmp_path / "0.tar.index"
+    listed = json.loads(list_file.read_text())
+    list_file.write_text(json.dumps({"stamp": listed["stamp"][1:], "members": []}))
+    assert store.Shards(shards, EXTENSIONS).names == names
+
+
 def test_the_list_beside_a_shard(shards, tmp_path):
     first = store.Shards(shards, EXTENSIONS)
     list_file = tmp_path / "0.tar.index"
