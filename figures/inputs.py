@@ -25,7 +25,7 @@ from augment import normalise
 from backbones.weights import load_backbone
 from evaluation.masks import untrained_like
 from images.files import EXTENSIONS, read_file
-from images.names import list_files
+from images.names import list_images
 from machinery.flags import UsageError, near_path, require
 from machinery.page import GAP, PAGE, name_row, picture, rows_of_pictures, show
 from vit import VisionTransformer
@@ -62,7 +62,7 @@ def photographs(arguments: list[str], most: int) -> list[Path]:
 
         # Names in a folder are sorted, often by class, so that the first ones would be alike.
         # Example: 3 of 10 images are numbers 0, 3 and 6.
-        names = [name for name in list_files(path) if name.lower().endswith(EXTENSIONS)]
+        names = list(list_images(path, EXTENSIONS))
         if not names:
             raise UsageError(f"{argument}: found no image in this folder")
         count = min(most, len(names))

@@ -130,7 +130,7 @@ def open_folder(argument: str, split: str, root: str, download: bool, channels: 
     """
     # Imported here, because drawn images have no files.
     from images.files import ARRAYS, EXTENSIONS
-    from images.names import Names, labels_of_folders, list_files
+    from images.names import Names, labels_of_folders, list_images
 
     path = Path(os.path.expanduser(argument))
     if not argument or not path.is_dir():
@@ -141,11 +141,8 @@ def open_folder(argument: str, split: str, root: str, download: bool, channels: 
     # Names are relative to the folder. So they, and what is chosen by them (see held_out), stay
     # the same when the folder moves. Arrays count only where there is no other image: beside
     # photographs a .npy is more likely to be a depth map or a table of features.
-    for endings in (EXTENSIONS, ARRAYS):
-        names = Names(name for name in list_files(path) if name.lower().endswith(endings))
-        if len(names):
-            break
-    else:
+    names = Names(list_images(path, EXTENSIONS)) or Names(list_images(path, ARRAYS))
+    if not names:
         raise ValueError(f"folder:{argument}: found 0 images under it; expected "
                          f"{', '.join(EXTENSIONS + ARRAYS)} files, or folders of them")
     read = partial(_read_path, path, names, channels)

@@ -11,7 +11,8 @@ Idea     A string of Python takes about 50 bytes beside its letters, and a list 
          writes.
 Paper    none
 Try      python -m images.names      how many bytes a name takes
-Change   which files are listed: list_files; a line of a list: read_list; how names are kept: Names
+Change   which files are listed: list_files, UNREAD; a line of a list: read_list; how names are
+         kept: Names
 Tests    pytest tests/images/test_names.py
 """
 
@@ -20,15 +21,22 @@ import os
 import re
 import sys
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+
+# Pictures of phones, cameras and the web that this program does not read, in small letters.
+UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".gif", ".jfif", ".pgm", ".dng", ".cr2",
+          ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2")
 
 # Folders that divide a set, in small letters.
 PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
+@cache  # a text that comes again is not printed again: a folder may be listed several times
 def warn(text: str):
     """Say it once: torchrun numbers its processes by RANK."""
     if os.environ.get("RANK", "0") == "0":
@@ -121,6 +129,24 @@ def list_files(folder: Path, prefix: str = "", above: tuple = ()) -> Iterator[st
             yield from list_files(folder / name, prefix + name, (*above, identity))
         else:
             yield prefix + name
+
+
+def list_images(folder: Path, endings: tuple[str, ...]) -> Iterator[str]:
+    """The files that list_files gives and that end so, in small or capital letters.
+
+    At the end a warning counts the pictures that were left out because their kind is not read.
+    """
+    left_out = Counter()
+    for name in list_files(folder):
+        ending = os.path.splitext(name)[1].lower()
+        if ending in endings:
+            yield name
+        elif ending in UNREAD:
+            left_out[ending] += 1
+    if left_out:
+        kinds = ", ".join(f"{count:,d} {ending}" for ending, count in left_out.most_common())
+        warn(f"{folder}: left out {kinds}, which this program does not read; save them as .jpg "
+             "or .png if they are wanted")
 
 
 def numbered(labels: Iterable[str]) -> tuple[list[int], list[str]] | tuple[None, None]:

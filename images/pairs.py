@@ -32,7 +32,7 @@ from torch import Tensor
 from augment import RGB, Pixels
 from images.data import held_out
 from images.files import EXTENSIONS, in_channels, read_file
-from images.names import list_files
+from images.names import list_images
 from machinery.flags import command, user_errors
 
 IGNORE = -1  # in a map of classes: this pixel has no answer, and does not count
@@ -268,10 +268,10 @@ def _read_ade20k(file: Path) -> Tensor:
 
 def _files(folder: Path, endings: tuple[str, ...], flag: str) -> list[str]:
     """The names of the files below a folder that end so, sorted; ValueError without any."""
-    names = [name for name in list_files(folder) if name.lower().endswith(endings)]
+    names = sorted(list_images(folder, endings))
     if not names:
         raise ValueError(f"{flag}: no {', '.join(endings)} files in {folder}")
-    return sorted(names)
+    return names
 
 
 def _read_files(files: list[tuple[Path, Path]], channels: int, read_map, i: int):

@@ -1,7 +1,8 @@
 """Claims
 1. Names are the strings that they were made from, in any language and of any bytes, one by one,
    in parts, and after a pickle.
-2. The files of a folder come in the order of their whole names, without the hidden ones.
+2. The files of a folder come in the order of their whole names, without the hidden ones;
+   pictures of kinds that are not read are counted in a warning.
 3. A list gives its paths in order, and labels by the sorted names of the classes; a line, a label
    or a file that is not as it should be is named.
 4. What a set of files keeps for each image is little more than the letters of its name, and so is
@@ -108,6 +109,22 @@ def test_folders_that_sound_like_parts_are_named(folders, told, photos, tmp_path
         shutil.copy(sorted(photos.rglob("*.*"))[0], tmp_path / "set" / folder)
     open_images(f"folder:{tmp_path}/set")
     assert (f"folder:{tmp_path}/set/" in capsys.readouterr().err) == told
+
+
+def test_pictures_that_are_not_read_are_counted(photos, tmp_path, capsys):
+    shutil.copytree(photos, tmp_path / "set")
+    for name in ("a.HEIC", "b.heic", "c.gif", "notes.txt", ".d.gif"):
+        (tmp_path / "set" / name).touch()
+    for _ in range(2):  # a folder may be opened several times; it is said once
+        assert len(open_images(f"folder:{tmp_path}/set")) == 24
+    told = capsys.readouterr().err
+    assert f"warning: {tmp_path}/set: left out 2 .heic, 1 .gif, which" in told
+    assert told.count("warning") == 1
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone/a.heic").touch()
+    with pytest.raises(ValueError, match="found 0 images"):
+        open_images(f"folder:{tmp_path}/phone")
+    assert "left out 1 .heic" in capsys.readouterr().err
 
 
 # -- 3
