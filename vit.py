@@ -354,6 +354,8 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"pos_embed_resize {pos_embed_resize!r}: choose from {choices}")
         if img_size < patch_size:
             raise ValueError(f"img_size {img_size} is smaller than one patch of {patch_size}")
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim {embed_dim} does not divide over {num_heads} heads")
 
         self.img_size = img_size // patch_size * patch_size
         self.patch_size = patch_size

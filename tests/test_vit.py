@@ -4,7 +4,8 @@
 3. Attention rows sum to one and reproduce what the fast path computes, in low precision too.
 4. Positions are resampled by the two official rules; the stored table serves its own grid.
 5. Stochastic depth keeps exactly max(int(b(1-p)), 1) samples and adds them scaled by b / kept.
-6. Sides that are no multiple of the patch lose their last rows and columns.
+6. Sides that are no multiple of the patch lose their last rows and columns; sizes and names that
+   do not fit are named.
 7. Masked patches lose their content and keep their place; registers come after the class.
 8. An empty batch gives empty features; torch.export takes batches of any length.
 """
@@ -178,6 +179,16 @@ def test_odd_sizes_lose_their_last_rows_and_columns():
         torch.testing.assert_close(model(images), model(images[:, :, :32, :24]))
     with pytest.raises(ValueError, match="smaller than a patch"):
         model(torch.randn(1, 3, 7, 32))
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(img_size=4, patch_size=8), "img_size 4 is smaller than one patch of 8"),
+    (dict(embed_dim=100, num_heads=3), "embed_dim 100 does not divide over 3 heads"),
+    (dict(ffn_layer="glu"), "ffn_layer 'glu': choose from mlp"),
+    (dict(pos_embed_resize="none"), "pos_embed_resize 'none': choose from offset")])
+def test_sizes_that_do_not_fit_are_named(settings, words):
+    with pytest.raises(ValueError, match=words):
+        VisionTransformer(**settings)
 
 
 def test_masks_and_registers():
