@@ -152,7 +152,7 @@ def time_when_done(process: Process) -> float:
     time it, one has to wait for the queue to be empty, at the beginning and at the end.
     """
     if process.device.type != "cpu":
-        torch.accelerator.synchronize()
+        torch.accelerator.synchronize(process.device)
     return time.perf_counter()
 
 

@@ -4,6 +4,7 @@
 3. The time left is that of the steps left.
 4. Progress is told every half minute where there is no terminal, on one line where there is
    one, and by the main process alone.
+5. A time is taken when the device of the process has done all that it was given.
 
 The tests have a clock of their own, so they say nothing about the speed of this machine.
 """
@@ -117,3 +118,13 @@ def test_time_when_done(fake):
     begun = time_when_done(ALONE)
     fake.sleep(3)
     assert time_when_done(ALONE) - begun == 3
+
+
+def test_it_waits_for_the_device_of_the_process(fake, monkeypatch):
+    """And not for the current one, which is another where --device cuda:1 was given."""
+    waited_for = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited_for.append)
+    time_when_done(Process(torch.device("cuda:1")))
+    assert waited_for == [torch.device("cuda:1")]
+    time_when_done(ALONE)  # a CPU has done what it was given
+    assert len(waited_for) == 1
