@@ -1,7 +1,7 @@
 """Augmentation: from one image to what each network sees.
 
     image (3, H, W) uint8 --> MultiCrop: G large and L small crops, flips   geometry, in workers
-                                     |   + the drawn colours (V, 8)
+                                     |   + 8 numbers for the colours of each (V, 8)
                               uint8 crops + masks of patches, one transfer to the device
                                      |
                               photometry(crops, parameters)                 colour, on the device
@@ -40,7 +40,10 @@ from torchvision.transforms.v2 import functional as TF
 
 
 class Pixels(NamedTuple):
-    """Mean and standard deviation of each channel, to normalise images from 0 to 1."""
+    """What the channels of images are normalised with: their means and standard deviations.
+
+    Both are on the scale on which pixels go from 0 to 1.
+    """
 
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of ImageNet, as everywhere in the papers
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
@@ -240,10 +243,11 @@ def block_mask(grid: tuple[int, int], target: int, min_patches: int,
                rng: np.random.Generator) -> np.ndarray:
     """Rectangles on an (h, w) grid until `target` patches are masked, never more. BEiT Alg. 1.
 
-    Each rectangle aims at min_patches or more (rounding may make it a little smaller), with an
-    aspect ratio log-uniform in (.3, 1/.3), and is lower and narrower than the grid. After ten
-    tries in vain the mask is left a little too small. A shape must never mask more than
-    `target`: the lists of masked patches have a fixed length.
+    Rectangles, because a single hidden patch could be guessed from its neighbours. Each aims at
+    min_patches or more (rounding may make it a little smaller), with an aspect ratio log-uniform
+    in (.3, 1/.3), and is lower and narrower than the grid. Where fewer than min_patches are
+    missing most tries fail; after ten in vain the mask is left a little too small. A shape must
+    never mask more than `target`: the lists of masked patches have a fixed length.
     """
     height, width = grid
     mask = np.zeros(grid, dtype=bool)
@@ -378,11 +382,11 @@ def photometry(crops: Tensor, params: Tensor, pixels: Pixels = RGB) -> Tensor:
     """Crops (n, C, h, w) on any device, their params (n, 8) on the CPU -> normalised floats.
 
     Equal, image by image, to torchvision's functionals in the order that was drawn. Crops are
-    uint8, or floats from 0 to 1. Unless they have three channels these are no colours:
-    only brightness, contrast, blur and solarize are applied.
+    uint8, or floats from 0 to 1. Channels other than three are no colours: for them only
+    brightness, contrast, blur and solarize are applied.
     """
-    # Brightness and contrast mean something for any channel; saturation, hue and gray do not.
     mean, std = (send(torch.tensor(v), crops.device).view(1, -1, 1, 1) for v in pixels)
+    # Brightness and contrast mean something for any channel; saturation, hue and gray do not.
     if pixels.channels != 3:
         params = without_colours(params)
 

@@ -6,7 +6,9 @@
 
 Idea     The loss is taken on scores against K learned directions. Both sides of each score are
          unit vectors, so logits are cosines: no feature can get a larger score by growing
-         longer. A prototype can, if its gain g is learned; DINO keeps it at 1 by default.
+         longer. A prototype can, if its gain g is learned; DINO keeps it at 1 by default. What
+         a direction stands for nobody says: training finds it out. The head is needed for the
+         loss only, and is left out when the features are used.
 Paper    DINO sec. 3.1 and appendix C ("projection head"); DINOv2 sec. 4
 Try      python heads.py        a head's sizes, and what the two normalisations do
 Change   the layers of the MLP stand in DINOHead.__init__; `Prototypes` is the last layer alone
@@ -42,10 +44,10 @@ class Prototypes(nn.Module):
 
     def weight(self) -> Tensor:
         """The (K, d) matrix that multiplies the bottleneck."""
-        # It is computed at every step, because v changes at every step. The length of v does
-        # not matter for the result, so its gradient is at a right angle to v. A step of plain
-        # SGD along it makes v a little longer (Pythagoras), and a longer v turns more slowly;
-        # weight decay makes it shorter again.
+        # It is computed at every step, because v changes at every step. The result does not
+        # depend on the length of v, so the gradient of v is at a right angle to v. A step of SGD
+        # then makes v a little longer (Pythagoras), and a longer v turns more slowly; weight
+        # decay makes it shorter again. With AdamW this holds roughly.
         lengths = self.weight_v.norm(dim=1, keepdim=True)  # (K, 1)
         return self.weight_v * (self.weight_g / lengths)  # (K, d)
 
@@ -55,6 +57,9 @@ class Prototypes(nn.Module):
 
 class DINOHead(nn.Module):
     """MLP, L2-normalised bottleneck, weight-normalised prototypes: (n, in_dim) -> (n, K).
+
+    The bottleneck is what makes many prototypes affordable: 65,536 of them have 16.8 million
+    weights at its width of 256, and would have 134 million at the width of 2048 before it.
 
     norm_last_layer=True freezes the gains g at 1 (logits stay in [-1, 1]): steadier, and
     slightly worse for small networks trained long (DINO's README). DINOv2 trains them. nlayers
@@ -94,8 +99,8 @@ class DINOHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.mlp(x)  # (n, d)
 
-        # Unit length. The guard keeps a feature of all zeros from dividing by zero; half
-        # precision rounds 1e-12 to 0, there the smallest useful guard is 1e-6.
+        # Unit length. The guard keeps a feature of all zeros from dividing by zero. Half
+        # precision rounds 1e-12 to 0, so there it is 1e-6, as in DINOv2's code.
         x = F.normalize(x, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
         return self.last_layer(x)  # (n, K)
 

@@ -9,8 +9,12 @@
 
 Idea     The teacher's softmax is sharpened by a low temperature, so that it commits itself to
          few prototypes, and biased against prototypes that are used too often, so that it does
-         not give the same answer for every image. Either of the two alone collapses: with the
-         bias only, to the uniform answer; with sharpening only, to a single prototype.
+         not give the same answer for every image. Low means lower than the student's: of the
+         same logits the teacher makes a sharper answer than the student, so that every step
+         makes the student more certain. Either of the two alone collapses. Without the bias a
+         prototype that is ahead for all images gets further ahead, until it is the answer for
+         each of them. With the bias alone nothing rewards being certain, and the networks agree
+         best on the uniform answer.
 Paper    DINO sec. 3.1, eq. 1-4 and Alg. 1; iBOT eq. 3; DINOv2 sec. 4 (Sinkhorn-Knopp, KoLeo)
 Try      python losses.py       the two collapses and the balance between them, in numbers
 Change   a new centering is one class that returns a bias, and one line in CENTERING
@@ -56,7 +60,7 @@ class NoCenter(nn.Module):
 
 
 class EMACenter(NoCenter):
-    """DINO: subtract a running mean of the teacher's logits, the centre. DINO eq. 4:
+    """DINO eq. 4: subtract the centre, a moving average (EMA) of the teacher's logits:
 
         centre <- momentum * centre + (1 - momentum) * mean of the logits of the batch
 
@@ -92,7 +96,7 @@ class EMACenter(NoCenter):
 
 
 class SinkhornKnopp(NoCenter):
-    """DINOv2: the bias with which this batch uses all prototypes equally. DINOv2 sec. 4.
+    """DINOv2: the bias with which this batch uses all prototypes nearly equally. DINOv2 sec. 4.
 
     Sinkhorn-Knopp scales the matrix exp(logits / temp), (n, K), by turns: columns, so that
     every prototype gets the same share of all rows, and rows, so that each adds up to one. The
@@ -112,6 +116,7 @@ class SinkhornKnopp(NoCenter):
         second bias less first     0      1.25         1.09         1.05
 
     Only the difference of two biases matters: softmax ignores what is added to all of them.
+    DINOv2's recipe for a million images, without its large pool, keeps the centre of DINO.
     """
 
     def __init__(self, n_prototypes: int, momentum: float = 0.9, iterations: int = 3):
@@ -124,20 +129,20 @@ class SinkhornKnopp(NoCenter):
 
         # The first sweep divides each column by its mean. It sees the rows before any of them
         # is normalised, so that a row of large logits weighs more, as in the official code. The
-        # exponential of large logits would overflow, so a constant is subtracted from all of
-        # them: the mean of the largest logits of the rows. (The largest of all would do, too, but
-        # the mean is one more sum over the processes, as the other steps.) The constant has to be
-        # the same for all rows, on all processes. Then it divides all that the prototypes get by
-        # one number, which adds one number to all biases, and softmax does not see it.
-        top = column_mean(rows.amax(1, keepdim=True), real) / temp  # (1,)
-        got = column_mean(rows, real, lambda x: exponentials(x, temp, top))  # (K,)
-        bias = -got.clamp(min=1e-38).log()  # (K,)
+        # exponential of large logits would overflow, so one number is subtracted from all of
+        # them, on all processes: the mean of the largest logits of the rows. (The largest of all
+        # would do, too, but the mean is one more sum over the processes, as the other steps.) It
+        # makes all column means smaller by the same factor. So it adds the same number to all
+        # biases, which softmax ignores.
+        shift = column_mean(rows.amax(1, keepdim=True), real) / temp  # (1,)
+        share = column_mean(rows, real, lambda x: exponentials(x, temp, shift))  # (K,)
+        bias = -share.clamp(min=1e-38).log()  # (K,)
 
         # Every further sweep normalises the rows with the bias so far, which is a softmax, and
         # takes from the bias the logarithm of what each prototype then gets.
         for _ in range(self.iterations - 1):
-            got = column_mean(rows, real, lambda x: probabilities(x, temp, bias))  # (K,)
-            bias = bias - got.clamp(min=1e-38).log()  # (K,)
+            share = column_mean(rows, real, lambda x: probabilities(x, temp, bias))  # (K,)
+            bias = bias - share.clamp(min=1e-38).log()  # (K,)
         return bias
 
 
@@ -172,9 +177,13 @@ def view_pair_loss(targets: Tensor, student_logits: Tensor,
         H(q, p) = -sum over k of q_k log p_k                                   (DINO eq. 2)
 
     targets (G, B, K), probabilities; student_logits (V, B, K) with V >= G, whose first G views
-    are those of the teacher. There are G*V - G ordered pairs, because a view never has to match
-    itself. In nats: ln K when the answers are uniform, whatever the targets are. ValueError
-    where no pair is left.
+    are those of the teacher. A view is never paired with itself: to answer the same pixels alike
+    teaches nothing about what two crops share. So there are G*V - G ordered pairs. The unit is
+    nats (natural logarithms): the loss is ln K when the student's answers are uniform, whatever
+    the targets are. ValueError where no pair is left.
+
+    H(q, p) is H(q), the entropy of the target, plus KL(q | p), how far the answer is from it.
+    The log shows these two apart, and calls the first one H.
 
     Cross-entropy is linear in its target. So a student view does not need one pass for each
     teacher view: it meets the sum of the targets of its teachers. Example with two global views
@@ -276,8 +285,8 @@ def effective_rank(features: Tensor) -> Tensor:
     It counts the directions in which features vary: 1 if all lie on one line through the
     origin, min(n, D) if they vary equally in all directions. Garrido 2023, eq. 1.
     """
-    # The squares of the singular values of x are the eigenvalues of x'x, and of xx'. The
-    # smaller of the two matrices is decomposed: on the CPU, where it takes less time than on a
+    # The squares of the singular values of x are the eigenvalues of x^T x, and of x x^T.
+    # The smaller of the two matrices is decomposed: on the CPU, where it takes less time than on a
     # GPU, and in float64, because squares of small numbers lose digits.
     x = features.cpu().double()  # (n, D)
     square = x.T @ x if len(x) > x.shape[1] else x @ x.T

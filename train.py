@@ -166,7 +166,7 @@ class Network(nn.Module):
     def extra_losses(self, teacher_out: dict, student_out: dict) -> dict[str, Tensor]:
         """Further terms of the loss by name, each weighted by config.NAME_weight; here none.
 
-        The seam for subclasses whose loss needs modules of its own, such as distill.Student.
+        Here a subclass adds losses that need modules of their own, as distill.Student does.
         """
         return {}
 
@@ -247,13 +247,13 @@ def train_step(learner: Learner, batch: dict, schedule: dict, config: Config,
     G = len(batch["global_crops"])
     B = len(batch["index"])
     crops, masks = make_views(batch, config.pixels, process.device)
-    hidden, masked_at, weights = (masks.get(name) for name in MASKS)  # None without masks
+    mask, mask_indices, mask_weights = (masks.get(name) for name in MASKS)  # None without masks
 
     # 1. The teacher sees only the large crops, which are the first tensor of `crops`, and it
     # sees them whole: no masks. A small crop should be recognised as a part of what the teacher
     # saw. The teacher is never trained: no gradient.
     with torch.no_grad(), autocast(config.precision, process.device):
-        teacher_out = teacher(crops[:1], mask_indices=masked_at)
+        teacher_out = teacher(crops[:1], mask_indices=mask_indices)
 
     # 2. Its logits become targets: softmax(logits / teacher_temp + bias). The low temperature
     # makes them sharp; the bias keeps all prototypes in use. It is -centre / teacher_temp with
@@ -265,7 +265,7 @@ def train_step(learner: Learner, batch: dict, schedule: dict, config: Config,
     # changing shape would make torch.compile compile the step again. So the list of masked
     # patches is padded. A weight is 1 / (masked patches of that crop), and 0 for padding, which
     # the centerings leave out. Class tokens have no padding: None.
-    real_rows = {"dino": None, "ibot": None if weights is None else weights > 0}
+    real_rows = {"dino": None, "ibot": None if mask_weights is None else mask_weights > 0}
     targets = {}
     for name, centering in learner.centerings.items():
         logits = teacher_out[name]
@@ -278,7 +278,7 @@ def train_step(learner: Learner, batch: dict, schedule: dict, config: Config,
     # resumed run draws the same.
     plan = student.backbone.draw_plan(crops, schedule["generator"])
     with autocast(config.precision, process.device):
-        student_out = learner.student(crops, plan, hidden, masked_at)
+        student_out = learner.student(crops, plan, mask, mask_indices)
 
     # 4. The losses.
     # TO ADD A LOSS: put it into `terms` here, and a field NAME_weight into training/config.py.
@@ -288,11 +288,11 @@ def train_step(learner: Learner, batch: dict, schedule: dict, config: Config,
         student_views = student_out["dino"].unflatten(0, (-1, B))  # (V, B, K)
         terms["dino"] = view_pair_loss(teacher_views, student_views, config.student_temp)
     if "ibot" in targets:  # the same place: the teacher saw it, the student has to guess it
-        terms["ibot"] = patch_loss(targets["ibot"], student_out["ibot"], weights, G * B,
+        terms["ibot"] = patch_loss(targets["ibot"], student_out["ibot"], mask_weights, G * B,
                                    config.student_temp)
     if config.koleo_weight:  # features of different images are pushed apart
         global_views = student_out["features"][:G * B].chunk(G)
-        terms["koleo"] = sum(koleo_loss(features) for features in global_views)
+        terms["koleo"] = sum(koleo_loss(features) for features in global_views)  # of G views
     terms |= student.extra_losses(teacher_out, student_out)
     loss = sum(getattr(config, f"{name}_weight") * term for name, term in terms.items())
 
@@ -336,7 +336,7 @@ def train_step(learner: Learner, batch: dict, schedule: dict, config: Config,
     # What the log will tell of this step. In fp16 gradients may overflow now and then: the
     # scaler lowers its factor, the step is left out, and the run goes on. The norm of a step
     # that was left out counts as 0.
-    figures |= step_figures(figures, targets, weights, G * B)
+    figures |= step_figures(figures, targets, mask_weights, G * B)
     can_go_on = ok
     if learner.scaler:
         norm = torch.where(ok, norm, 0)
@@ -364,16 +364,17 @@ def schedules(step: int, epoch_steps: int, total: int, config: Config,
     # A generator of its own for each (seed, step, rank): a run that is resumed draws the same.
     seed = np.random.SeedSequence([config.seed, step, process.rank]).generate_state(1)[0]
 
-    # The prototypes are frozen for a while, as in DINO's code, so that the first, noisy targets
-    # do not move them all to one side. With --init the backbone may be frozen while new heads
-    # learn.
+    # The prototypes are frozen for a while, as in DINO's code, which says that it helps. (A
+    # likely reason: the first targets are noisy, and would move them all to one side.) With
+    # --init the backbone may be frozen while new heads learn.
     last_layer_frozen = step < config.freeze_last_layer_epochs * epoch_steps
     backbone_frozen = step < config.freeze_backbone_epochs * epoch_steps
 
     # Weight decay and the momentum of the teacher's average follow half a cosine over the whole
-    # run, the learning rate does so after its warm-up, and the temperature rises linearly. Late
-    # in a run little should change, so the learning rate falls and the momentum goes to 1. The
-    # papers let the weight decay rise at the same time.
+    # run, and the learning rate does so after its warm-up. The temperature rises linearly, epoch
+    # by epoch, over a warm-up of its own: early in a run a high one would lead to the uniform
+    # answer. Late in a run little should change, so the learning rate falls and the momentum goes
+    # to 1. The papers let the weight decay rise at the same time.
     return dict(
         lr=lr,
         last_layer_lr=0.0 if last_layer_frozen else lr,
@@ -702,7 +703,7 @@ class Run:
             self.judge_the_start()
         elif self.step == self.total:  # stopped after its last checkpoint: the end is missing
             self.write_teacher()
-            self.whole_teacher()
+            self.whole_teacher()  # fills self.whole from the shards
 
     def judge_the_start(self):
         """What the training has to beat: bare pixels, and the network before its first step."""
@@ -855,7 +856,7 @@ class Run:
 
     def keep_snapshot(self):
         """Keep the teacher's backbone as it is now, for the page that tells the run."""
-        from training.snapshots import keep_snapshot  # here, because a run needs it three times
+        from training.snapshots import keep_snapshot  # no part of a step: needed three times
 
         # On all processes, because under FSDP they exchange their shards for it.
         backbone = self.whole_teacher()

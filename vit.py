@@ -139,7 +139,7 @@ class Attention(nn.Module):
         return self.proj(joined)  # (T, D)
 
     def weights(self, x: Tensor, b: int, n: int, rows=slice(None)) -> Tensor:
-        """softmax(q k' / sqrt(hd)), (b, nh, n, n): the weights of a block, to be plotted. DINO
+        """softmax(q k^T / sqrt(hd)), (b, nh, n, n): the weights of a block, to be plotted. DINO
         fig. 1. `rows`, a slice or a list of numbers, picks the tokens that ask: (b, nh, r, n).
         """
         q, k, _ = self.split_heads(self.qkv(x), b, n).unbind(0)
@@ -206,18 +206,19 @@ class LayerScale(nn.Module):
 # ----------------------------------------------------------------------------------------------
 # Stochastic depth that skips the work
 #
-# In training, each residual branch leaves out some of the images. Usually the branch is
-# computed for all of them and multiplied by zero for some. Here it is computed for the kept
-# ones only. Which these are is drawn before the forward pass (the plan), so that the blocks
-# contain no randomness and can be compiled.
+# In training, each residual branch of the student leaves out some of the images, so that no
+# block can rely on the one before it. (The teacher leaves out none, and no evaluation does.)
+# Usually the branch is computed for all of them and multiplied by zero for some. Here it is
+# computed for the kept ones only. Which these are is drawn before the forward pass (the plan),
+# so that the blocks contain no randomness and can be compiled.
 
 
 class Keep(NamedTuple):
     """Which images take part in one residual branch of one block."""
 
     rows: Tensor  # (T',) int64, where the kept tokens are in the packed sequence
-    # An image is kept with chance kept / b. Multiplied by b / kept when it is, the branch adds on
-    # average what it would add without stochastic depth.
+    # An image is kept with chance kept / b. What the branch adds to it is multiplied by b / kept,
+    # so that on average as much is added as without stochastic depth.
     scale: Tensor  # (T', 1), b / kept
     groups: Groups  # (kept, n) per crop size
 
@@ -395,8 +396,9 @@ class VisionTransformer(nn.Module):
         self.init_weights(cls_std=1e-6 if layerscale else 0.02)
 
     def init_weights(self, cls_std: float):
-        """Normal(0, .02) for linear layers and positions; DINOv2 starts extra tokens near
-        zero.
+        """Normal(0, .02) for linear layers and positions; registers start near zero.
+
+        So does the class token of DINOv2, whose networks are those with LayerScale.
         """
         # trunc_normal_ cuts at -2 and 2, which is 100 standard deviations: in effect a normal
         # distribution, as in the papers' code. The mask token stays at zero, as there.
@@ -444,8 +446,9 @@ class VisionTransformer(nn.Module):
         x = x + resize_pos_embed(self.pos_embed, grid, self.pos_embed_resize)
 
         # Registers have no place in the image, so they come after the positions are added. They
-        # give attention somewhere to keep global information, which a ViT without them keeps in
-        # patches of the background, where it spoils the attention maps. Darcet 2024.
+        # give attention somewhere to keep global information. Large networks such as DINOv2's
+        # otherwise keep it in patches of the background, where it spoils the attention maps;
+        # DINO's do not. Darcet 2024.
         if self.register_tokens is not None:
             registers = self.register_tokens.expand(B, -1, -1)  # (B, R, D)
             x = torch.cat([x[:, :1], registers, x[:, 1:]], 1)  # (B, N, D)
@@ -469,7 +472,7 @@ class VisionTransformer(nn.Module):
     # -- tokens out
 
     def forward_features(self, images, masks=None, plan=None):
-        """Images (B, C, H, W) -> dictionary of DINOv2.
+        """Images (B, C, H, W) -> a dictionary with the keys of DINOv2's code.
 
         A list with one tensor for each crop size gives a list of such dictionaries.
         x_norm_clstoken (B, D), x_norm_regtokens (B, R, D), x_norm_patchtokens (B, P, D), all
@@ -515,7 +518,7 @@ class VisionTransformer(nn.Module):
         return x
 
     def forward(self, images, masks=None, plan=None):
-        """Class tokens after the final norm, as the papers evaluate them: (B, D).
+        """Class tokens after the final norm, as the papers' k-NN compares them: (B, D).
 
         A list with one tensor for each crop size gives a list of them.
         """
@@ -612,7 +615,7 @@ ARCHS = {
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k' / sqrt(hd)) v: three times (b, nh, n, hd) -> one. ViT eq. 6 and 7.
+    """softmax(q k^T / sqrt(hd)) v: three times (b, nh, n, hd) -> one. ViT eq. 6 and 7.
 
     PyTorch's scaled_dot_product_attention works tile by tile and does not store the weights.
     """
