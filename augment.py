@@ -28,6 +28,7 @@ number of workers, of images in a batch and of processes does not change them. M
 function of (seed, step, rank).
 """
 
+import functools
 import itertools
 import math
 from typing import NamedTuple
@@ -573,6 +574,11 @@ def jitter_order(params: Tensor) -> Tensor:
     return torch.where(order < 0, 4, blends_before).argsort(stable=True)
 
 
+@functools.cache  # PyTorch keeps whatever a call of torch.compile makes: one for all steps
+def compiled(function):
+    return torch.compile(function, dynamic=True)
+
+
 def jitter(images: Tensor, params: Tensor) -> Tensor:
     """Brightness, contrast, saturation and hue, in the order that each image drew; in place."""
     # The factor of each slot: that of its operation, and 1 where it is unused, which changes
@@ -591,7 +597,7 @@ def jitter(images: Tensor, params: Tensor) -> Tensor:
     # On a GPU each of the 34 operations of rotate_hue would read and write the whole images;
     # compiled they are one kernel. It is compiled for any number of images ("dynamic"), because
     # that changes from batch to batch.
-    turn_colours = torch.compile(rotate_hue, dynamic=True) if COMPILE else rotate_hue
+    turn_colours = compiled(rotate_hue) if COMPILE else rotate_hue
 
     for i in range(6):
         if i == 3 and images.shape[1] == 3:

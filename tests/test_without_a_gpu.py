@@ -95,8 +95,10 @@ def graphs(monkeypatch):
     monkeypatch.setitem(losses.CHUNK, "cpu", 3 * 32)  # (n, K) in many chunks, of 3 rows
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    augment.compiled.cache_clear()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         yield made
+    augment.compiled.cache_clear()
 
 
 @pytest.mark.parametrize("preset", KINDS)
@@ -132,7 +134,10 @@ def test_ddp_cuts_no_block(graphs, monkeypatch):
 
 
 def test_colours_take_one_graph(graphs, monkeypatch):
-    """Whatever the number of images and their size; a single image has one of its own."""
+    """Whatever the number of images and their size; a single image has one of its own.
+
+    PyTorch keeps each wrapper that torch.compile makes, so it must not be called at each step.
+    """
     for n, side in ((12, 24), (9, 24), (30, 16), (1, 24), (5, 20)):
         crops = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8)
         rng = np.random.default_rng(n)
@@ -143,6 +148,7 @@ def test_colours_take_one_graph(graphs, monkeypatch):
         monkeypatch.setattr(augment, "COMPILE", True)
         assert torch.equal(augment.photometry(crops, params), eager)
     assert len(graphs) == 2
+    assert augment.compiled.cache_info().misses == 1
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
