@@ -176,9 +176,9 @@ def _part_of_folder(path: Path, split: str) -> tuple[Path, str]:
 
 
 def _read_path(root: Path, names: Sequence[str], channels: int, i: int) -> Tensor:
-    from images.files import read_file
+    from images.files import patiently, read_file
 
-    return read_file(root / names[i], channels)
+    return patiently(read_file, root / names[i], channels)
 
 
 class _Drawn:
@@ -253,9 +253,9 @@ def open_shards(argument: str, split: str, root: str, download: bool, channels: 
 
 
 def _read_shards(shards, channels: int, i: int) -> Tensor:
-    from images.files import read_file
+    from images.files import patiently, read_file
 
-    return read_file(io.BytesIO(shards.read_bytes(i)), channels)
+    return read_file(io.BytesIO(patiently(shards.read_bytes, i)), channels)
 
 
 DATASETS = {
@@ -455,7 +455,7 @@ class Views(torch.utils.data.Dataset):
 
         broken: a line for each that failed, its name and the error. A batch stays full this
         way, and one damaged file in millions does not end a run. UsageError when ten fail in
-        turn, because then the set is wrong rather than a file.
+        turn, because then the set or the disk is wrong rather than a file.
         """
         broken = []
         # The 1 at the end makes this another generator than the one of the crops. What replaces
@@ -467,7 +467,7 @@ class Views(torch.utils.data.Dataset):
             except Exception as error:  # decoders raise exceptions of many kinds
                 broken.append(f"{self.images.names[index]}: {first_line(error)}")
                 index = int(replacements.integers(len(self.images)))
-        raise UsageError(f"--data: ten images in a row do not decode, the last: {broken[-1]}")
+        raise UsageError(f"--data: ten images in a row cannot be read, the last: {broken[-1]}")
 
 
 def begin_worker(worker: int):

@@ -16,7 +16,9 @@ Tests    pytest tests/images/test_files.py
 Letters  C channels as they are in the file, H W pixels.
 """
 
+import errno
 import io
+import time
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +80,35 @@ def read_file(file: Path | io.BytesIO, channels: int = 3) -> Tensor:
 
             # Everything else is a picture: grey, palette, CMYK and transparency become RGB.
             return in_channels(pil_to_tensor(image.convert("RGB")), channels)
+
+
+# Numbers of errors that may pass: a network disk that is out of reach, a machine that is short of
+# something. A file that is not there, or that may not be read, will not be there tomorrow.
+PASSING = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENOTCONN,
+    errno.ECONNRESET, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.EMFILE,
+    errno.ENFILE, errno.ENOMEM}
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether it is an error of the disk or the machine; those of decoders have no number."""
+    return getattr(error, "errno", None) in PASSING
+
+
+def patiently(read, *arguments):
+    """read(*arguments), tried again for half a minute where the disk fails.
+
+    So a network disk that is out of reach for a moment costs no image. A bad sector fails each
+    time; then the error is raised as for any damaged file.
+    """
+    for pause in (1, 2, 4, 8, 16):  # seconds
+        try:
+            return read(*arguments)
+        except OSError as error:
+            if not may_pass(error):
+                raise
+        time.sleep(pause)
+    return read(*arguments)
 
 
 def from_array(array: np.ndarray, channels: int) -> Tensor:

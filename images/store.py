@@ -18,7 +18,6 @@ Tests    pytest tests/images/test_store.py
 """
 
 import contextlib
-import errno
 import glob
 import hashlib
 import json
@@ -33,6 +32,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
+
+from images.files import may_pass
 
 # ----------------------------------------------------------------------------------------------
 # Cache: images that are decoded once, for sets that are slow to decode
@@ -111,16 +112,14 @@ class Shrunk(torch.utils.data.Dataset):
         self.side = side
 
     def __getitem__(self, i: int) -> Tensor | str:
-        # Decoders raise exceptions of many kinds. Those of the operating system have a number: a
-        # file that is not there or may not be read will not be there tomorrow, but a disk that
-        # fails for a while must not cost an image for ever.
+        # Decoders raise exceptions of many kinds. A disk that fails for a while must not cost an
+        # image for ever.
         try:
             return shrink(self.read(i), self.side).permute(1, 2, 0).contiguous()  # (H, W, 3)
         except MemoryError:
             raise
         except Exception as error:
-            number = getattr(error, "errno", None)
-            if number not in (None, errno.ENOENT, errno.EACCES, errno.ELOOP):
+            if may_pass(error):
                 return str(error)
             return torch.empty(0, 0, 3, dtype=torch.uint8)
 

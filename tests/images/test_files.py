@@ -2,7 +2,10 @@
 1. Images of 16 bits and of any number of channels are read whole; a miss names both numbers.
 2. Numbers that are no image are refused: integers of more than 16 bits, which would be black, and
    floats beyond 1. An array whose end is missing is a broken file.
+3. A disk that fails for a moment costs no image; one that goes on failing, and a damaged file, do.
 """
+
+import errno
 
 import numpy as np
 import pytest
@@ -10,9 +13,10 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
-from augment import pixels_of
-from images.data import open_images
-from images.files import from_array, read_file
+import images.files
+from augment import MultiCrop, pixels_of
+from images.data import Views, open_images
+from images.files import from_array, patiently, read_file
 
 
 @pytest.mark.parametrize("kind", ["png", "H,W npy", "1,H,W npy", "tif"])
@@ -85,3 +89,56 @@ def test_an_array_whose_end_is_missing(tmp_path):
     (tmp_path / "a.npy").write_bytes(data[:-100])
     with pytest.raises(OSError, match="not a readable array"):
         read_file(tmp_path / "a.npy", 5)
+
+
+# -- 3
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """The pauses, in seconds, which are not slept."""
+    slept = []
+    monkeypatch.setattr(images.files.time, "sleep", slept.append)
+    return slept
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EMFILE])
+def test_a_disk_that_fails_for_a_moment_costs_no_image(number, photos, pauses, monkeypatch):
+    found = open_images(f"folder:{photos}")
+    expected = found.read(3)
+    tries = []
+
+    def fails_twice(file, channels):
+        tries.append(file)
+        if len(tries) < 3:
+            raise OSError(number, "not now")
+        return read_file(file, channels)
+
+    monkeypatch.setattr(images.files, "read_file", fails_twice)
+    image, broken = Views(found, MultiCrop()).read(epoch=0, index=3)
+    assert torch.equal(image, expected) and broken == [] and pauses == [1, 2]
+
+
+def test_a_disk_that_goes_on_failing(pauses):
+
+    def fails():
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with pytest.raises(OSError, match="Stale"):
+        patiently(fails)
+    assert sum(pauses) == 31
+
+
+@pytest.mark.parametrize("error", [
+    OSError("broken data stream"),
+    FileNotFoundError(errno.ENOENT, "No such file"),
+    OSError(errno.EINVAL, "Invalid argument"),
+    ValueError("2 channels")])
+def test_a_damaged_file_is_not_waited_for(error, pauses):
+
+    def fails():
+        raise error
+
+    with pytest.raises(type(error)):
+        patiently(fails)
+    assert not pauses
