@@ -226,8 +226,8 @@ def save_checkpoint(folder: Path, step: int, state: dict, facts: dict, process: 
     final = folder / f"step-{step}"
     if process.main:
         for left_over in folder.glob("tmp-*"):
-            shutil.rmtree(left_over)
-        unfinished.mkdir(parents=True)
+            shutil.rmtree(left_over, ignore_errors=True)
+        unfinished.mkdir(parents=True, exist_ok=True)
     process.barrier()  # nobody writes before the folder is there
 
     # Each process writes its parts; DCP waits for all of them and writes the index.
@@ -260,10 +260,12 @@ def save_checkpoint(folder: Path, step: int, state: dict, facts: dict, process: 
 
         # Older ones go last, so that there is always one to continue from. Those of later steps
         # are damaged, too: they would stand first in the list, and a good one would go for them.
+        # A network disk keeps a folder as long as somebody reads a file in it. That must not end
+        # the run: the next save tries again.
         later = [path for path in checkpoints(folder) if step_of(path) > step]
         older = [path for path in checkpoints(folder) if step_of(path) <= step][keep:]
         for path in later + older:
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
     process.barrier()
 
 

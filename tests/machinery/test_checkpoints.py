@@ -8,6 +8,7 @@
    without a checksum of its own, is read.
 """
 
+import errno
 import importlib
 import json
 import os
@@ -54,6 +55,24 @@ def test_saved_and_loaded(tmp_path):
     state = empty_state()
     load_checkpoint(path, state, ALONE)
     assert (state["student"]["a.b"] == 3).all() and state["student"]["c"] == 1.5
+
+
+def test_an_old_one_that_cannot_be_removed_now_goes_later(tmp_path, monkeypatch):
+    """On a network disk, a file that somebody reads keeps its folder."""
+    rmtree = shutil.rmtree
+
+    def busy(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    for step in (1, 2):
+        save(tmp_path, step)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        save(tmp_path, 3)
+    assert len(checkpoints(tmp_path)) == 3 and shutil.rmtree is rmtree
+    save(tmp_path, 4)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-4", "step-3"]
 
 
 def test_a_damaged_one_of_a_later_step_is_removed_first(tmp_path, capsys):
