@@ -27,6 +27,7 @@ def hours(seconds: int) -> str:
     return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
+KEPT = 0.999  # of the weight of the earlier steps at each step: means are of some 1,000 steps
 FIRST_STEPS = 5  # so many are slow, because memory and compiled code are made: they do not count
 
 
@@ -46,8 +47,10 @@ class Clock:
         self.total = total
         self.skip = skip  # counts down; below 0 the steps count
 
-        # Over the steps that count: how many, how long, and how much of that was waiting.
-        self.counted = 0
+        # Over the steps that count: how many, how long, and how much of that was waiting. The
+        # weight of a step falls with time, so that a run that becomes slow on its second day
+        # says so.
+        self.counted = 0.0
         self.seconds = 0.0
         self.waited = 0.0
 
@@ -60,7 +63,7 @@ class Clock:
         batch = next(batches)
         # At 0 the present step is the first one that counts: `tick` comes after it.
         if self.skip <= 0:
-            self.waited += time.perf_counter() - before
+            self.waited = KEPT * self.waited + time.perf_counter() - before
         return batch
 
     def tick(self):
@@ -70,8 +73,8 @@ class Clock:
         self.step += 1
         self.skip -= 1
         if self.skip < 0:
-            self.counted += 1
-            self.seconds += now - self.mark
+            self.counted = KEPT * self.counted + 1
+            self.seconds = KEPT * self.seconds + now - self.mark
         self.mark = now
 
     @contextlib.contextmanager
@@ -103,7 +106,7 @@ class Clock:
     @property
     def eta(self) -> str:
         """Time left, as h:mm:ss."""
-        return hours(int((self.total - self.step) * self.step_seconds))
+        return hours(round((self.total - self.step) * self.step_seconds))
 
 
 class Progress:

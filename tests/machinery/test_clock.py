@@ -1,5 +1,6 @@
 """Claims
 1. The time of a step counts neither pauses nor the first, slow steps; until then it is a guess.
+   It is a mean over the last thousand steps or so: a run that becomes slow says so.
 2. Time spent waiting for data is told as a share of the time that counts.
 3. The time left is that of the steps left.
 4. Progress is told every half minute where there is no terminal, on one line where there is
@@ -54,7 +55,26 @@ def test_clock_does_not_count_pauses(fake):
             fake.sleep(200)
         fake.sleep(1)
         clock.tick()
-    assert clock.counted == 3 and clock.step_seconds == 2
+    assert clock.counted == pytest.approx(3,
+                                          rel=2e-3) and clock.step_seconds == pytest.approx(2)
+
+
+def test_a_run_that_becomes_slow_says_so(fake):
+    """50,000 steps of 0.1 s without waiting, then 5,000 of 0.3 s, of which 0.2 s are waiting."""
+    clock = Clock(0, 65_000, skip=0)
+
+    def batches():
+        while True:
+            fake.sleep(0.2 if clock.step >= 50_000 else 0.0)
+            yield
+
+    source = batches()
+    for step in range(55_000):
+        clock.wait(source)
+        fake.sleep(0.1)
+        clock.tick()
+    assert clock.step_seconds == pytest.approx(0.3, rel=0.01)
+    assert clock.waiting == pytest.approx(2 / 3, rel=0.02) and clock.eta.startswith("0:49:")
 
 
 def test_time_left(fake):
@@ -82,7 +102,7 @@ def test_share_of_waiting(fake):
         assert clock.wait(batches) == "batch"
         fake.sleep(3)
         clock.tick()
-    assert clock.waiting == 1 / 4
+    assert clock.waiting == pytest.approx(1 / 4)
 
 
 def test_progress_without_a_terminal(fake, capsys):
