@@ -107,8 +107,11 @@ def start_process(device: str = "auto") -> Process:
             f"--device {device}: this machine has {torch.cuda.device_count()} GPUs, numbered "
             "from 0; give another number, or start fewer processes (--nproc_per_node)")
 
-    # Without these variables this is the only process.
+    # Without these variables this is the only process. Whatever PyTorch puts on "the current
+    # GPU", such as pinned memory, shall be on its own one, and not on the first.
     if "WORLD_SIZE" not in os.environ:
+        if kind == "cuda" and number:
+            torch.cuda.set_device(int(number))
         return Process(torch.device(device))
     if kind == "cuda":
         torch.cuda.set_device(local_rank)

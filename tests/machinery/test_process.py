@@ -1,5 +1,6 @@
 """Claims
-1. A device that is not there is refused with the choices; one process exchanges with itself.
+1. A device that is not there is refused with the choices; one process exchanges with itself, and
+   has the GPU of its flag as the current one.
 2. --precision auto is bf16 where the hardware multiplies matrices in it, fp16 on GPUs that have
    nothing better, and tf32 for frozen networks; what a GPU does not have is refused by its flag.
 3. SIGTERM is noted, however often it comes, and so is a first Ctrl-C; a second one interrupts.
@@ -49,6 +50,17 @@ def test_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     with pytest.raises(UsageError, match="--device cuda: .* 1 GPUs, .*--nproc_per_node"):
         start_process("cuda")
+
+
+@pytest.mark.parametrize("device, chosen", [("cuda:1", [1]), ("cuda", []), ("cpu", [])])
+def test_the_current_gpu_is_that_of_the_flag(device, chosen, monkeypatch):
+    """PyTorch pins memory, for example, on the current GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert start_process(device).device == torch.device(device) and current == chosen
 
 
 def test_half_of_what_torchrun_says(monkeypatch):
