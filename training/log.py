@@ -133,7 +133,10 @@ class LogWindow:
 
     def add(self, step: int, batch: dict, figures: dict):
         """Keep the figures of a step, which may not be computed yet: nothing is read here."""
-        self.steps.append((step, batch["index"], batch["broken"], figures))
+        # Only the features of the newest step are needed. The indices are copied, because a
+        # tensor that comes from a worker holds a file open as long as it lives.
+        self.features = figures.pop("features")
+        self.steps.append((step, batch["index"].clone(), batch["broken"], figures))
 
     def read(self, totals: dict, images_seen: int) -> dict:
         """Means over the window, which is empty afterwards.
@@ -142,8 +145,7 @@ class LogWindow:
         totals ["broken"] counts the latter over the whole run.
         """
         # One transfer for all figures of all steps: here the CPU waits for the GPU.
-        newest = self.steps[-1][-1]
-        names = [name for name in newest if name != "features"]
+        names = list(self.steps[-1][-1])
         table = torch.stack([
             torch.stack([figures[name].float() for name in names])
             for *_, figures in self.steps]).tolist()
@@ -162,10 +164,10 @@ class LogWindow:
         for term in self.config.objectives:
             means[f"{term}_kl"] = means[term] - means[f"{term}_entropy"]
             means[f"{term}_in_use"] = math.exp(means[f"{term}_mean_entropy"])
-        means["rank"] = effective_rank(newest["features"]).item()
+        means["rank"] = effective_rank(self.features).item()
         del means["ok"]
 
-        self.count_broken(totals, images_seen, newest["loss"].device)
+        self.count_broken(totals, images_seen, self.features.device)
         self.steps.clear()
         return means
 

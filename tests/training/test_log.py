@@ -153,3 +153,14 @@ def test_too_many_broken_images(tmp_path, photos, quick_runs):
     flags = ["--data", f"folder:{photos}", "--val_data", f"folder:{photos / 'dogs'}"]
     with pytest.raises(UsageError, match="did not decode"):
         train.run(tiny_config(tmp_path / "run", *flags))
+
+
+def test_little_is_kept_of_the_steps_of_a_line():
+    """A tensor of a worker holds a file open; the features are large, and the newest suffice."""
+    window = LogWindow(four_images(), Config(n_prototypes=32))
+    batch = batch_of(0, 1)
+    figures = [figures_of(3.0), figures_of(2.0)]
+    for step in range(2):
+        window.add(step, batch, figures[step])
+    assert all("features" not in kept for *_, kept in window.steps)
+    assert all(index.data_ptr() != batch["index"].data_ptr() for _, index, *_ in window.steps)
