@@ -60,8 +60,8 @@ from training.log import LogWindow, diagnose, log_line, step_figures
 from training.optim import (OPTIMIZERS, LossScale, clip_gradients, cosine, ema_update, linear,
                             parameter_groups, peak_lr, set_schedule)
 from training.recipes import PRESETS, SCALED
-from training.rundir import (create_run_dir, finished, forget_metrics_after, locked,
-                             match_stored_run, record)
+from training.rundir import (create_run_dir, forget_metrics_after, locked, match_stored_run,
+                             record)
 from vit import ARCHS, VisionTransformer
 
 # ----------------------------------------------------------------------------------------------
@@ -601,6 +601,8 @@ def run(config: Config, build=build, move_teacher=ema_update) -> dict:
             checkpoint = find_checkpoint(folder / "checkpoint", process, required=not ended)
             unfinished = checkpoint and checkpoint[1]["step"] < config.epochs * epoch_steps
             if ended and not unfinished:
+                from training.stored import finished  # a run that trains does not need it
+
                 return finished(folder, process)
         with user_errors():
             training = Run(config, process, folder, images, val, epoch_steps, build,

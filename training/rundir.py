@@ -171,17 +171,6 @@ def create_run_dir(folder: Path, config: Config, process: Process, images: int):
             shutil.copy(file, target)
 
 
-def finished(folder: Path, process: Process) -> dict:
-    """The summary of a run that has ended; prints that there is nothing left to do."""
-    # Without images to judge with there is no k-NN in it.
-    summary = json.loads((folder / "summary.json").read_text())
-    result = ""
-    if summary["knn"] is not None:
-        result = f", {summary['knn_protocol']} {summary['knn']:.1%}"
-    process.print(f"{folder} is finished{result}; --no_resume would start it anew")
-    return summary
-
-
 # ----------------------------------------------------------------------------------------------
 # metrics.jsonl: one line of JSON for each log line and each evaluation
 

@@ -1,10 +1,12 @@
-"""Stored: the settings and the code that a run wrote down, compared with those of today.
+"""Stored: what a run wrote down: its settings and code, compared with today's, and its end.
 
     config.json --> the type of each field, compared --> settings by name
                                      |
                           ValueError: not the config.json of a run
 
     code/ --> the same files today, compared --> a warning that names those that have changed
+
+    summary.json --> what a run that has ended came to
 
 Idea     A run's directory may come from anywhere, and may be older than a field. So each value
          is compared with the type of its field before anybody uses it, and a field that is not
@@ -84,6 +86,17 @@ def read_config(file: Path, kind: type | None = None) -> dict:
         raise ValueError(f"{file}: a run of distill.py, with the teacher {stored['teacher']}; "
                          "continue it by distill.py, or give another --output_dir")
     return settings | stored
+
+
+def finished(folder: Path, process: Process) -> dict:
+    """The summary of a run that has ended; prints that there is nothing left to do."""
+    # Without images to judge with there is no k-NN in it.
+    summary = json.loads((folder / "summary.json").read_text())
+    result = ""
+    if summary["knn"] is not None:
+        result = f", {summary['knn_protocol']} {summary['knn']:.1%}"
+    process.print(f"{folder} is finished{result}; --no_resume would start it anew")
+    return summary
 
 
 def warn_of_changed_code(folder: Path, process: Process):
