@@ -18,6 +18,7 @@ Tests    pytest tests/images/test_store.py
 """
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
@@ -32,8 +33,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
-
-from images.files import may_pass
 
 # ----------------------------------------------------------------------------------------------
 # Cache: images that are decoded once, for sets that are slow to decode
@@ -112,14 +111,16 @@ class Shrunk(torch.utils.data.Dataset):
         self.side = side
 
     def __getitem__(self, i: int) -> Tensor | str:
-        # Decoders raise exceptions of many kinds. A disk that fails for a while must not cost an
-        # image for ever.
+        # Decoders raise exceptions of many kinds. Those of the operating system have a number: a
+        # file that is not there or may not be read will not be there tomorrow, but a disk that
+        # fails for a while must not cost an image for ever.
         try:
             return shrink(self.read(i), self.side).permute(1, 2, 0).contiguous()  # (H, W, 3)
         except MemoryError:
             raise
         except Exception as error:
-            if may_pass(error):
+            number = getattr(error, "errno", None)
+            if number not in (None, errno.ENOENT, errno.EACCES, errno.ELOOP):
                 return str(error)
             return torch.empty(0, 0, 3, dtype=torch.uint8)
 
@@ -253,8 +254,6 @@ def with_content(headers: list, file: str) -> list:
     and for each further name a hard link to the first. A symbolic link may lead out of the tar
     file; those that do are left out, with a warning.
     """
-    from images.names import warn
-
     by_name = {os.path.normpath(entry.name): entry for entry in headers if entry.isfile()}
     pairs = []
     left_out = 0
@@ -271,9 +270,10 @@ def with_content(headers: list, file: str) -> list:
             pairs.append((entry, source))
         elif entry.islnk() or entry.issym():
             left_out += 1
-    if left_out:
-        warn(f"{file}: left out {left_out:,d} links to what is no file in it; tar's "
-             "--dereference writes the files themselves")
+    if left_out and os.environ.get("RANK", "0") == "0":  # torchrun numbers its processes so
+        print(
+            f"warning: {file}: left out {left_out:,d} links to what is no file in it; tar's "
+            "--dereference writes the files themselves", file=sys.stderr)
     return pairs
 
 

@@ -287,12 +287,11 @@ def check_parallel(config: Config, is_plan: bool):
         raise UsageError(f"{given} splits a network over processes: start it with torchrun "
                          "--nproc_per_node=N train.py ...")
 
-    # FSDP splits parameters. The running mean and variance of BatchNorm are buffers: each
-    # process would keep its own, of the images that it has seen, and they would drift apart.
-    # (DDP sends those of the main process to all others.)
+    # BatchNorm takes the rows of all processes together (machinery/batch_norm.py). These
+    # exchanges, between those by which FSDP gathers parameters, were only tried with DDP.
     if config.convnet or config.use_bn_in_head:
-        raise UsageError(f"{given}: BatchNorm (--use_bn_in_head, convnets) has statistics "
-                         "that no process owns; give --parallel ddp, or do without it")
+        raise UsageError(f"{given}: BatchNorm (--use_bn_in_head, convnets) was tried with DDP "
+                         "alone; give --parallel ddp, or do without it")
 
     # AdamW changes each number by itself, so each process can change its part of a tensor. LARS
     # needs the norm of the whole tensor, and torch's fused SGD does not take split ones.
