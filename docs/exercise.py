@@ -43,6 +43,7 @@ class Exercise:
     function: str  # the place in it: a function, a method or a table
     tests: tuple[str, ...]  # what pytest has to find green, in the copy
     blank: bool = False  # whether the function is emptied in the copy
+    verb: str = "change"  # what is done with a function that is not blank
     # A mistake that is planted in the copy, and has to be found: lines of the file as they are,
     # and as they are in the copy.
     mistake: tuple[str, str] | None = None
@@ -61,15 +62,17 @@ EXERCISES = {
                 (f"{CHECKS}::test_patches_of_an_earlier_block",)),
     # -- write ten lines: a function of the project
     10: Exercise("attention, written by hand", "vit.py", "Attention.weights",
-                 ("tests/test_vit.py::test_attention_reproduces_the_fast_path",), blank=True),
+                 ("tests/test_vit.py::test_attention_reproduces_the_fast_path",
+                  "tests/test_vit.py::test_attention_to_be_plotted_is_float32_inside_autocast",
+                  "tests/test_vit.py::test_attention_of_some_tokens"), blank=True),
     11: Exercise("all pairs of views", "losses.py", "view_pair_loss",
                  (f"{LOSSES}::test_loss_and_gradient_against_the_double_loop",
                   f"{LOSSES}::test_uniform_costs_ln_k", f"{LOSSES}::test_no_pair_is_refused"),
                  blank=True),
     12: Exercise(
         "Sinkhorn-Knopp from its two marginals", "losses.py", "SinkhornKnopp.forward",
-        (f"{LOSSES}::test_sinkhorn", f"{LOSSES}::test_sinkhorn_of_equal_and_of_extreme_logits"),
-        blank=True),
+        (f"{LOSSES}::test_sinkhorn", f"{LOSSES}::test_sinkhorn_of_equal_and_of_extreme_logits",
+         f"{LOSSES}::test_a_batch_without_a_masked_patch"), blank=True),
     13: Exercise("the teacher's average", "training/optim.py", "ema_update",
                  ("tests/training/test_optim.py::test_ema",), blank=True),
     14: Exercise("the vote of the neighbours", "evaluation/knn.py", "knn_vote",
@@ -81,7 +84,8 @@ EXERCISES = {
     16: Exercise("a mask of your own", "augment.py", "MASK_SHAPES",
                  (f"{CHECKS}::test_another_shape_of_masks",)),
     17: Exercise("a new loss", "losses.py", "koleo_loss",
-                 (f"{CHECKS}::test_variance_loss", f"{CHECKS}::test_a_step_has_the_new_loss")),
+                 (f"{CHECKS}::test_variance_loss", f"{CHECKS}::test_a_step_has_the_new_loss"),
+                 verb="put variance_loss beside"),
     # -- research
     18: Exercise(
         "a resume that is broken", "images/data.py", "Sampler.__iter__",
@@ -187,21 +191,21 @@ def solve(number: int, folder: Path):
 def instructions(number: int, folder: Path) -> str:
     """What to do in a copy that was just made."""
     exercise = EXERCISES[number]
-    # Where a mistake has to be found, its place is the answer.
-    task = "find the mistake that was planted in the copy"
-    if not exercise.mistake:
-        verb = "write" if exercise.blank else "change"
-        task = f"{verb} {exercise.function} in {folder / exercise.file}"
-    tests = " ".join(exercise.tests)
-
     # A copy elsewhere has to be named again when it is checked.
     quoted = shlex.quote(str(folder))  # for a shell, to which a blank is the end of a word
     again = f"python -m docs.exercise {number} --check"
     if folder != default_folder(number):
         again += f" --folder {quoted}"
-    return (f"exercise {number}, {exercise.title}: {task}\n"
-            f"read   docs/workshop.md, exercise {number}\n"
-            f"tests  cd {quoted} && pytest {tests}\n"
+
+    # Where a mistake has to be found, its place is the answer, and so are its tests.
+    read = f"read   docs/workshop.md, exercise {number}\n"
+    if exercise.mistake:
+        return (f"exercise {number}, {exercise.title}: find the mistake that was planted in "
+                f"{folder}\n{read}check  {again}")
+    verb = "write" if exercise.blank else exercise.verb
+    return (f"exercise {number}, {exercise.title}: {verb} {exercise.function} in "
+            f"{folder / exercise.file}\n{read}"
+            f"tests  cd {quoted} && pytest {' '.join(exercise.tests)}\n"
             f"check  {again}")
 
 
@@ -209,6 +213,8 @@ def check(number: int, folder: Path) -> bool:
     """Run the tests of an exercise in its copy, and say whether all of them pass."""
     # In a process of its own, because the copy has modules of the same names as this project.
     arguments = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short"]
+    if EXERCISES[number].mistake:  # what the tests say of it would be the answer
+        arguments += ["--tb=no", "--no-summary"]
     done = subprocess.run([*arguments, *EXERCISES[number].tests], cwd=folder)
 
     # 0: all tests passed. 1: some failed. Other codes: the edited file could not be imported.

@@ -263,6 +263,16 @@ def test_bfloat16_on_a_cpu_is_as_exact_as_the_kernel():
         assert (a.grad.double() - b.grad).abs().mean() < 0.02 * b.grad.abs().mean()
 
 
+def test_attention_of_some_tokens():
+    """The rows that are asked for, in their order, are those of the whole matrix."""
+    torch.manual_seed(0)
+    attention = VisionTransformer(32, 8, **SMALL).blocks[0].attn
+    x = torch.randn(2 * 17, 64)
+    whole = attention.weights(x, 2, 17)
+    for rows in ([0, 5], [3], slice(0, 1)):
+        torch.testing.assert_close(attention.weights(x, 2, 17, rows), whole[:, :, rows])
+
+
 def test_attention_to_be_plotted_is_float32_inside_autocast():
     torch.manual_seed(0)
     model = VisionTransformer(32, 8, **SMALL).eval()

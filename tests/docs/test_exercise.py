@@ -303,4 +303,5 @@ def test_red_or_green(code, word, tmp_path, monkeypatch, capsys):
         ended = end.code
     assert ended == (code != 0) and capsys.readouterr().out.startswith(f"{word}: exercise 12")
     (words, cwd), = calls
-    assert words[-2:] == list(EXERCISES[12].tests) and cwd == tmp_path
+    tests = list(EXERCISES[12].tests)
+    assert words[-len(tests):] == tests and cwd == tmp_path
