@@ -146,8 +146,8 @@ def test_step_from_files(clock, tmp_path, photos, monkeypatch):
     out = tmp_path / "out.json"
     main(["step", *TINY, "--data", f"folder:{photos}", "--steps", "2", "--json", str(out)])
     from_files = json.loads(out.read_text())["from_files"]
-    assert from_files["waiting"] == 1 / 4
-    assert from_files["images_per_second"] == 8 / 4
+    assert from_files["waiting"] == pytest.approx(1 / 4)
+    assert from_files["images_per_second"] == pytest.approx(8 / 4)
 
 
 def test_wrong_data_is_said_before_anything_is_timed(tmp_path, monkeypatch, capsys):

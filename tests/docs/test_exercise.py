@@ -202,12 +202,21 @@ def test_the_hours_add_up(track, hours):
 def test_every_question_has_an_answer():
     text = (ROOT / "docs/workshop.md").read_text()
     of_workshop = rows_below(text, "## What to read")
-    answers = re.findall(r"^\*\*(.+?\?)\*\*", (ROOT / "docs/answers.md").read_text(), re.M)
+    page, of_slides = (ROOT / "docs/answers.md").read_text().split("## Questions of the slides")
+    answers = re.findall(r"^\*\*(.+?\?)\*\*", page, re.M)
     asked = []
     for file, _, _, questions in of_workshop:
         first, *others = re.findall(r"[^?]+\?", questions)
         asked += [f"{file}: {first.strip()}", *map(str.strip, others)]
     assert answers == asked
+
+    # Those of the slides, in their order. An answer repeats the end of its question.
+    slides = " ".join((ROOT / "docs/slides.md").read_text().split())
+    on_slides = re.findall(r"\*To ask:\* ([^?]+\?)", slides)
+    answers = re.findall(r"^\*\*(.+?\?)\*\*", of_slides, re.M | re.S)
+    assert len(answers) == len(on_slides) == 9
+    for answer, question in zip(answers, on_slides):
+        assert " ".join(answer.split())[-15:] in question
 
     # The README's map of the files at the top has one question for each.
     of_readme = rows_below((ROOT / "README.md").read_text(), "## The map of the code\n")
