@@ -705,7 +705,7 @@ class Run:
             self.judge_the_start()
         elif self.step == self.total:  # stopped after its last checkpoint: the end is missing
             self.write_teacher()
-            self.whole_teacher()  # fills self.whole from the shards
+            self.whole_backbone()  # fills self.whole from the shards
 
     def judge_the_start(self):
         """What the training has to beat: bare pixels, and the network before its first step."""
@@ -715,9 +715,9 @@ class Run:
         # get similar features. A result that beats neither them nor the pixels shows no learning.
         figures = self.figures
         figures["pixels"] = self.judge(RawPixels())
-        figures["untrained"] = self.judge(self.whole_teacher())
+        figures["untrained"] = self.judge(self.whole_backbone())
         if self.patch_judge:
-            self.patch_judge(self.whole_teacher(), self.step, figures)
+            self.patch_judge(self.whole_backbone(), self.step, figures)
         if figures["pixels"] is None:
             return
         self.process.print(f"{self.judge.protocol}: raw pixels {figures['pixels']:.1%}, "
@@ -738,7 +738,7 @@ class Run:
             f"{parameters:,d} parameters")
         process.print("\n".join(self.memory_report))
 
-    def whole_teacher(self) -> nn.Module:
+    def whole_backbone(self) -> nn.Module:
         """The teacher's backbone in one piece, with the weights that it has now."""
         if self.config.parallel != "ddp":
             # The shards of all processes are exchanged here, so every process has to call this.
@@ -861,7 +861,7 @@ class Run:
         from training.snapshots import keep_snapshot  # no part of a step: needed three times
 
         # On all processes, because under FSDP they exchange their shards for it.
-        backbone = self.whole_teacher()
+        backbone = self.whole_backbone()
         if self.process.main:
             keep_snapshot(self.folder, self.step, backbone, self.val, self.images, self.config)
 
@@ -870,13 +870,13 @@ class Run:
         if self.due(self.config.knn_every):
             self.evaluate()
         if self.patch_judge and self.due(self.config.dense_every):
-            self.patch_judge(self.whole_teacher(), self.step, self.figures)
+            self.patch_judge(self.whole_backbone(), self.step, self.figures)
 
     def evaluate(self):
         """Ask the judge how good the teacher's features are by now."""
         figures = self.figures
         process = self.process
-        figures["knn"] = self.judge(self.whole_teacher())
+        figures["knn"] = self.judge(self.whole_backbone())
         if figures["knn"] is None:
             return
 

@@ -130,11 +130,11 @@ class ShortRun(MeasuredRun):
     def judge_the_start(self):
         self.figures["untrained"] = self.untrained
         if self.untrained is None:
-            self.figures["untrained"] = self.judge(self.whole_teacher())
+            self.figures["untrained"] = self.judge(self.whole_backbone())
 
     def evaluate(self):
         # Without the line and the warning of train.Run: the table says both.
-        self.take_off(lambda: self.figures.update(knn=self.judge(self.whole_teacher())))
+        self.take_off(lambda: self.figures.update(knn=self.judge(self.whole_backbone())))
 
 
 def verdict_of(run: ShortRun) -> str:
