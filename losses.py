@@ -367,10 +367,10 @@ def probabilities(logits: Tensor, temp: float, bias: Tensor) -> Tensor:
 
 
 @one_pass
-def exponentials(logits: Tensor, temp: float, top: Tensor) -> Tensor:
-    # float32 holds up to exp(88), so logits far above `top` are cut off; at 80, because a sum
+def exponentials(logits: Tensor, temp: float, shift: Tensor) -> Tensor:
+    # float32 holds up to exp(88), so logits far above `shift` are cut off; at 80, because a sum
     # over many rows must fit, too.
-    return (logits.float() / temp - top).clamp(max=80).exp()
+    return (logits.float() / temp - shift).clamp(max=80).exp()
 
 
 class CrossEntropies(torch.autograd.Function):

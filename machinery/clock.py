@@ -27,7 +27,9 @@ def hours(seconds: int) -> str:
     return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
-KEPT = 0.999  # of the weight of the earlier steps at each step: means are of some 1,000 steps
+# Each step multiplies the weight of all earlier ones by this. Example: a step of 1,000 steps ago
+# has the weight 0.999^1000 = 0.37, one of 5,000 steps ago 0.007.
+KEPT = 0.999
 FIRST_STEPS = 5  # so many are slow, because memory and compiled code are made: they do not count
 
 

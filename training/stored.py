@@ -90,6 +90,7 @@ def read_config(file: Path, kind: type | None = None) -> dict:
 
 def finished(folder: Path, process: Process) -> dict:
     """The summary of a run that has ended; prints that there is nothing left to do."""
+    # A run writes summary.json at its end, so that its presence says that the run has ended.
     # Without images to judge with there is no k-NN in it.
     summary = json.loads((folder / "summary.json").read_text())
     result = ""
@@ -118,6 +119,7 @@ def warn_of_changed_code(folder: Path, process: Process):
     if not changed:
         return
 
+    # Five names tell where to look. A new version of the project changes dozens of files.
     names = ", ".join(changed[:5])
     if len(changed) > 5:
         names += f" and {len(changed) - 5} more"
