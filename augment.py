@@ -40,7 +40,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 
-class Pixels(NamedTuple):
+class ChannelStats(NamedTuple):
     """What the channels of images are normalised with: their means and standard deviations.
 
     Both are on the scale on which pixels go from 0 to 1.
@@ -54,15 +54,15 @@ class Pixels(NamedTuple):
         return len(self.mean)
 
 
-RGB = Pixels()
+RGB = ChannelStats()
 
 
-def pixels_of(
-    channels: int, mean: tuple[float, ...] = (), std: tuple[float, ...] = ()) -> Pixels:
-    """Pixels; what is not given is ImageNet's, or its average unless there are 3 channels."""
+def channel_stats_of(
+    channels: int, mean: tuple[float, ...] = (), std: tuple[float, ...] = ()) -> ChannelStats:
+    """What is not given is ImageNet's, or its average unless there are 3 channels."""
     # One number for all channels where nothing is known of them: they may be infrared or depth.
-    usual = RGB if channels == 3 else Pixels((0.449,) * channels, (0.226,) * channels)
-    return Pixels(mean or usual.mean, std or usual.std)
+    usual = RGB if channels == 3 else ChannelStats((0.449,) * channels, (0.226,) * channels)
+    return ChannelStats(mean or usual.mean, std or usual.std)
 
 
 # Chances for (first global, second global, local) crops, and the strengths of the colour
@@ -379,16 +379,16 @@ def collate(samples: list[dict], masking: Masking | None = None) -> dict:
 # Photometry: whole batches, on the device, each image with its own draw
 
 
-def photometry(crops: Tensor, params: Tensor, pixels: Pixels = RGB) -> Tensor:
+def photometry(crops: Tensor, params: Tensor, stats: ChannelStats = RGB) -> Tensor:
     """Crops (n, C, h, w) on any device, their params (n, 8) on the CPU -> normalised floats.
 
     Equal, image by image, to torchvision's functionals in the order that was drawn. Crops are
     uint8, or floats from 0 to 1. Channels other than three are no colours: for them only
     brightness, contrast, blur and solarize are applied.
     """
-    mean, std = (send(torch.tensor(v), crops.device).view(1, -1, 1, 1) for v in pixels)
+    mean, std = (send(torch.tensor(v), crops.device).view(1, -1, 1, 1) for v in stats)
     # Brightness and contrast mean something for any channel; saturation, hue and gray do not.
-    if pixels.channels != 3:
+    if stats.channels != 3:
         params = without_colours(params)
 
     # Images that use the same slots of colour jitter (explained below, at "Colour jitter") are
@@ -422,14 +422,14 @@ def photometry(crops: Tensor, params: Tensor, pixels: Pixels = RGB) -> Tensor:
     return out
 
 
-def normalise(images: Tensor, pixels: Pixels = RGB) -> Tensor:
+def normalise(images: Tensor, stats: ChannelStats = RGB) -> Tensor:
     """(n, C, h, w), uint8 or 0 to 1 -> floats of mean 0 and spread 1, as for training.
 
     Evaluations give such images to the network.
     """
     nothing = torch.zeros(1, len(COLUMNS))
     nothing[:, COLUMNS.index("order")] = -1  # no jitter; zeros switch off everything else
-    return photometry(images, nothing.expand(len(images), -1), pixels)
+    return photometry(images, nothing.expand(len(images), -1), stats)
 
 
 def without_colours(params: Tensor) -> Tensor:

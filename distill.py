@@ -373,13 +373,14 @@ def open_teacher(config: Config) -> tuple[Config, Network]:
 
     # Both networks see the same crops, in the channels and with the normalisation that the
     # teacher has learned with.
-    if config.pixels != backbone.pixels:
+    if config.channel_stats != backbone.channel_stats:
         if {"in_chans", "mean", "std"} & set(config.given):
             raise UsageError(
                 f"--in_chans, --mean, --std: leave them to --teacher {config.teacher}")
-        mean, std = backbone.pixels
-        pixels = dict(in_chans=len(mean), mean=mean, std=std)
-        config = replace(config, **pixels, taken_over=(*config.taken_over, *pixels))
+        mean, std = backbone.channel_stats
+        channel_stats = dict(in_chans=len(mean), mean=mean, std=std)
+        config = replace(config, **channel_stats,
+                         taken_over=(*config.taken_over, *channel_stats))
 
     # Without a loss over prototypes features are matched, and no heads are needed. eval():
     # BatchNorm uses the statistics it has, and does not change them.

@@ -43,7 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import augment
 import losses
-from augment import MultiCrop, Pixels, photometry, send
+from augment import ChannelStats, MultiCrop, photometry, send
 from backbones.convnet import ConvNet
 from heads import DINOHead
 from images.data import (Images, Sampler, Views, cached, open_images, part_by_name,
@@ -196,7 +196,7 @@ class Learner:
 MASKS = ("masks", "mask_indices", "mask_weights")
 
 
-def make_views(batch: dict, pixels: Pixels, device: torch.device) -> tuple[list[Tensor], dict]:
+def make_views(batch: dict, stats: ChannelStats, device: torch.device) -> tuple[list, dict]:
     """A batch of augment.collate, copied to the device and coloured -> (crops, masks).
 
     crops: one tensor of coloured, normalised crops for each size, (G*B, C, H, W) and
@@ -216,7 +216,7 @@ def make_views(batch: dict, pixels: Pixels, device: torch.device) -> tuple[list[
             # numbers; here it is applied.
             params = batch["photometry"][first:first + count].flatten(0, 1)
             cut = send(cut.flatten(0, 1), device)  # (G*B, C, H, W) or (L*B, C, h, w)
-            crops.append(photometry(cut, params, pixels))
+            crops.append(photometry(cut, params, stats))
             first += count
 
         masks = {name: send(batch[name], device) for name in MASKS if name in batch}
@@ -246,7 +246,7 @@ def train_step(learner: Learner, batch: dict, schedule: dict, config: Config,
     teacher = learner.teacher
     G = len(batch["global_crops"])
     B = len(batch["index"])
-    crops, masks = make_views(batch, config.pixels, process.device)
+    crops, masks = make_views(batch, config.channel_stats, process.device)
     mask, mask_indices, mask_weights = (masks.get(name) for name in MASKS)  # None without masks
 
     # 1. The teacher sees only the large crops, which are the first tensor of `crops`, and it
@@ -502,11 +502,12 @@ def open_data(config: Config) -> tuple[Images, Images]:
 
     # No image of --val_data is trained on, if it lies in the folder of --data, too.
     data = beside_validation(config.data, config.val_data)
-    images = open_images(data, config.data_root, config.download, "--data", config.pixels)
+    images = open_images(data, config.data_root, config.download, "--data",
+                         config.channel_stats)
     images = cached(images, config.cache, config.cache_side, config.num_workers)
     if config.val_data:  # read as they are: the cache is for images that are read every epoch
         return images, open_images(config.val_data, config.data_root, config.download,
-                                   "--val_data", config.pixels)
+                                   "--val_data", config.channel_stats)
     return tuple(part_by_name(images, part, config.val_share) for part in ("train", "val"))
 
 

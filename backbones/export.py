@@ -30,7 +30,7 @@ def what_no_tensor_says(model: nn.Module) -> dict:
 
     The names are those of weights.KEPT_FIELDS.
     """
-    about = dict(mean=list(model.pixels.mean), std=list(model.pixels.std))
+    about = dict(mean=list(model.channel_stats.mean), std=list(model.channel_stats.std))
     if not isinstance(model, VisionTransformer):
         return about | dict(arch=model.name, global_crops_size=model.img_size)
 
@@ -102,8 +102,8 @@ def hf_preprocessor(model: nn.Module) -> dict:
         do_rescale=True,
         rescale_factor=1 / 255,
         do_normalize=True,
-        image_mean=list(model.pixels.mean),
-        image_std=list(model.pixels.std),
+        image_mean=list(model.channel_stats.mean),
+        image_std=list(model.channel_stats.std),
         do_convert_rgb=model.in_chans == 3)
 
 

@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from augment import pixels_of
+from augment import channel_stats_of
 from backbones.convnet import CONVNETS, ConvNet
 from backbones.layouts import LAYOUTS, read_about, read_tensors
 from machinery.flags import UsageError, did_you_mean, near_path
@@ -224,12 +224,18 @@ HF_FIELDS = {
 def read_hf_fields(file: Path) -> dict:
     """What a config.json of Hugging Face says of a network, as arguments of VisionTransformer.
 
-    {} for that of another library (timm), which names no model_type. ValueError for a network
-    of another kind. Where there is a preprocessor_config.json, also `mean` and `std`.
+    ValueError for a network of another kind. Where there is a preprocessor_config.json, also
+    `mean` and `std`. That of timm, which names no model_type, says `mean` and `std` alone.
     """
     stored = read_json(file)
     if "model_type" not in stored:
-        return {}
+        normalised_by = stored.get("pretrained_cfg", {})
+        check_types(file, {"pretrained_cfg": normalised_by}, {"pretrained_cfg": {}})
+        options = {
+            name: normalised_by[name]
+            for name in ("mean", "std") if name in normalised_by}
+        check_types(file, options, {"mean": [], "std": []})
+        return options
     if stored["model_type"] not in HF_KINDS or stored.get("hidden_act", "gelu") != "gelu":
         raise ValueError(
             f"{file}: model_type {stored['model_type']!r:.40} with hidden_act "
@@ -487,7 +493,7 @@ def load_backbone(what: str | Path, checkpoint_key: str = "teacher",
     what: a name of RELEASED or ALIASES, a URL, a file of any of LAYOUTS, a run directory of
     ours, or a directory of Hugging Face; checkpoint_key: teacher or student, where a training
     has left both. num_heads: for a file that does not say it and whose heads are not 64 wide.
-    The network's `pixels` say what images it wants: channels, mean, spread. ValueError names
+    The network's `channel_stats` say what images it wants: channels, mean, spread. ValueError names
     the first four tensors that are missing, left over or of another shape.
     """
     if checkpoint_key not in ("teacher", "student"):
@@ -502,7 +508,7 @@ def load_backbone(what: str | Path, checkpoint_key: str = "teacher",
 
 
 def ready(model: VisionTransformer | ConvNet, config: dict) -> VisionTransformer | ConvNet:
-    """The network in eval mode and with its `pixels`; ValueError if config has others."""
+    """The network in eval mode, with its `channel_stats`; ValueError if config has others."""
     # Comparisons with NaN are False, so that it is refused like an infinite number.
     channels = getattr(model, "in_chans", 3)
     mean = tuple(config.get("mean", ()))
@@ -511,7 +517,7 @@ def ready(model: VisionTransformer | ConvNet, config: dict) -> VisionTransformer
     if not finite or {len(mean), len(std)} - {0, channels}:
         raise ValueError(f"--weights: config.json has mean {mean} and std {std}; expected one "
                          f"number for each of {channels} channels, std above 0")
-    model.pixels = pixels_of(channels, mean, std)
+    model.channel_stats = channel_stats_of(channels, mean, std)
     return model.eval()
 
 

@@ -32,7 +32,8 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms.v2 import functional as TF
 
-from augment import (BLUR_SIGMA, BLUR_TAPS, ORDERS, PHOTOMETRY, RGB, SOLARIZE_THRESHOLD, Pixels)
+from augment import (BLUR_SIGMA, BLUR_TAPS, ORDERS, PHOTOMETRY, RGB, SOLARIZE_THRESHOLD,
+                     ChannelStats)
 from losses import all_sum, make_targets
 from vit import Groups, Keep, VisionTransformer
 
@@ -282,7 +283,8 @@ def blurred(image: Image.Image) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(random.uniform(*BLUR_SIGMA)))
 
 
-def crop_by_crop(views: list[tuple[int, tuple[float, float], int]], kind: str, pixels: Pixels):
+def crop_by_crop(views: list[tuple[int, tuple[float, float], int]], kind: str,
+                 stats: ChannelStats):
     """A function from a PIL image to its crops, floats (3, s, s) each. DINO sec. 3.2.
 
     views: (size, scale, column of chances) of each crop, as MultiCrop has them; kind: a name of
@@ -301,7 +303,7 @@ def crop_by_crop(views: list[tuple[int, tuple[float, float], int]], kind: str, p
             transforms.RandomApply([transforms.Lambda(blurred)], chances["blur"][view]),
             transforms.RandomSolarize(128, chances["solarize"][view]),
             transforms.ToTensor(),
-            transforms.Normalize(*pixels)]
+            transforms.Normalize(*stats)]
         worker.append(transforms.Compose(operations))
     return lambda image: [make_crop(image) for make_crop in worker]
 

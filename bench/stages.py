@@ -104,7 +104,7 @@ def time_input(config: InputConfig, process: Process) -> dict:
             f"--plain with --in_chans {config.in_chans}: the papers' worker knows PIL "
             "images of three channels; leave it out")
     images = open_images(config.data, config.data_root, config.download, "--data",
-                         config.pixels)
+                         config.channel_stats)
     images = cached(images, config.cache, config.cache_side, config.num_workers)
     size = min(config.batch_size_per_gpu, len(images))
 
@@ -147,7 +147,7 @@ def seconds_of_input(images: Images, size: int, config: InputConfig) -> dict[str
                                 Process(torch.device("cpu")))
     multi_crop = loader.dataset.multi_crop
     stages = input_stages(images, multi_crop, loader.collate_fn, config)
-    plain_worker = crop_by_crop(multi_crop.views, config.photometry, config.pixels)
+    plain_worker = crop_by_crop(multi_crop.views, config.photometry, config.channel_stats)
 
     seconds = defaultdict(float)
     order = itertools.cycle(range(len(images)))
@@ -204,7 +204,7 @@ def input_stages(images: Images, multi_crop: Callable, collate: Callable,
         return samples
 
     def photometry(batch: dict) -> tuple:
-        return train.make_views(batch, config.pixels, torch.device("cpu"))
+        return train.make_views(batch, config.channel_stats, torch.device("cpu"))
 
     stages = {}
     stages["decode"] = decode  # file -> pixels
@@ -265,7 +265,8 @@ def extraction_rate(backbone: nn.Module, config: EvaluationConfig, process: Proc
     size = config.global_crops_size
     options = dict(batch_size=batch, precision=config.precision, num_workers=config.num_workers)
 
-    images = replace(noise(batch * config.steps, config.in_chans), pixels=config.pixels)
+    images = replace(noise(batch * config.steps, config.in_chans),
+                     channel_stats=config.channel_stats)
     extract(backbone, images.subset(range(batch)), size, process, **options)  # warms up
     begun = time_when_done(process)
     extract(backbone, images, size, process, **options)

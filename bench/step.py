@@ -328,7 +328,7 @@ def time_step(config: StepConfig, process: Process) -> dict:
     images = None
     if "data" in config.given:
         images = open_images(config.data, config.data_root, config.download, "--data",
-                             config.pixels)
+                             config.channel_stats)
         images = cached(images, config.cache, config.cache_side, config.num_workers)
 
     # How long one waits for a first step: building the networks, and compiling them.

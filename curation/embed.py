@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from augment import RGB, Pixels, center_crop, luma, normalise, squash
+from augment import RGB, ChannelStats, center_crop, luma, normalise, squash
 from curation.pieces import claim, make_pieces, save_array
 from evaluation import protocol
 from evaluation.copies import Descriptor, Whitening
@@ -40,6 +40,7 @@ from images.data import Images, begin_worker, first_line, open_images
 from machinery.checkpoints import digest, write_json
 from machinery.flags import UsageError, require
 from machinery.process import Process, autocast
+from machinery.read_once import read_once
 
 SAMPLE = 5000  # images on which the axes of a whitening, or of the PCA hash, are learned
 HASH = "pca_hash"  # what --weights says in the place of a network
@@ -78,7 +79,7 @@ class Reader:
 
     module: nn.Module  # normalised images (B, C, S, S) -> (B, F)
     prepare: Callable[[Tensor], Tensor]  # an image as it is -> (C, S, S)
-    pixels: Pixels
+    channel_stats: ChannelStats
     facts: dict  # what its numbers depend on
 
 
@@ -99,7 +100,7 @@ def network_reader(config, process: Process) -> Reader:
         "precision": config.precision}
     return Reader(
         read(extractor.model).eval(), partial(shrink, size=extractor.size),
-        extractor.model.pixels, facts)
+        extractor.model.channel_stats, facts)
 
 
 class Tolerant(torch.utils.data.Dataset):
@@ -120,14 +121,15 @@ class Tolerant(torch.utils.data.Dataset):
         try:
             return self.prepare(self.images.read(row)), ""
         except Exception as error:  # decoders raise exceptions of many kinds
-            grey = torch.full((self.images.pixels.channels, 64, 64), 128, dtype=torch.uint8)
+            grey = torch.full((self.images.channel_stats.channels, 64, 64), 128,
+                              dtype=torch.uint8)
             name = f"{self.images.names[row]}: {first_line(error)}"
             return self.prepare(in_kind(grey, self.images)), name
 
 
 def in_kind(grey: Tensor, images: Images) -> Tensor:
     """Bytes for photographs; floats for images of other channels: as they would be read."""
-    return grey if images.pixels.channels == 3 else grey / 255
+    return grey if images.channel_stats.channels == 3 else grey / 255
 
 
 @torch.no_grad()
@@ -144,11 +146,11 @@ def describe(reader: Reader, images: Images, rows, config, process: Process):
     parts = []
     broken = []
     for batch, errors in loader:
-        normalised = normalise(batch.to(process.device), reader.pixels)
+        normalised = normalise(batch.to(process.device), reader.channel_stats)
         with autocast(config.precision, process.device):
             numbers = reader.module(normalised).float().cpu()  # (B, F)
 
-        # What came of a grey image says nothing of the broken one.
+        # The numbers of a broken image were computed from the grey one, so they become zeros.
         fine = torch.tensor([not error for error in errors])
         if not numbers[fine].isfinite().all():
             raise UsageError(f"--weights {config.weights}: it gives features that are no "
@@ -238,7 +240,10 @@ def axes_of(config, reader: Reader, images: Images, folder: Path, process: Proce
     if not (binary or config.whiten or config.axes_of):
         return None
     file = folder / "axes.npy"
-    if process.main and not file.exists():
+
+    def axes_in_file() -> np.ndarray:
+        if file.exists():
+            return np.load(file)
         if config.axes_of:
             axes = np.load(given_axes(config.axes_of, reader.facts))
         else:
@@ -251,8 +256,10 @@ def axes_of(config, reader: Reader, images: Images, folder: Path, process: Proce
                 raise UsageError(f"{images.name}: none of its images decodes")
             axes = learned_axes(numbers, binary).numpy()
         save_array(file, axes)
-    process.barrier()
-    return torch.from_numpy(np.load(file))
+        return axes
+
+    # One process describes the sample, which takes minutes on a CPU, while the others wait.
+    return torch.from_numpy(read_once(axes_in_file, process))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -272,6 +279,10 @@ class Config(protocol.NetworkConfig):
     whiten: bool = False  # make all directions of the features count alike, for copies
     axes_of: str = ""  # a folder of features whose whitening, or PCA, is taken over
     shard_size: int = 8192  # images in each file of features; 100000 for very large pools
+    # -- machine
+    batch_size: int = 128  # images at once on each process
+    # -- where to
+    output_dir: str = ""  # the folder for the features; empty: curations/embed
 
     def check(self):
         super().check()
@@ -281,7 +292,9 @@ class Config(protocol.NetworkConfig):
 def run(words: list[str], config: Config, process: Process) -> dict:
     """A feature for each image of DATA: by a network, or --weights pca_hash."""
     reader = hash_reader() if config.weights == HASH else network_reader(config, process)
-    images = open_images(words[0], config.data_root, config.download, "DATA", reader.pixels)
+    images = read_once(
+        partial(open_images, words[0], config.data_root, config.download, "DATA",
+                reader.channel_stats), process)
     names_sha256 = digest_of_names(images, words[0])
     folder = Path(config.output_dir or "curations/embed")
 
@@ -304,7 +317,7 @@ def run(words: list[str], config: Config, process: Process) -> dict:
             print(f"left out, because it does not decode: {line}", flush=True)
         return on_axes(numbers, axes, binary).half().numpy()
 
-    # A claim of its own gives the pieces a folder.
+    # This also makes the folder into which the pieces go.
     claim(folder / "features", inputs, process)
     table = make_pieces(folder / "features", len(images), config.shard_size, features, process,
                         "images")
@@ -327,7 +340,9 @@ def run(words: list[str], config: Config, process: Process) -> dict:
         "shard_size": config.shard_size, "names_sha256": names_sha256,
         "embedding": dict(reader.facts,
                           axes=digest(folder / "axes.npy") if axes is not None else None)}
-    if list_sha256:  # of other pools the file stays as it was before there were such notes
+    # Left out for other pools, whose stage.json, and with it its hash, is the same as before this
+    # note existed.
+    if list_sha256:
         facts["list_sha256"] = list_sha256
     if process.main:
         write_pool(folder, images, rows, facts)

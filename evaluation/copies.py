@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
-from augment import Pixels, squash
+from augment import ChannelStats, squash
 from evaluation import protocol
 from evaluation.protocol import Extractor
 from evaluation.retrieval import mean_scores
@@ -184,14 +184,14 @@ def made_copies(extractor: Extractor) -> tuple[Images, dict[str, Images]]:
     return originals, copies
 
 
-def copydays(config: Config, pixels: Pixels) -> tuple[Images, dict[str, Images]]:
-    """(originals, folder -> copies) of the data set Copydays, with these pixels.
+def copydays(config: Config, stats: ChannelStats) -> tuple[Images, dict[str, Images]]:
+    """(originals, folder -> copies) of the data set Copydays.
 
     UsageError for another folder.
     """
     # The first four digits of a file's name say which original it shows: 200000.jpg is one, and
     # 200001.jpg a copy of it. So these digits become the names.
-    images = open_images(f"folder:{config.copydays}", flag="--copydays", pixels=pixels)
+    images = open_images(f"folder:{config.copydays}", flag="--copydays", channel_stats=stats)
     folders = {}
     for i, name in enumerate(images.names):
         folders.setdefault(os.path.dirname(name), []).append(i)
@@ -207,7 +207,7 @@ def copydays(config: Config, pixels: Pixels) -> tuple[Images, dict[str, Images]]
 def on_report_card(config: Config, model) -> Config | None:
     """For `evaluate.py all`: None for networks of other channels than photographs have."""
     # The copies are JPEGs, blurred, printed in grey, ...: edits of photographs.
-    return config if model.pixels.channels == 3 else None
+    return config if model.channel_stats.channels == 3 else None
 
 
 def run(extractor: Extractor) -> dict:
@@ -221,12 +221,13 @@ def run(extractor: Extractor) -> dict:
     config = extractor.config
     process = extractor.process
     model = extractor.model
-    if model.pixels.channels != 3:
-        raise UsageError(f"--weights {config.weights}: a network for {model.pixels.channels} "
-                         "channels; copies are made of photographs, which have three")
+    if model.channel_stats.channels != 3:
+        raise UsageError(
+            f"--weights {config.weights}: a network for {model.channel_stats.channels} "
+            "channels; copies are made of photographs, which have three")
     distractors = extractor.open("data")
     if config.copydays:
-        originals, copies = copydays(config, model.pixels)
+        originals, copies = copydays(config, model.channel_stats)
     else:
         originals, copies = made_copies(extractor)
         # An original that is among the distractors, too, would be found there and count as wrong.

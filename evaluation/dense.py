@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from augment import Pixels, normalise
+from augment import ChannelStats, normalise
 from evaluation import protocol
 from evaluation.extract import collate_or_text, spread
 from evaluation.protocol import Extractor
@@ -100,7 +100,7 @@ def open_for_patches(extractor: Extractor, table: dict, flag: str, read_map,
     if flag == "data":
         spec = beside_validation(spec, config.val_data)
     pairs = open_pairs(table, spec, read_map, config.data_root, config.download, f"--{flag}",
-                       extractor.model.pixels)
+                       extractor.model.channel_stats)
 
     # Files have the size that they have, and are resized later. Drawn pairs are drawn anew at
     # the size that the network sees, because enlarged drawings would have blurred edges.
@@ -207,7 +207,7 @@ class PairCrops(torch.utils.data.Dataset):
 
         # Where the image is smaller than the crop, the rest is filled with the mean colour and
         # with "no answer".
-        image = fill(image, self.size, mean_colour(image, self.pairs.pixels))
+        image = fill(image, self.size, mean_colour(image, self.pairs.channel_stats))
         map = fill(map[None], self.size, self.no_answer)[0]
 
         # The same box of both, so that a pixel of the map still belongs to the pixel of the
@@ -236,11 +236,11 @@ def resize_short_side(image: Tensor, map: Tensor, side: int) -> tuple[Tensor, Te
     return image, TF.resize(map[None], shape, interpolation=TF.InterpolationMode.NEAREST)[0]
 
 
-def mean_colour(image: Tensor, pixels: Pixels) -> Tensor:
+def mean_colour(image: Tensor, stats: ChannelStats) -> Tensor:
     """The mean of each channel in the unit of the image, (C, 1, 1): normalised it becomes 0."""
     # Images of files are bytes from 0 to 255, those of more or fewer than three channels floats
     # from 0 to 1, and the mean of `pixels` is in the unit of the latter.
-    mean = torch.tensor(pixels.mean)
+    mean = torch.tensor(stats.mean)
     if image.dtype == torch.uint8:
         mean = (mean * 255).round().byte()
     return mean.view(-1, 1, 1).to(image.dtype)
@@ -283,7 +283,7 @@ def crop_batches(pairs: Pairs, size: int, scale: tuple[float, float], no_answer:
         if isinstance(batch, str):
             raise ValueError(f"--data {batch}")
         images, maps = batch
-        yield normalise(images.to(process.device), pairs.pixels), maps.to(process.device)
+        yield normalise(images.to(process.device), pairs.channel_stats), maps.to(process.device)
 
 
 # ----------------------------------------------------------------------------------------------

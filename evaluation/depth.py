@@ -267,7 +267,7 @@ def judge(depther: Depther, val: Pairs, size: int, config, process: Process) -> 
         # What was measured beyond --farthest cannot be predicted by this head, and does not
         # count: NYU's camera sees walls at 10 metres at most, KITTI's laser is judged to 80.
         truth = truth.where(truth <= config.farthest, 0)
-        predicted = metres_of(depther, image, val.pixels, size, config, process)
+        predicted = metres_of(depther, image, val.channel_stats, size, config, process)
         own[i] = errors(predicted, only_inside(truth, config.judged_part))
         if len(shown) < 4:
             shown.append((image, truth, predicted))
@@ -362,7 +362,7 @@ def load_head(depther: Depther, state: dict[str, Tensor], what: str):
 
 
 @torch.no_grad()
-def metres_of(depther: Depther, image: Tensor, pixels, size: int, config,
+def metres_of(depther: Depther, image: Tensor, stats, size: int, config,
               process: Process) -> Tensor:
     """The depth of every pixel of an image (C, H, W), in metres, (H, W) on the CPU.
 
@@ -372,7 +372,7 @@ def metres_of(depther: Depther, image: Tensor, pixels, size: int, config,
     # a part of an image that may be missing.
     height, width = image.shape[-2:]
     scaled = TF.resize(image, shape_at(height, width, size), antialias=True)
-    scaled = normalise(scaled[None].to(process.device), pixels)  # (1, C, H', W')
+    scaled = normalise(scaled[None].to(process.device), stats)  # (1, C, H', W')
 
     def predict(images):
         with autocast(config.precision, process.device):

@@ -85,7 +85,8 @@ def extract(model: nn.Module, images: Images, size: int, process: Process,
         if isinstance(batch, str):
             raise ValueError(f"{batch}; mend this image, or take it out")
         with autocast(precision, process.device):
-            rows = model(normalise(batch.to(process.device), images.pixels)).float()  # (B, D)
+            rows = model(normalise(batch.to(process.device),
+                                   images.channel_stats)).float()  # (B, D)
 
         # Each process has the rows of its share of this batch; now all have those of all.
         rows = gather(rows, len(images) - done, process)

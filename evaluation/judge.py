@@ -151,7 +151,7 @@ class Judge:
         left = len(self.queries)
         for batch in training_loader(views, keys, min(config.num_workers, len(keys) - 1)):
             pixels = batch["global_crops"].flatten(0, 1).to(device)  # (2*B, C, s, s)
-            crops = photometry(pixels, batch["photometry"].flatten(0, 1), config.pixels)
+            crops = photometry(pixels, batch["photometry"].flatten(0, 1), config.channel_stats)
             with autocast(config.precision, device):
                 rows = backbone(crops).float()  # (2*B, D): all first views, all second views
 
@@ -257,7 +257,7 @@ class PatchJudge:
 
         def opened(flag: str, spec: str):
             return open_pairs(MASKS, spec, read_mask, config.data_root, config.download, flag,
-                              config.pixels)
+                              config.channel_stats)
 
         self.config = config
         self.process = process

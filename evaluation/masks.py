@@ -126,9 +126,10 @@ def run(extractor: Extractor) -> dict:
         if not hasattr(other, "blocks"):
             raise UsageError(f"--others {what}: a convnet has no attention; expected Vision "
                              "Transformers")
-        if other.pixels.channels != pairs.pixels.channels:
-            raise UsageError(f"--others {what}: takes {other.pixels.channels} channels, and "
-                             f"--weights {config.weights} {pairs.pixels.channels}")
+        if other.channel_stats.channels != pairs.channel_stats.channels:
+            raise UsageError(
+                f"--others {what}: takes {other.channel_stats.channels} channels, and "
+                f"--weights {config.weights} {pairs.channel_stats.channels}")
         networks[what] = other.to(process.device)
 
     # Networks may differ in depth, and a block is asked for by one number for all of them.
@@ -212,7 +213,7 @@ def attention_at(model: VisionTransformer, image: Tensor, size: int, config,
     shape = [max(1, round(side * factor / patch)) * patch for side in (height, width)]
     scaled = TF.resize(image, shape, antialias=True)
     # Each network gets the image as its own training normalised it.
-    scaled = normalise(scaled[None].to(process.device), model.pixels)
+    scaled = normalise(scaled[None].to(process.device), model.channel_stats)
     with autocast(config.precision, process.device):
         maps = model.get_class_attention(scaled, config.block)
     return maps[0].float().cpu()
@@ -224,5 +225,5 @@ def untrained_like(model: VisionTransformer) -> VisionTransformer:
         torch.manual_seed(0)
         fresh = VisionTransformer(**architecture(model.state_dict(), None, model.num_heads))
     fresh.pos_embed_resize = model.pos_embed_resize
-    fresh.pixels = getattr(model, "pixels", RGB)
+    fresh.channel_stats = getattr(model, "channel_stats", RGB)
     return fresh.eval()

@@ -83,7 +83,7 @@ def patch_tokens(model: nn.Module, pairs: Pairs, i: int, size: int, process: Pro
     shape = tuple(shape_at(*mask.shape, size))
     scaled = TF.resize(image, list(shape), antialias=True)[None].to(process.device)
     with autocast(precision, process.device):
-        maps = patch_maps(model, normalise(scaled, pairs.pixels), [model.depth - 1])
+        maps = patch_maps(model, normalise(scaled, pairs.channel_stats), [model.depth - 1])
     return maps[0][0][0].float(), mask, shape
 
 

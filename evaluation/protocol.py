@@ -198,7 +198,8 @@ class Extractor:
         heads = getattr(self.model, "num_heads", None)
         rule = getattr(self.model, "pos_embed_resize", None)
         eps = getattr(getattr(self.model, "norm", None), "eps", None)
-        self.network = f"{heads} heads, {rule} positions, {eps} in norms, {self.model.pixels}"
+        stats = self.model.channel_stats
+        self.network = f"{heads} heads, {rule} positions, {eps} in norms, {stats}"
 
     def at(self, size: int) -> "Extractor":
         """The same for a protocol whose images have another size than 224 pixels."""
@@ -214,7 +215,7 @@ class Extractor:
             name = beside_validation(name, getattr(config, "val_data", ""))
         # One process lists the files for all, also where there are millions of them.
         listed = partial(open_images, name, config.data_root, config.download, f"--{flag}",
-                         self.model.pixels)
+                         self.model.channel_stats)
         return read_once(listed, self.process)
 
     def hash_of(self, images: Images) -> str:
@@ -445,5 +446,5 @@ def random_crops(images: Images, size: int, batch_size: int, steps: int, process
         if batch["broken"]:
             raise ValueError(f"--data: an image does not decode: {batch['broken'][0]}")
         pixels = batch["global_crops"][0].to(process.device)
-        crops = normalise(pixels, images.pixels)  # (b, C, H, W)
+        crops = normalise(pixels, images.channel_stats)  # (b, C, H, W)
         yield crops, labels[batch["index"]].to(process.device)

@@ -196,7 +196,8 @@ def judge(segmenter: Segmenter, val: Pairs, classes: int, size: int, config,
     report = Progress("segment", len(val), process)
     for i in range(process.rank, len(val), process.world_size):
         image, truth = val[i]
-        predicted = segment(segmenter, image, val.pixels, size, config, process)  # (H, W)
+        predicted = segment(segmenter, image, val.channel_stats, size, config,
+                            process)  # (H, W)
         counts += confusion(truth, predicted, classes)
         if len(shown) < 4:
             shown.append((image, truth, predicted))
@@ -268,7 +269,7 @@ def train_segmenter(backbone, train: Pairs, classes: int, size: int, config,
 
 
 @torch.no_grad()
-def segment(segmenter: Segmenter, image: Tensor, pixels, size: int, config,
+def segment(segmenter: Segmenter, image: Tensor, stats, size: int, config,
             process: Process) -> Tensor:
     """The class of every pixel of an image (C, H, W), (H, W) on the CPU.
 
@@ -281,7 +282,7 @@ def segment(segmenter: Segmenter, image: Tensor, pixels, size: int, config,
     total = 0
     for scale in config.scales:
         scaled = TF.resize(image, shape_at(height, width, scale * size), antialias=True)
-        scaled = normalise(scaled[None].to(process.device), pixels)  # (1, C, H', W')
+        scaled = normalise(scaled[None].to(process.device), stats)  # (1, C, H', W')
 
         def predict(part):
             with autocast(config.precision, process.device):

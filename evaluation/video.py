@@ -206,7 +206,7 @@ def patch_features(extractor: Extractor, frame: Tensor) -> Tensor:
     model = extractor.model
     size = network_size(*frame.shape[1:], extractor.size, model.patch_size)
     frame = TF.resize(frame, size, TF.InterpolationMode.BILINEAR, antialias=True)
-    images = normalise(frame[None].to(extractor.process.device), model.pixels)
+    images = normalise(frame[None].to(extractor.process.device), model.channel_stats)
 
     # The class token and the registers belong to no place. Of features of unit length the
     # product is the cosine. It decides between near neighbours, so it is always in float32.
@@ -301,7 +301,7 @@ def run(extractor: Extractor) -> dict:
     # of 40 pixels has 8 x 8 patches there, too few to draw an outline with: it sees 240 pixels.
     extractor.size = config.image_size or min(480, 6 * model.img_size)
     side = extractor.size // model.patch_size * model.patch_size
-    videos = open_videos(config.data, side, model.pixels.channels)
+    videos = open_videos(config.data, side, model.channel_stats.channels)
 
     # Each process takes every W-th video. The main process shows how far it is with its own.
     own_videos = videos[process.rank::process.world_size]

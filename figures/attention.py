@@ -46,7 +46,7 @@ def attention_maps(model: VisionTransformer, image: Tensor, block: int = -1,
 
     Without queries the one map of the class token.
     """
-    images = normalise(image[None], model.pixels)
+    images = normalise(image[None], model.channel_stats)
     if not queries:
         return [model.get_class_attention(images, block)[0]]
 

@@ -201,7 +201,7 @@ def draw(arguments: list[str], config: Config) -> Path:
     extractor = Extractor(config, start_process(config.device))
     data = arguments[0]
     images = open_images(data, config.data_root, config.download, "DATA",
-                         extractor.model.pixels)
+                         extractor.model.channel_stats)
     images = evenly_spaced(images, config.most)
     if len(images) < 4:
         raise UsageError(f"{data}: {len(images)} images, a map needs at least 4")

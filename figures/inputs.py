@@ -73,7 +73,7 @@ def photographs(arguments: list[str], most: int) -> list[Path]:
 def read(file: Path, model: VisionTransformer) -> Tensor:
     """A photograph in the channels that the network was trained on: (C, H, W)."""
     try:
-        return read_file(file, model.pixels.channels)
+        return read_file(file, model.channel_stats.channels)
     except Exception as error:  # decoders raise exceptions of many kinds
         hint = "" if file.exists() else near_path(file)
         raise UsageError(f"{file}: not a readable image ({error}){hint}") from None
@@ -150,9 +150,9 @@ def networks(config: Config) -> dict[str, VisionTransformer]:
             if model is None:
                 raise UsageError("--weights untrained: name the network first whose shape the "
                                  "untrained one shall have, as in --weights RUN untrained")
-            pixels = model.pixels
+            channel_stats = model.channel_stats
             model = untrained_like(model)
-            model.pixels = pixels
+            model.channel_stats = channel_stats
         else:
             model = load_backbone(what, config.checkpoint_key, config.num_heads)
             check_numbers(model, what)
@@ -191,7 +191,7 @@ def about(models: dict[str, VisionTransformer], config: Config) -> str:
 def patch_features(model: VisionTransformer, image: Tensor, block: int = -1) -> Tensor:
     """The patch tokens of one image (C, H, W) after the final norm: (h, w, D)."""
     # The final norm makes tokens comparable: before it a few of them may be very long.
-    images = normalise(image[None], model.pixels)
+    images = normalise(image[None], model.channel_stats)
     [features] = model.get_intermediate_layers(images, [block % model.depth], reshape=True)
     return features[0].permute(1, 2, 0)  # (h, w, D)
 

@@ -70,9 +70,9 @@ def photos_as_images(words: list[str], bank: Images) -> Images:
     labels = None
     if all(folder in classes for folder in folders):
         labels = [classes.index(folder) for folder in folders]
-    read = partial(read_nth, files, bank.pixels.channels)
+    read = partial(read_nth, files, bank.channel_stats.channels)
     return Images("photos", read, [str(file) for file in files], labels, bank.classes,
-                  pixels=bank.pixels)
+                  channel_stats=bank.channel_stats)
 
 
 def open_queries(words: list[str], bank: Images, config) -> Images:
@@ -80,7 +80,7 @@ def open_queries(words: list[str], bank: Images, config) -> Images:
     # Names of sets have a colon, as in shapes:100 or folder:PATH; hardly any file has one.
     if len(words) == 1 and ":" in words[0] and not Path(words[0]).exists():
         images = open_images(words[0], config.data_root, config.download, "QUERIES",
-                             bank.pixels)
+                             bank.channel_stats)
         return evenly_spaced(images, config.queries)
     return photos_as_images(words, bank)
 
@@ -206,7 +206,7 @@ def draw(arguments: list[str], config: Config) -> Path:
     # Beside X:val the name X stands for the other part of X, as in the evaluations.
     name = beside_validation(config.data, arguments[0])
     bank = open_images(name, config.data_root, config.download, "--data",
-                       extractor.model.pixels)
+                       extractor.model.channel_stats)
     queries = open_queries(arguments, bank, config)
 
     features = extractor(queries, "queries")

@@ -59,7 +59,7 @@ class Norms:
 @torch.no_grad()
 def token_norms(model: VisionTransformer, image: Tensor) -> Norms:
     """The norms of one image (C, H, W)."""
-    images = normalise(image[None], model.pixels)
+    images = normalise(image[None], model.channel_stats)
     layers = model.get_intermediate_layers(images, model.depth, return_class_token=True,
                                            norm=False)
     patches = torch.stack([tokens[0].norm(dim=-1) for tokens, _ in layers])  # (L, P)

@@ -99,7 +99,7 @@ def what_it_sees(file: Path, images: Tensor, device: torch.device) -> dict[str, 
 
     # One image at a time, because the weights of all pairs of tokens are large.
     for image in images:
-        batch = normalise(image[None].to(device), model.pixels)
+        batch = normalise(image[None].to(device), model.channel_stats)
         if isinstance(model, VisionTransformer):
             attention.append(model.get_class_attention(batch).mean(1).cpu())  # (1, h, w)
         features.append(model.forward_features(batch)["x_norm_patchtokens"].cpu())  # (1, hw, D)

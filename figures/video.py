@@ -284,7 +284,7 @@ def frames_and_maps(frames: Frames, method, side: int, device: torch.device,
             yield fit(frame, side, model.patch_size)
 
     def compute(frame):
-        grid = method(normalise(frame[None].to(device), model.pixels)).float().cpu()
+        grid = method(normalise(frame[None].to(device), model.channel_stats)).float().cpu()
         if report:
             report(next(computed))
         return grid
@@ -553,7 +553,7 @@ def draw(arguments: list[str], config: Config) -> Path:
     if not -model.depth <= config.block < model.depth:
         raise UsageError(
             f"--block {config.block}: the network has blocks 0 to {model.depth - 1}")
-    frames = open_frames(source, model.pixels.channels)
+    frames = open_frames(source, model.channel_stats.channels)
     height, width = next(frames.read(1)).shape[1:]
     side = config.image_size or min(height, width, page_side(model.img_size, model.patch_size))
     if config.maps_dir:

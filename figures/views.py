@@ -97,11 +97,11 @@ def views_of(image: Tensor, config: TrainingConfig) -> Views:
     params = sample["photometry"]
 
     # Networks see numbers of mean 0. For the eye they are taken back to the range from 0 to 1.
-    mean = torch.tensor(config.pixels.mean)[:, None, None]
-    std = torch.tensor(config.pixels.std)[:, None, None]
+    mean = torch.tensor(config.channel_stats.mean)[:, None, None]
+    std = torch.tensor(config.channel_stats.std)[:, None, None]
     crops = []
     for row, crop in zip(params, [*sample["global_crops"], *sample["local_crops"]]):
-        normalised = photometry(crop[None], row[None], config.pixels)[0]
+        normalised = photometry(crop[None], row[None], config.channel_stats)[0]
         crops.append(picture(normalised * std + mean))
 
     # Masks are drawn for all global crops of a batch together: here for those of one image.

@@ -38,7 +38,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from augment import RGB, Masking, MultiCrop, Pixels, collate
+from augment import RGB, ChannelStats, Masking, MultiCrop, collate
 from machinery.flags import UsageError, command, user_errors
 
 # ----------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ class Images:
     # Where reading in any order is slow: generator -> an order to read in. None stands for
     # "any": then the Sampler takes a random permutation.
     order: Callable[[np.random.Generator], np.ndarray] | None = None
-    pixels: Pixels = RGB  # the channels, mean and spread that a network will be fed
+    channel_stats: ChannelStats = RGB  # the channels, mean and spread that a network will be fed
     # Where images are drawn: (number, side) -> the same picture, drawn with `side` pixels.
     draw: Callable[[int, int], Tensor] | None = None
     split: str = ""  # train or val, if the set itself is divided so; empty: it is not
@@ -263,8 +263,8 @@ DATASETS = {
 
 
 def open_images(spec: str, root: str = "data", download: bool = False, flag: str = "--data",
-                pixels: Pixels = RGB) -> Images:
-    """NAME[:ARGUMENT][:train or :val] -> Images with these pixels.
+                channel_stats: ChannelStats = RGB) -> Images:
+    """NAME[:ARGUMENT][:train or :val] -> Images with these statistics of the channels.
 
     A ValueError names the flag, and for an unknown name the choices. Examples: shapes:100:val
     is the name shapes, the argument 100 and the split val; in folder:a:b the argument is a:b,
@@ -283,12 +283,12 @@ def open_images(spec: str, root: str = "data", download: bool = False, flag: str
 
     try:
         if name in DATASETS:
-            images = DATASETS[name](argument, split, root, download, pixels.channels)
+            images = DATASETS[name](argument, split, root, download, channel_stats.channels)
         else:
             from images import torchvision_sets  # few runs need it
 
             images = torchvision_sets.open_torchvision(name, argument, split, root, download,
-                                                       pixels.channels)
+                                                       channel_stats.channels)
 
         # Labels of two sets are matched by the names of their classes (evaluation/extract.py).
         if repeated := repeated_class(images.classes or []):
@@ -310,12 +310,12 @@ def open_images(spec: str, root: str = "data", download: bool = False, flag: str
         # Photographs have three channels, or are given them. Whether the images have another
         # number is found out by reading one of them now, and not by a worker hours later. A
         # file that is merely broken is no reason to stop: training replaces it (Views.read).
-        if pixels.channels != 3:
+        if channel_stats.channels != 3:
             with contextlib.suppress(OSError):
                 images.read(0)
     except ValueError as error:
         raise ValueError(f"{flag} {error}") from None
-    return replace(images, pixels=pixels)
+    return replace(images, channel_stats=channel_stats)
 
 
 def cached(images: Images, folder: str, side: int, num_workers: int = 0) -> Images:

@@ -29,7 +29,7 @@ import torchvision
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from augment import RGB, Pixels
+from augment import RGB, ChannelStats
 from images.data import held_out
 from images.files import EXTENSIONS, in_channels, read_file
 from images.names import list_images
@@ -48,7 +48,7 @@ class Pairs:
     read: Callable[[int], tuple[Tensor, Tensor]]
     names: list[str]  # one for each pair
     classes: list[str] | None = None  # of maps of classes: their names, where they are known
-    pixels: Pixels = RGB  # the channels, mean and spread that a network will be fed
+    channel_stats: ChannelStats = RGB  # the channels, mean and spread that a network will be fed
     # Where pairs are drawn: (number, side) -> the same pair, drawn with `side` pixels.
     draw: Callable[[int, int], tuple[Tensor, Tensor]] | None = None
     root: Path | None = None  # where names are files: the folder that they are relative to
@@ -388,8 +388,8 @@ DEPTHS = {"shapes": partial(open_shapes, "depth"), "pairs": partial(open_folder,
 
 
 def open_pairs(table: dict, spec: str, read_map, root: str = "data", download: bool = False,
-               flag: str = "--data", pixels: Pixels = RGB) -> Pairs:
-    """NAME[:ARGUMENT][:train or :val] -> Pairs with these pixels, by a line of MASKS or DEPTHS.
+               flag: str = "--data", channel_stats: ChannelStats = RGB) -> Pairs:
+    """NAME[:ARGUMENT][:train or :val] -> Pairs with these statistics, by a line of MASKS or DEPTHS.
 
     read_map reads the file of a map: read_mask or read_depth, with its options. A ValueError
     names the flag, and for an unknown name the choices.
@@ -409,10 +409,10 @@ def open_pairs(table: dict, spec: str, read_map, root: str = "data", download: b
 
     # Whatever a data set has to complain of, the message begins with the flag that named it.
     try:
-        pairs = table[name](argument, split, root, download, pixels.channels, read_map)
+        pairs = table[name](argument, split, root, download, channel_stats.channels, read_map)
     except ValueError as error:
         raise ValueError(f"{flag} {error}") from None
-    return replace(pairs, pixels=pixels)
+    return replace(pairs, channel_stats=channel_stats)
 
 
 @command

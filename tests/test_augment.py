@@ -16,8 +16,8 @@ from PIL import ImageFilter
 from torchvision.transforms.v2 import functional as TF
 
 from augment import (MASK_SHAPES, ORDERS, PHOTOMETRY, RGB, SOLARIZE_THRESHOLD, Masking,
-                     MultiCrop, blur, center_crop, collate, crop_box, draw_photometry,
-                     normalise, photometry, pixels_of)
+                     MultiCrop, blur, center_crop, channel_stats_of, collate, crop_box,
+                     draw_photometry, normalise, photometry)
 from bench.plain import colour_one_by_one
 
 
@@ -57,7 +57,7 @@ def test_blur_beside_pils(sigma, ours, pil):
 
 def test_one_channel_has_no_colours():
     """Brightness, contrast, blur and solarize are torchvision's; the rest is left out."""
-    crops, params, pixels = torch.rand(24, 1, 24, 20), draw(1, 24), pixels_of(1)
+    crops, params, channel_stats = torch.rand(24, 1, 24, 20), draw(1, 24), channel_stats_of(1)
     params[:, 0] = torch.arange(24)
     for i, (order, brightness, contrast, _, _, _, sigma,
             solarize) in enumerate(params.tolist()):
@@ -70,10 +70,12 @@ def test_one_channel_has_no_colours():
             x = TF.gaussian_blur(x, [9, 9], [sigma, sigma])
         if solarize:
             x = TF.solarize(x, SOLARIZE_THRESHOLD)
-        expected = TF.normalize(x, *pixels)
+        expected = TF.normalize(x, *channel_stats)
         torch.testing.assert_close(
-            photometry(crops[i:i + 1], params[i:i + 1], pixels)[0], expected, rtol=0, atol=1e-4)
-    five = photometry(torch.rand(24, 5, 24, 20), params, pixels_of(5, (0.5,) * 5, (1.0,) * 5))
+            photometry(crops[i:i + 1], params[i:i + 1], channel_stats)[0], expected, rtol=0,
+            atol=1e-4)
+    five = photometry(torch.rand(24, 5, 24, 20), params,
+                      channel_stats_of(5, (0.5,) * 5, (1.0,) * 5))
     assert five.shape == (24, 5, 24, 20) and five.abs().max() <= 0.5
 
 

@@ -29,7 +29,7 @@ from conftest import (TINY, TINY_NETWORK, TINY_RUN, finish, heads_of, killed_in_
 import distill
 import train
 import training.warmstart
-from augment import MultiCrop, collate, pixels_of
+from augment import MultiCrop, channel_stats_of, collate
 from backbones.weights import load_backbone
 from images.data import Views
 from machinery.checkpoints import whole_state
@@ -453,7 +453,7 @@ def test_first_weights_give_way_to_the_teacher(teacher, tmp_path, quick_runs):
             return distill.run(parse(distill.Config, flags, DISTILLATION))
 
     config = begun_with(tmp_path / "first")
-    assert config.pixels == pixels_of(3) and config.n_prototypes == 32
+    assert config.channel_stats == channel_stats_of(3) and config.n_prototypes == 32
     assert config.arch == "vit_pico"  # the student's own, as the weights say
     torch.save(
         VisionTransformer(24, 4, **ARCHS["vit_pico"]).state_dict(), tmp_path / "fine.pth")
@@ -509,7 +509,7 @@ def test_the_student_is_shown_what_its_teacher_wants(tmp_path):
     line = f"--teacher {tmp_path}/grey.pth --dino_weight 0 --ibot_weight 0 --class_feature_weight 1"
     config, _ = distill.open_teacher(
         parse(distill.Config, [*STUDENT, *line.split()], DISTILLATION))
-    assert (config.in_chans, config.pixels) == (1, pixels_of(1))
+    assert (config.in_chans, config.channel_stats) == (1, channel_stats_of(1))
 
 
 @pytest.mark.parametrize("line, words", [

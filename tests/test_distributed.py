@@ -122,7 +122,7 @@ def joined_steps(config, world=2, steps=STEPS):
         shares = []
         for rank in range(world):
             batch, schedule = batch_of(config, step, rank)
-            crops, masks = train.make_views(batch, config.pixels, ALONE.device)
+            crops, masks = train.make_views(batch, config.channel_stats, ALONE.device)
             weights = masks.pop("mask_weights", None)
             with torch.no_grad():
                 teacher_out = teacher(crops[:1], mask_indices=masks.get("mask_indices"))

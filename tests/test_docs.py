@@ -243,7 +243,7 @@ def test_the_lines_for_programs_elsewhere(tmp_path, monkeypatch):
         assert name in backbones.weights.RELEASED
         model = VisionTransformer(518, 14, embed_dim=384, depth=1, num_heads=6,
                                   num_register_tokens=4, pos_embed_resize="antialias")
-        model.pixels = RGB
+        model.channel_stats = RGB
         return model.eval()
 
     monkeypatch.setattr(backbones.weights, "load_backbone", load)
@@ -724,7 +724,7 @@ def run_evaluations(model):
         extract(reading, images, 32, process)
     next(random_crops(images, 32, 2, 2, process))
 
-    model.pixels = images.pixels
+    model.channel_stats = images.channel_stats
     extractor = SimpleNamespace(model=model, size=32, process=process,
                                 config=SimpleNamespace(precision="fp32"))
     features = [patch_features(extractor, images.read(i)) for i in range(2)]
@@ -742,7 +742,8 @@ def run_dense_evaluations(model):
     pairs = open_pairs(MASKS, "shapes:3", read_mask)
     config = segment.Config(steps=1, head_batch=2)
     segmenter = segment.train_segmenter(model, pairs, 11, 32, config, process)
-    predicted = segment.segment(segmenter, pairs[0][0], pairs.pixels, 32, config, process)
+    predicted = segment.segment(segmenter, pairs[0][0], pairs.channel_stats, 32, config,
+                                process)
     segment.scores(segment.confusion(pairs[0][1], predicted, 11))
     patch_knn(model, pairs, pairs, 11, 32, process)
     masks.judge(model, pairs, 32, masks.Config(), process)
@@ -752,7 +753,7 @@ def run_dense_evaluations(model):
         config = depth.Config(steps=1, head_batch=2, depth_head=head)
         depther = depth.Depther(model, head)
         depth.train_head(depther, pairs, 32, config, process)
-        depth.metres_of(depther.eval(), pairs[0][0], pairs.pixels, 32, config, process)
+        depth.metres_of(depther.eval(), pairs[0][0], pairs.channel_stats, 32, config, process)
 
 
 def test_shape_comments_are_true():

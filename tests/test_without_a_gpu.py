@@ -238,7 +238,7 @@ def step_on_cuda(config):
     L = config.local_crops_number if config.dino_weight else 0
 
     # The colours of a crop depend on numbers, which these tensors do not have.
-    def make_views(batch, pixels, device):
+    def make_views(batch, stats, device):
         views = [torch.empty(G * B, 3, *2 * [config.global_crops_size], device=device)]
         if L:
             views.append(torch.empty(L * B, 3, *2 * [config.local_crops_size], device=device))

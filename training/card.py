@@ -16,7 +16,7 @@ import json
 import shlex
 from pathlib import Path
 
-from augment import pixels_of
+from augment import channel_stats_of
 from backbones.convnet import CONVNETS
 from machinery.checkpoints import write_text
 from training.config import NEUTRAL, Config
@@ -50,12 +50,11 @@ def network_text(config: dict) -> str:
                    f"{config['ffn_layer']}")
 
     # Whoever uses the network has to normalise images as the run did.
-    pixels = pixels_of(config["in_chans"], tuple(config["mean"]), tuple(config["std"]))
-    return (
-        f"{network}. It learned from crops of {config['global_crops_size']} pixels. "
-        f"It takes images of {pixels.channels} channels with values from 0 to 1, from which "
-        f"the mean {list(pixels.mean)} is subtracted and which are then divided by "
-        f"{list(pixels.std)}.")
+    stats = channel_stats_of(config["in_chans"], tuple(config["mean"]), tuple(config["std"]))
+    return (f"{network}. It learned from crops of {config['global_crops_size']} pixels. "
+            f"It takes images of {stats.channels} channels with values from 0 to 1, from which "
+            f"the mean {list(stats.mean)} is subtracted and which are then divided by "
+            f"{list(stats.std)}.")
 
 
 def curriculum_text(config: dict, steps: int) -> str:

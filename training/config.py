@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from augment import MASK_SHAPES, PHOTOMETRY, Masking, Pixels, pixels_of
+from augment import MASK_SHAPES, PHOTOMETRY, ChannelStats, Masking, channel_stats_of
 from backbones.convnet import CONVNETS
 from losses import CENTERING
 from machinery.process import Process, spare_cores
@@ -151,9 +151,9 @@ class Config:
     dense_val_data: str = "shapes:val"  # images with masks, of which 50 are judged there
 
     @property
-    def pixels(self) -> Pixels:
+    def channel_stats(self) -> ChannelStats:
         """What the network takes for a pixel: channels, their means and standard deviations."""
-        return pixels_of(self.in_chans, self.mean, self.std)
+        return channel_stats_of(self.in_chans, self.mean, self.std)
 
     @property
     def convnet(self) -> bool:

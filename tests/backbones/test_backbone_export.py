@@ -62,7 +62,7 @@ def test_what_no_tensor_says_comes_along(tmp_path, capsys):
     (run / "config.json").write_text(json.dumps(fields))
     main(["export", str(run), "--output", str(tmp_path / "out.safetensors")])
     loaded = load_backbone(tmp_path / "out.safetensors")
-    assert loaded.pixels == load_backbone(run).pixels != RGB
+    assert loaded.channel_stats == load_backbone(run).channel_stats != RGB
     assert loaded.pos_embed_resize == "antialias"
     assert read_backbone(tmp_path / "out.safetensors")[1]["num_heads"] == 6
     capsys.readouterr()

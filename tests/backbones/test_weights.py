@@ -202,10 +202,21 @@ def test_a_directory_of_hugging_face(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(pixels))
     loaded = load_backbone(tmp_path)
     assert torch.equal(loaded(images), model(images)) and loaded.norm.eps == 1e-2
-    assert loaded.pixels == ((0.5, 0.5, 0.4), (0.5, 0.5, 0.6))
+    assert loaded.channel_stats == ((0.5, 0.5, 0.4), (0.5, 0.5, 0.6))
     with pytest.raises(ValueError,
                        match="--num_heads 5: the file or its config.json has 2 heads"):
         load_backbone(tmp_path, num_heads=5)
+
+
+def test_a_folder_of_timm_says_how_images_are_normalised(tmp_path):
+    write_safetensors(tmp_path / "model.safetensors", network(128, 2).state_dict())
+    config = {"architecture": "vit", "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_backbone(tmp_path).channel_stats == ((0.5,) * 3, (0.25,) * 3)
+    for value in ("half", {"mean": "half"}, {"std": [0.5, 0.5]}):
+        (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": value}))
+        with pytest.raises(ValueError, match="config.json.*(pretrained_cfg|mean|std)"):
+            load_backbone(tmp_path)
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -318,7 +329,7 @@ def test_without_weights_it_is_like_one_with_weights(name, tmp_path):
     loaded = load_backbone(tmp_path / "backbone.pth")
     with torch.device("meta"):
         model = weights.untrained(name)
-    assert model.pixels == loaded.pixels and model.training == loaded.training
+    assert model.channel_stats == loaded.channel_stats and model.training == loaded.training
 
 
 def test_only_two_networks_of_a_training_are_kept():

@@ -126,8 +126,8 @@ def test_batches_are_whole_that_come_beside_other_work():
     for batch in train.batches_from(0, 5, open_images("shapes:64"), config, CPU):
         for _ in range(20):
             busy = (busy @ busy).clamp(-1, 1)
-        on_gpu = train.make_views(batch, config.pixels, device)
-        pairs.append((train.make_views(batch, config.pixels, CPU.device), on_gpu))
+        on_gpu = train.make_views(batch, config.channel_stats, device)
+        pairs.append((train.make_views(batch, config.channel_stats, CPU.device), on_gpu))
     for (views, masks), (gpu_views, gpu_masks) in pairs:
         for view, gpu_view in zip(views, gpu_views, strict=True):
             torch.testing.assert_close(gpu_view.cpu(), view, rtol=1e-3, atol=1e-3)

@@ -230,7 +230,7 @@ def test_every_question_has_an_answer():
 def test_the_lines_of_the_first_exercise(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     model = VisionTransformer(40, 5, embed_dim=64, depth=1, num_heads=1).eval()
-    model.pixels = RGB
+    model.channel_stats = RGB
     monkeypatch.setattr(backbones.weights, "load_backbone", lambda name: model)
     monkeypatch.chdir(tmp_path)
     _, text = sections("workshop.md")[1]

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from conftest import run_evaluate
 from PIL import Image
 
-from augment import Pixels
+from augment import ChannelStats
 from evaluation import copies
 from evaluation.copies import EDITS, Whitening, copydays, gem
 from evaluation.retrieval import mean_scores
@@ -114,12 +114,13 @@ def test_copydays(small_backbone, photos, tmp_path):
 
 def test_copydays_as_the_network_saw_its_images(tmp_path):
     """Its images have the mean and the spread of the network, and not those of ImageNet."""
-    pixels = Pixels((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    channel_stats = ChannelStats((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
     for folder in ("original", "strong"):
         (tmp_path / folder).mkdir()
         Image.new("RGB", (9, 9)).save(tmp_path / folder / "200000.png")
-    originals, parts = copydays(copies.Config(copydays=str(tmp_path)), pixels)
-    assert originals.pixels == pixels and parts["strong"].pixels == pixels
+    originals, parts = copydays(copies.Config(copydays=str(tmp_path)), channel_stats)
+    assert originals.channel_stats == channel_stats
+    assert parts["strong"].channel_stats == channel_stats
 
 
 def test_whitening_on_images_of_their_own(small_backbone, tmp_path, monkeypatch, capsys):

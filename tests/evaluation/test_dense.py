@@ -11,7 +11,7 @@ import itertools
 import pytest
 import torch
 
-from augment import Pixels
+from augment import ChannelStats
 from evaluation.dense import (PairCrops, crop_batches, in_windows, over_flips, shape_at,
                               window_starts)
 from images.pairs import IGNORE, Pairs
@@ -45,7 +45,8 @@ def test_crops_of_both():
 
 
 def test_crops_larger_than_the_image():
-    pairs = Pairs("numbered", numbered, ["0"], pixels=Pixels((0.2, 0.4, 0.6), (1.0, 1.0, 1.0)))
+    pairs = Pairs("numbered", numbered, ["0"], channel_stats=ChannelStats((0.2, 0.4, 0.6),
+                                                                          (1.0, 1.0, 1.0)))
     image, map = PairCrops(pairs, 64, (0.5, 0.5), IGNORE)[0, 0, 0]  # 32 x 48 pixels
     inside = map != IGNORE
     assert inside.sum() == 32 * 48

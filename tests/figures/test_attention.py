@@ -73,7 +73,7 @@ def attention_by_hand(model, image, block):
     entering = []
     handle = model.blocks[block].norm1.register_forward_hook(
         lambda _, inputs, output: entering.append(output))
-    model(normalise(image[None], model.pixels))
+    model(normalise(image[None], model.channel_stats))
     handle.remove()
     q, k, _ = model.blocks[block].attn.qkv(entering[0]).chunk(3, -1)  # (N, D) each
     maps = []
@@ -164,7 +164,7 @@ def test_rows_are_those_of_the_whole_matrix():
     images = torch.randn(2, 3, 24, 24)
     whole = model.get_attention(images)
     torch.testing.assert_close(model.get_attention(images, rows=[3, 0]), whole[:, :, [3, 0]])
-    model.pixels = RGB
+    model.channel_stats = RGB
     image = torch.randint(0, 256, (3, 24, 24), dtype=torch.uint8)
     assert [grid.shape for grid in attention_maps(model, image, 0, ("0,0", "1,1"))] == 2 * [
         (1, 3, 3)]

@@ -137,7 +137,7 @@ def test_an_untrained_network_beside_a_trained_one(network):
     models = networks(Config(weights=(weights, "untrained")))
     trained, untrained = models.values()
     assert list(models) == ["a.pth", "untrained"]
-    assert untrained.num_register_tokens == 2 and untrained.pixels == trained.pixels
+    assert untrained.num_register_tokens == 2 and untrained.channel_stats == trained.channel_stats
     assert not torch.equal(untrained.pos_embed, trained.pos_embed)
     with pytest.raises(UsageError, match="name the network first"):
         networks(Config(weights=("untrained",)))

@@ -38,7 +38,7 @@ def test_matches_are_mutual():
 def test_the_same_photograph_is_matched_to_itself():
     torch.manual_seed(0)
     model = VisionTransformer(32, 8, embed_dim=64, depth=1, num_heads=1).eval()
-    model.pixels = RGB
+    model.channel_stats = RGB
     image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
     _, pairs, total = pairs_of(model, [image, image], 5)
     assert len(pairs) == 5 <= total

@@ -24,7 +24,7 @@ IMAGE = torch.randint(0, 256, (3, 24, 40), dtype=torch.uint8,
 def model():
     torch.manual_seed(0)
     model = VisionTransformer(16, 8, embed_dim=64, depth=3, num_heads=1, num_register_tokens=2)
-    model.pixels = RGB
+    model.channel_stats = RGB
     return model.eval()
 
 

@@ -52,7 +52,7 @@ def test_views_are_those_of_a_run():
     batch = collate([dataset[0, 0, 0]], settings.masking())
     whole = photometry(batch["global_crops"][:, 0], batch["photometry"][:2, 0])
     for crop, expected in zip(views.crops, whole):
-        mean, std = (torch.tensor(x) for x in settings.pixels)
+        mean, std = (torch.tensor(x) for x in settings.channel_stats)
         shown = expected.permute(1, 2, 0) * std + mean
         torch.testing.assert_close(crop, shown.clamp(0, 1), atol=1e-5, rtol=0)
     masks = batch["masks"].view(2, 16, 16)

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 import images.files
-from augment import MultiCrop, pixels_of
+from augment import MultiCrop, channel_stats_of
 from images.data import Views, open_images
 from images.files import from_array, patiently, read_file
 
@@ -27,7 +27,7 @@ def test_sixteen_bits(kind, tmp_path):
         np.save(tmp_path / "a.npy", grey if kind[0] == "H" else grey[None])
     else:
         Image.fromarray(grey).save(tmp_path / f"a.{kind}")
-    image = open_images(f"folder:{tmp_path}", pixels=pixels_of(1)).read(0)
+    image = open_images(f"folder:{tmp_path}", channel_stats=channel_stats_of(1)).read(0)
     assert image.dtype == torch.float32 and image.shape == (1, 20, 30)
     torch.testing.assert_close(image[0].double() * 65535, torch.from_numpy(grey.astype(float)))
     three = open_images(f"folder:{tmp_path}").read(0)
@@ -39,25 +39,25 @@ def test_channels(tmp_path):
     array = np.random.default_rng(0).random((20, 30, 5), dtype=np.float32)
     for name, content in (("a", array), ("b", array.transpose(2, 0, 1)), ("c", array[..., :4])):
         np.save(tmp_path / f"{name}.npy", content)
-    images = open_images(f"folder:{tmp_path}", pixels=pixels_of(5))
+    images = open_images(f"folder:{tmp_path}", channel_stats=channel_stats_of(5))
     for i in (0, 1):
         np.testing.assert_array_equal(images.read(i).numpy(), array.transpose(2, 0, 1))
     with pytest.raises(ValueError, match="4 channels, expected --in_chans 5"):
         images.read(2)
     with pytest.raises(ValueError, match="--val_data 3 channels, expected --in_chans 2"):
-        open_images("shapes:8", flag="--val_data", pixels=pixels_of(2))
+        open_images("shapes:8", flag="--val_data", channel_stats=channel_stats_of(2))
     np.save(tmp_path / "a.npy", array + 7)
     with pytest.raises(ValueError, match="--data values from 7.* expected 0 to 1"):
-        open_images(f"folder:{tmp_path}", pixels=pixels_of(5))
+        open_images(f"folder:{tmp_path}", channel_stats=channel_stats_of(5))
     for no_image in (np.float32(0.5), np.zeros((0, 8, 5), np.float32)):
         np.save(tmp_path / "a.npy", no_image)
         with pytest.raises(ValueError, match="expected an image"):
-            open_images(f"folder:{tmp_path}", pixels=pixels_of(5))
+            open_images(f"folder:{tmp_path}", channel_stats=channel_stats_of(5))
     Image.fromarray((array[..., :4] * 255).astype(np.uint8), "RGBA").save(tmp_path / "d.png")
     images = open_images(f"folder:{tmp_path}",
-                         pixels=pixels_of(4))  # arrays: where nothing else is
+                         channel_stats=channel_stats_of(4))  # arrays: where nothing else is
     assert images.names == ["d.png"] and images.read(0).shape == (4, 20, 30)
-    grey = open_images("shapes:8", pixels=pixels_of(1)).read(3)
+    grey = open_images("shapes:8", channel_stats=channel_stats_of(1)).read(3)
     expected = TF.rgb_to_grayscale(open_images("shapes:8").read(3) / 255)
     torch.testing.assert_close(grey, expected)
 

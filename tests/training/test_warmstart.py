@@ -29,7 +29,7 @@ import evaluate
 import train
 import training.warmstart
 import visualize
-from augment import Pixels, pixels_of
+from augment import ChannelStats, channel_stats_of
 from backbones.layouts import to_hf, write_safetensors
 from backbones.weights import load_backbone
 from evaluation.judge import Judge
@@ -163,11 +163,11 @@ def test_other_channels_have_other_means(tmp_path):
     settings = init_settings(tmp_path / "weights.pth") | dict(mean=(0.1,) * 3, std=(0.9,) * 3)
     with patch.object(training.warmstart, "init_settings", lambda _: settings):
         line = ["shapes", "--init", str(tmp_path / "weights.pth")]
-        assert config_from_init(train.read_flags(line)).pixels.mean == (0.1,) * 3
+        assert config_from_init(train.read_flags(line)).channel_stats.mean == (0.1,) * 3
         same = config_from_init(train.read_flags([*line, "--in_chans", "3"]))
-        assert same.pixels.mean == (0.1,) * 3  # as many channels as the weights have
+        assert same.channel_stats.mean == (0.1,) * 3  # as many channels as the weights have
         config = config_from_init(train.read_flags([*line, "--in_chans", "1"]))
-    assert config.in_chans == 1 and config.pixels == pixels_of(1)
+    assert config.in_chans == 1 and config.channel_stats == channel_stats_of(1)
 
 
 def test_another_size(first, tmp_path, quick_runs):
@@ -258,11 +258,11 @@ def test_other_channels(first, tmp_path, capsys):
     before, after = teacher_of(first)[embedding], teacher_of(grey)[embedding]
     torch.testing.assert_close(after, before.sum(1, keepdim=True))
     model = load_backbone(grey)
-    assert model.pixels == Pixels((0.5,), (0.3,))
+    assert model.channel_stats == ChannelStats((0.5,), (0.3,))
 
     # A further run begins with them as well, and looks at its images as this one did.
     further = config_from_init(config_of(tmp_path / "further", "--init", str(grey)))
-    assert further.in_chans == 1 and further.pixels == model.pixels
+    assert further.in_chans == 1 and further.channel_stats == model.channel_stats
 
     # The programs that read a run do so, too; a protocol for photographs refuses it.
     flags = f"--nb_knn 1 --num_workers 0 --output_dir {tmp_path}".split()
