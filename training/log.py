@@ -95,7 +95,7 @@ def diagnose(row: dict, config: Config) -> tuple[str, str] | None:
         if abs(row[term] - ln_k) < 0.01 * ln_k and row[f"{term}_entropy"] < 0.5 * ln_k:
             return "ignored teacher", (
                 f"the student ignores a teacher of {term} that has something to say (loss is "
-                "ln K, H is not); raise --lr, or lower --freeze_last_layer_epochs")
+                "ln K, H is not); raise --lr, or --freeze_last_layer_epochs")
     return None
 
 
