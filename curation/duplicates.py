@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from curation.pieces import Table, claim, save_array
-from curation.pool import (Pool, can_be_listed, finish, open_pool, same_embedding,
+from curation.pool import (Pool, can_be_listed, finish, open_pool, reopen, same_embedding,
                            some_are_left)
 from curation.report import draw_groups, write_report
 from curation.search import SearchConfig, edges, neighbours, search_facts
@@ -61,9 +61,10 @@ class DisjointSets:
 
     def join(self, a: np.ndarray, b: np.ndarray):
         """Connect a[i] with b[i] for all i."""
-        # The larger root of each edge points to the smaller one. A root that several edges want
-        # to point elsewhere obeys one of them; the others still connect two sets, and have
-        # their turn again. A pointer always leads to a smaller number, so none goes in a circle.
+        # The larger root of each edge points to the smaller one. If several edges change the
+        # pointer of the same root, only the last change is kept. The other edges still connect
+        # two different sets, so they are treated again in the next turn. A pointer always leads
+        # to a smaller number, so none goes in a circle.
         while len(a):
             root_a = self.roots(a)
             root_b = self.roots(b)
@@ -123,8 +124,9 @@ def try_thresholds(pool: Pool, graph: Table, groups: np.ndarray, process: Proces
         process.print(f"  {threshold:9.3f} {removed:8,d} {figures['precision']:10.3f} "
                       f"{figures['recall']:7.3f}")
 
-        # F1 is the harmonic mean of the two: high only where both are. Of equal ones the last,
-        # because to keep a copy does less harm than to lose an image.
+        # F1 is the harmonic mean of the two: high only where both are. Of thresholds with the
+        # same F1 the highest is taken: it removes the fewest images, and a copy that stays does
+        # less harm than an image that is lost.
         both = figures["precision"] + figures["recall"]
         f1 = 2 * figures["precision"] * figures["recall"] / both if both else 0.0
         if f1 >= best["f1"]:
@@ -198,8 +200,10 @@ def run(words: list[str], config: Config, process: Process) -> dict:
         best = try_thresholds(pool, graph, groups, process)
         facts["by_groups"] = figures | {"best": best}
 
-    # Asked before anything is written: what is there already belongs to an earlier list.
+    # Asked before any file of the result is written: those of an earlier threshold may be there,
+    # and stay.
     some_are_left(left, pool, "dedup")
+    reopen(folder, process)
 
     # The component of each image is kept for whoever wants to look at its groups, and in words.
     if process.main:

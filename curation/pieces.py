@@ -27,8 +27,10 @@ from machinery.checkpoints import write_json
 from machinery.clock import Progress
 from machinery.flags import UsageError
 from machinery.process import Process
+from machinery.read_once import wait_for_all
 
 CHUNK = 8192  # rows of a table that are in memory at once
+OPEN = 64  # files of a table that are mapped at once
 
 
 def save_array(path: Path, array: np.ndarray):
@@ -90,7 +92,7 @@ def make_pieces(folder: Path, count: int, size: int, make: Callable[[int, int], 
         if turn % process.world_size == process.rank:
             save_array(files[i], make(starts[i], min(starts[i] + size, count)))
             report(turn + 1)
-    process.barrier()
+    wait_for_all(process)  # a piece may take longer than a barrier waits
     return Table(files, size)
 
 
@@ -112,9 +114,12 @@ class Table:
 
     def piece(self, i: int) -> np.ndarray:
         """The rows of file i, which the system loads when they are looked at."""
-        # A map takes addresses, no memory, and opening one costs a call of the system: it is
-        # kept, because stages come back to the same file again and again.
+        # Stages come back to the same file again and again, so its map is kept. But a map keeps
+        # its file open, of which a system allows a program some hundreds, and a large pool has
+        # thousands of files. So the one that was opened first is given up for a new one.
         if i not in self.maps:
+            if len(self.maps) >= OPEN:
+                del self.maps[next(iter(self.maps))]
             try:
                 self.maps[i] = np.load(self.files[i], mmap_mode="r")
             except (ValueError, EOFError) as error:  # a bad copy, a bad disk

@@ -154,6 +154,14 @@ def some_are_left(rows: np.ndarray, pool: Pool, stage: str):
         raise UsageError(f"{stage}: of the {len(pool.rows):,d} images of the pool none is left")
 
 
+def reopen(folder: Path, process: Process):
+    """Before a stage that is repeated in its folder replaces the first of its files there."""
+    # A kill between two of the files would leave some of the old result beside some of the new
+    # one. Without stage.json nobody takes the mixture for a result.
+    if process.main:
+        (folder / "stage.json").unlink(missing_ok=True)
+
+
 def finish(folder: Path, stage: str, pool: Pool, rows: np.ndarray, facts: dict,
            process: Process, curated: Pool | None = None) -> dict:
     """Write what the next stage takes up, stage.json last -> the content of stage.json.
@@ -169,6 +177,7 @@ def finish(folder: Path, stage: str, pool: Pool, rows: np.ndarray, facts: dict,
     earlier = os.path.relpath(pool.history[-1][0], folder.absolute())
     source = {"folder": earlier, "sha256": pool.sha256}
     listed = 0
+    reopen(folder, process)
     if process.main:
         save_array(folder / "rows.npy", rows)
         listed = write_list(folder / "list.txt", pool, rows, curated)

@@ -22,7 +22,7 @@ import numpy as np
 from curation.pieces import Table, claim
 from curation.pool import Pool, can_be_listed, finish, open_pool, same_embedding
 from curation.report import draw_queries, write_report
-from curation.search import NOTHING, SearchConfig, neighbours, search_facts
+from curation.search import NO_NEIGHBOUR, SearchConfig, neighbours, search_facts
 from machinery.flags import UsageError, require
 from machinery.process import Process
 
@@ -52,18 +52,19 @@ def open_curated(config, pool: Pool) -> Pool:
     return curated
 
 
-def chosen_rows(nearest: Table, min_similarity: float) -> tuple[np.ndarray, int]:
-    """(rows of the pool that were retrieved, ascending; how often one was), piece by piece."""
-    # One piece after the other joins the union, so that not all neighbours are in memory. A
-    # neighbour that there is not (NOTHING) is never taken, however low --min_similarity is.
-    rows = np.empty(0, np.int64)
+def chosen_rows(nearest: Table, n: int, min_similarity: float) -> tuple[np.ndarray, int]:
+    """(rows of the pool of n images that were retrieved, ascending; how often one was)."""
+    # One piece after the other marks what it retrieves, so that not all neighbours are in memory,
+    # and none is sorted. Where fewer neighbours were found than asked for, NO_NEIGHBOUR fills
+    # their places, which is never taken, however low --min_similarity is.
+    retrieved = np.zeros(n, bool)
     total = 0
     for start in range(0, len(nearest), nearest.size):
         piece = nearest.piece(start // nearest.size)
-        near = piece["similarity"].astype(np.float32) > max(min_similarity, NOTHING)
-        rows = np.union1d(rows, piece["row"][near].astype(np.int64))
+        near = piece["similarity"].astype(np.float32) > max(min_similarity, NO_NEIGHBOUR)
+        retrieved[piece["row"][near]] = True
         total += int(near.sum())
-    return rows, total
+    return np.flatnonzero(retrieved), total
 
 
 def class_precision(pool: Pool, curated: Pool, rows: np.ndarray) -> float | None:
@@ -86,7 +87,7 @@ def run(words: list[str], config: Config, process: Process) -> dict:
     claim(folder, {"pool": pool.sha256, "curated": curated.sha256, **search_facts(config)},
           process)
     nearest = neighbours(folder / "nearest", curated, pool, config.n_nearest, config, process)
-    rows, total = chosen_rows(nearest, config.min_similarity)
+    rows, total = chosen_rows(nearest, len(pool.images), config.min_similarity)
     if not len(rows):
         raise UsageError(
             f"--min_similarity {config.min_similarity}: no image of the pool is so "

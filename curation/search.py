@@ -28,9 +28,11 @@ from curation.pieces import Table, claim, make_pieces
 from curation.pool import Pool
 from machinery.flags import UsageError, require
 from machinery.process import Process
+from machinery.read_once import wait_for_all
 
-NOTHING = -2.0  # the similarity of a neighbour that there is not: no cosine is so low
-TRAINED_ON = 256 * 1024  # images, at most, on which an index of FAISS is trained
+NO_NEIGHBOUR = -2.0  # stands where fewer than k were found; no cosine is so low
+TRAINED_ON = 256 * 1024  # images on which an index of FAISS is trained, if it has few lists
+PER_LIST = 40  # images for each list otherwise: FAISS warns of fewer than 39
 
 # A neighbour takes 6 bytes on the disk: 4 for a row, which counts to 4.3 billion, and a cosine
 # to three digits.
@@ -72,9 +74,9 @@ class Exact:
         queries (q, D) of unit length. own (q,): the row of each query in the pool, which is not
         its own neighbour; -1 where it is not in the pool. k <= n - 1.
         """
-        # At first nothing was found: everything that comes is better than NOTHING.
+        # At first nothing was found: everything that comes is better than NO_NEIGHBOUR.
         queries = queries.to(self.device)
-        best = queries.new_full((len(queries), k), NOTHING)  # (q, k)
+        best = queries.new_full((len(queries), k), NO_NEIGHBOUR)  # (q, k)
         best_rows = torch.zeros_like(best, dtype=torch.int64)  # (q, k)
         for numbers, chunk in self.features.chunks(self.rows):
             chunk = torch.from_numpy(np.array(chunk))  # a map cannot be written to, a copy can
@@ -83,7 +85,7 @@ class Exact:
             # `numbers` ascend, so the place of a row among them is found by halving.
             places = np.searchsorted(numbers, own)
             inside = np.flatnonzero(numbers[places.clip(max=len(numbers) - 1)] == own)
-            cosines[inside, places[inside]] = NOTHING
+            cosines[inside, places[inside]] = NO_NEIGHBOUR
 
             # The best of this chunk join the best so far, and the best k of both stay.
             values, where = cosines.topk(min(k, len(numbers)))
@@ -138,7 +140,7 @@ class Faiss:
         found = self.rows[places.clip(min=0)]  # (q, k + 1)
         features = self.features[found.ravel()].reshape(*found.shape, -1)
         cosines = torch.einsum("qd,qkd->qk", queries, torch.from_numpy(features).float())
-        cosines[torch.from_numpy((places < 0) | (found == own[:, None]))] = NOTHING
+        cosines[torch.from_numpy((places < 0) | (found == own[:, None]))] = NO_NEIGHBOUR
         best, order = cosines.topk(k)
         return best, torch.from_numpy(found).gather(1, order)
 
@@ -153,7 +155,9 @@ def build_index(file: Path, features: Table, rows: np.ndarray, factory: str):
     try:
         index = faiss.index_factory(features.width, factory, faiss.METRIC_INNER_PRODUCT)
         if not index.is_trained:
-            sample = rows[np.linspace(0, len(rows) - 1, min(len(rows), TRAINED_ON)).astype(int)]
+            ivf = faiss.try_extract_index_ivf(index)  # None for an index without lists
+            count = max(TRAINED_ON, PER_LIST * ivf.nlist if ivf else 0)
+            sample = rows[np.linspace(0, len(rows) - 1, min(len(rows), count)).astype(int)]
             index.train(features[sample].astype(np.float32))
     except RuntimeError as error:
         reason = str(error).splitlines()[-1]
@@ -177,7 +181,7 @@ def faiss_search(pool: Pool, folder: Path, config: SearchConfig, process: Proces
     file = folder / "index.faiss"
     if process.main:
         build_index(file, pool.features, pool.rows, config.faiss_index)
-    process.barrier()
+    wait_for_all(process)
     return Faiss(pool.features, pool.rows, file, config)
 
 

@@ -30,7 +30,24 @@ from machinery.process import Process
 # the others.
 TOLD = (UsageError, ValueError, OSError, CheckpointException)
 
-times = 0  # how often the processes of this program have read together
+meetings = 0  # how often the processes of this program have waited for each other
+
+
+def wait_for_all(process: Process):
+    """A barrier for work that takes long: no process goes on before all have called it."""
+    if process.world_size == 1:
+        return
+
+    # NCCL gives an exchange up after 10 minutes and gloo after 30, and torchrun then ends the
+    # process that still works. So nobody waits in an exchange, but for an entry of the store
+    # through which the processes found each other at the start (see StopSignal). The last one to
+    # come writes it.
+    global meetings
+    meetings += 1
+    store = dist.distributed_c10d._get_default_store()
+    if store.add(f"meeting/{meetings}", 1) == process.world_size:
+        store.set(f"meeting/{meetings}/all", "here")
+    store.wait([f"meeting/{meetings}/all"], datetime.timedelta(days=7))
 
 
 def read_once(read: Callable, process: Process):
@@ -41,8 +58,6 @@ def read_once(read: Callable, process: Process):
     if process.world_size == 1:
         return read()
 
-    global times
-    times += 1
     outcome = None
     if process.main:
         try:
@@ -50,13 +65,7 @@ def read_once(read: Callable, process: Process):
         except TOLD as error:
             outcome = None, error
 
-    # A folder of many millions of files takes longer than the 10 minutes after which NCCL gives
-    # an exchange up. So the others do not wait in an exchange, but for an entry of the store
-    # through which the processes found each other at the start (see StopSignal).
-    store = dist.distributed_c10d._get_default_store()
-    if process.main:
-        store.set(f"read/{times}", "done")
-    store.wait([f"read/{times}"], datetime.timedelta(days=7))
+    wait_for_all(process)
 
     # The error is raised where it was caught and in all other processes, so that no process
     # goes on alone, and each ends with the same line.

@@ -5,7 +5,10 @@
 3. A table gives any rows in any order, and all chosen ones in order, part by part.
 4. A file that is being written when the process ends is not taken for a piece; one that was cut
    off since is named.
+5. A table of any number of files keeps few of them open.
 """
+
+import os
 
 import numpy as np
 import pytest
@@ -39,7 +42,7 @@ def test_pieces_are_the_whole(size, tmp_path):
 
 def test_shares_of_the_processes(tmp_path, monkeypatch):
     """Two processes, one after the other here: each makes every other piece."""
-    monkeypatch.setattr(Process, "barrier", lambda self: None)
+    monkeypatch.setattr(curation.pieces, "wait_for_all", lambda process: None)
     monkeypatch.setattr(Process, "broadcast", lambda self, value: list(range(5)))
     made = {}
     for rank in (0, 1):
@@ -96,3 +99,16 @@ def test_a_damaged_piece_is_named(tmp_path, left):
     files[1].write_bytes(files[1].read_bytes()[:left])
     with pytest.raises(UsageError, match=f"{files[1].name}: it is damaged .*delete it"):
         Table(files, 4)[np.array([5])]
+
+
+def test_few_files_are_open(tmp_path, monkeypatch):
+    """A system allows a program some hundred open files; a large pool has thousands."""
+    monkeypatch.setattr(curation.pieces, "OPEN", 5)
+    whole = np.arange(60, dtype=np.float32)[:, None]
+    table = make_pieces(tmp_path, 60, 2, lambda start, end: whole[start:end], CPU)
+    before = len(os.listdir("/dev/fd"))
+    rows = np.random.default_rng(0).permutation(60)
+    assert np.array_equal(table[rows], whole[rows])
+    assert np.array_equal(np.concatenate([part for _, part in table.chunks(np.arange(60))]),
+                          whole)
+    assert len(table.files) == 30 and len(os.listdir("/dev/fd")) <= before + 5

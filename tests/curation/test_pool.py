@@ -1,9 +1,9 @@
 """Claims
 1. A stage leaves rows, a list that can be trained on, and what it did; the next one takes them up,
    also when all folders have been moved. A file of both sets is listed once.
-2. A stage that has not finished, one that was built on something that has changed since, features
-   of other weights, a missing file of features, an empty result, and images that are no files are
-   refused in one line.
+2. A stage that has not finished, also one that was killed when it was repeated in its folder, one
+   that was built on something that has changed since, features of other weights, a missing file
+   of features, an empty result, and images that are no files are refused in one line.
 """
 
 import json
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from curation_helpers import CPU, make_pool, unit_rows
 
+import curation.pool
 from curation.pool import finish, open_pool, same_embedding, write_list
 from images.data import open_images
 from images.names import read_list
@@ -105,3 +106,19 @@ def test_images_that_are_no_files(tmp_path):
     pool.images = open_images("shapes:10")
     with pytest.raises(UsageError, match="no files that a list could name; .*plant --share 0"):
         pool.path(0)
+
+
+def test_a_repetition_that_was_killed_is_no_result(tmp_path, monkeypatch):
+    """Its first files are new and its last ones old: together they are nobody's result."""
+    pool = staged(tmp_path)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(curation.pool, "write_list", killed)
+        finish(tmp_path / "next", "dedup", pool, np.array([1]), {"threshold": 0.3}, CPU)
+    with pytest.raises(UsageError, match="expected the folder of a stage|has not finished"):
+        open_pool(str(tmp_path / "next"))
+    finish(tmp_path / "next", "dedup", pool, np.array([1]), {"threshold": 0.3}, CPU)
+    assert open_pool(str(tmp_path / "next")).rows.tolist() == [1]

@@ -19,7 +19,7 @@ from curation_helpers import CPU, make_pool, unit_rows
 
 import curation.pieces
 from curation.pieces import Table, save_array
-from curation.search import (NOTHING, Exact, Faiss, SearchConfig, build_index, edges,
+from curation.search import (NO_NEIGHBOUR, Exact, Faiss, SearchConfig, build_index, edges,
                              neighbours)
 from machinery.flags import UsageError
 from machinery.process import start_process
@@ -96,7 +96,7 @@ def test_two_processes_give_the_graph_of_one(tmp_path):
         assert one == two, name
 
 
-def test_faiss(tmp_path):
+def test_faiss(tmp_path, monkeypatch):
     pytest.importorskip("faiss", reason="FAISS is not installed")
     pool = make_pool(tmp_path / "pool", unit_rows(400, 8), size=90, broken=[7])
     exact = neighbours(tmp_path / "1", pool, pool, 5, SearchConfig(), CPU)
@@ -115,6 +115,18 @@ def test_faiss(tmp_path):
     config = SearchConfig(search="faiss", faiss_index="OPQ4_8,IVF4,Flat", faiss_nprobe=4)
     turned = neighbours(tmp_path / "5", pool, pool, 5, config, CPU)
     assert np.array_equal(exact[everything]["row"], turned[everything]["row"])
+
+    # An index of many lists learns from more images than one of few.
+    trained_on = []
+    table = type(pool.features)
+    read = table.__getitem__
+    monkeypatch.setattr(table, "__getitem__",
+                        lambda self, rows: trained_on.append(len(rows)) or read(self, rows))
+    monkeypatch.setattr(curation.search, "TRAINED_ON", 100)
+    for lists in (2, 5):
+        build_index(tmp_path / f"{lists}.faiss", pool.features, pool.rows, f"IVF{lists},Flat")
+    assert trained_on == [100, 200]
+    monkeypatch.undo()
     with pytest.raises(UsageError, match="--faiss_index Tree: FAISS refuses it"):
         neighbours(tmp_path / "4", pool, pool, 5,
                    SearchConfig(search="faiss", faiss_index="Tree"), CPU)
@@ -169,7 +181,7 @@ def test_what_an_index_finds_is_judged_exactly(tmp_path, monkeypatch):
     cosines, rows = search(queries, 5, pool.rows)
     expected = naive(pool.features[np.arange(30)], pool.rows, queries.numpy(), 4, pool.rows)
     assert np.array_equal(rows[:, :4].numpy(), expected)
-    assert (cosines[:, 4] == NOTHING).all()
+    assert (cosines[:, 4] == NO_NEIGHBOUR).all()
 
 
 def test_the_lists_of_an_index_are_set_wherever_they_are(tmp_path, monkeypatch):

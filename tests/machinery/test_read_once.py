@@ -1,6 +1,6 @@
 """Claims
 1. One of several processes reads, and all have what it found; where it fails, all fail with the
-   same words. With one process nothing is sent.
+   same words. With one process nothing is sent. Nobody goes on before the last one has come.
 2. Whole tensors are read by one process and sent to the others, whatever their type; split ones
    are read by each.
 3. Of the processes of a run one lists the folder, opens all data sets and reads the checkpoint;
@@ -8,6 +8,7 @@
 """
 
 import contextlib
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -22,7 +23,7 @@ from images import names
 from machinery import checkpoints
 from machinery.flags import UsageError
 from machinery.process import Process, start_process
-from machinery.read_once import fill_once, leaves, read_once
+from machinery.read_once import fill_once, leaves, read_once, wait_for_all
 
 SEED = {
     "a": {"x": torch.arange(3.0)}, "b": {"y": torch.tensor(7), "z": torch.ones(2).bfloat16()}}
@@ -57,6 +58,16 @@ def two_processes(rank, folder, photos):
     out["errors"] = [
         words_of(lambda: read_once(lambda: fails(error), process))
         for error in (UsageError("--data: no"), ValueError("no"), OSError(28, "full", "x"))]
+
+    # The other process goes on only when this one has done its work. No exchange may be waiting
+    # meanwhile, because exchanges have a time limit.
+    with patch("torch.distributed.barrier", lambda: fails(AssertionError())):
+        for turn in range(3):
+            done = Path(folder) / f"done in turn {turn}"
+            if rank == turn % 2:
+                done.touch()
+            wait_for_all(process)
+            out[f"turn {turn}"] = done.exists()
 
     # Tensors that are whole, then one that is split over the two.
     whole = {
@@ -113,6 +124,10 @@ def test_an_error_reaches_all(of_two):
     expected = [("UsageError", "--data: no"), ("ValueError", "no"),
                 ("OSError", "[Errno 28] full: 'x'")]
     assert [out["errors"] for out in of_two] == [expected] * 2
+
+
+def test_all_wait_for_the_last(of_two):
+    assert [out[f"turn {turn}"] for out in of_two for turn in range(3)] == [True] * 6
 
 
 def test_one_process_sends_nothing():
