@@ -129,6 +129,10 @@ def read_dense_head(what: str | Path) -> tuple[dict[str, Tensor], dict]:
     else:
         state = read_tensors(Path(what).expanduser())
 
+    if not isinstance(state, dict):
+        raise ValueError(f"{what}: expected the tensors of a head, found a "
+                         f"{type(state).__name__}")
+
     # The released files are those of mmsegmentation: all tensors under "state_dict", and each
     # name begins with the module that the head is there.
     # Ours are written in the same way, and those of a depth head know its range beside them.

@@ -73,7 +73,10 @@ class LinearDepth(nn.Module):
         parts = []
         for patches, cls in maps:
             parts += [patches, cls[:, :, None, None].expand_as(patches)]
-        scores = self.conv_depth(torch.cat(parts, 1))  # (B, K, h, w)
+        # Under autocast the layer answers in bfloat16, whose eight bits tell depths of 32 to 64
+        # metres apart in steps of 25 cm only. So from here on all is in the type of the weights.
+        weight = self.conv_depth.weight
+        scores = self.conv_depth(torch.cat(parts, 1)).to(weight.dtype)  # (B, K, h, w)
 
         # DINOv2's code enlarges the tokens fourfold before its linear layer. Enlarging takes a mean
         # of neighbours, whose weights sum to 1, so the linear layer may come first: also its bias
@@ -82,9 +85,11 @@ class LinearDepth(nn.Module):
         scores = F.interpolate(scores, scale_factor=4, mode="bilinear", align_corners=False)
 
         shares = shares_of(scores)
-        depths = torch.linspace(self.nearest, self.farthest, BINS, device=shares.device,
-                                dtype=shares.dtype)
-        return torch.einsum("bkhw,k->bhw", shares, depths)[:, None]
+        depths = torch.linspace(self.nearest, self.farthest, BINS, device=weight.device,
+                                dtype=weight.dtype)
+        with torch.autocast(weight.device.type,
+                            enabled=False):  # a sum is a matrix product, too
+            return torch.einsum("bkhw,k->bhw", shares, depths)[:, None]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -196,7 +201,10 @@ class DepthOutput(nn.Module):
         nn.init.ones_(self.head[4].bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(x)
+        # Under autocast, too, the metres themselves are not in bfloat16 (see LinearDepth).
+        x = self.head[:4](x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head[4](x.to(self.head[4].weight.dtype))
 
 
 class DPT(nn.Module):

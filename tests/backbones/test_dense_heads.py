@@ -4,7 +4,8 @@
 2. The segmentation head is BatchNorm and a linear layer on each patch, under the names of the
    released heads.
 3. LinearDepth is the paper's: tokens enlarged fourfold, then 256 shares and the mean of their
-   depths. DPT has the sizes and the number of parameters of the released head.
+   depths. DPT has the sizes and the number of parameters of the released head. Both tell
+   centimetres under autocast.
 4. A head's file loads strictly; another is refused with the difference.
 """
 
@@ -120,6 +121,20 @@ def test_dpt_starts_at_one_metre():
     torch.testing.assert_close(metres, torch.full_like(metres, 1 + head.nearest))
     metres.sum().backward()
     assert head.conv_depth.head[4].weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", [LinearDepth, DPT])
+def test_centimetres_under_autocast(kind):
+    """bfloat16 itself knows 0.25 metres at 40: its 33 numbers from 36 to 44 would be all."""
+    torch.manual_seed(0)
+    head = LinearDepth(32, 4, 35.0, 45.0) if kind is LinearDepth else DPT(32, channels=16)
+    if kind is DPT:
+        torch.nn.init.normal_(head.conv_depth.head[4].weight)
+        torch.nn.init.constant_(head.conv_depth.head[4].bias, 40.0)
+    maps = [(torch.randn(1, 32, 8, 8), torch.randn(1, 32)) for _ in range(4)]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        metres = head(maps)
+    assert metres.dtype == torch.float32 and len(metres.unique()) > 200
 
 
 def test_the_blocks_that_are_read(backbone):
