@@ -26,7 +26,7 @@ from backbones.convnet import ConvNet
 from backbones.dense_heads import SegmentationHead, Segmenter, read_dense_head
 from backbones.depth_heads import RANGES, Depther
 from backbones.weights import architecture, load_backbone, load_strictly, untrained
-from vit import VisionTransformer, resize_pos_embed
+from vit import Block, Groups, VisionTransformer, resize_pos_embed
 
 # What Meta calls the weights that it released: LVD142M are those of DINOv2's backbones. Here
 # they are what a name stands for, with or without that word.
@@ -34,6 +34,20 @@ RELEASED_WEIGHTS = ("", "LVD142M")
 
 # How many classes the data sets have for which it released segmentation heads.
 SEGMENTATION_CLASSES = {"ade20k": 150, "voc2012": 21}
+
+
+class OfficialBlock(Block):
+    """A block that takes tokens as Meta's does, for programs that go through model.blocks."""
+
+    def forward(self, x: Tensor, groups: Groups | None = None, keep=None) -> Tensor:
+        """Tokens of b images of n tokens each: (b, n, D) -> (b, n, D).
+
+        With `groups` they are packed, (T, D): so the network itself calls its blocks.
+        """
+        if groups is not None:
+            return super().forward(x, groups, keep)
+        b, n = x.shape[:2]
+        return super().forward(x.flatten(0, 1), ((b, n),)).unflatten(0, (b, n))
 
 
 class DINO(VisionTransformer):
@@ -63,6 +77,14 @@ class DINOv2(VisionTransformer):
             return self.forward_features(x, masks)
         tokens = super().forward(x, masks)
         return [self.head(t) for t in tokens] if isinstance(tokens, list) else self.head(tokens)
+
+    def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        """What goes into the first block: (B, 1 + R + P, D)."""
+        return self.prepare_tokens(x, masks)
+
+    def get_intermediate_layers(self, x: Tensor, *args, **kwargs) -> tuple:
+        """That of VisionTransformer, whose images are called x by Meta."""
+        return super().get_intermediate_layers(x, *args, **kwargs)
 
 
 def backbone(name: str, pretrained: bool = True, weights: str = "",
@@ -117,8 +139,10 @@ def as_official(model: VisionTransformer | ConvNet, name: str) -> nn.Module:
         network.num_features = network.embed_dim = model.embed_dim
         return network.train(model.training)
 
-    # The classes above only add methods, so the network can become one of them as it is. DINOv2's
-    # `forward` ends with a head, which has no tensors; that of DINO does not.
+    # The classes above only add methods, so the network and its blocks can become one of them as
+    # they are. DINOv2's `forward` ends with a head, which has no tensors; that of DINO does not.
+    for block in model.blocks:
+        block.__class__ = OfficialBlock
     model.__class__ = DINOv2 if name.startswith("dinov2") else DINO
     if isinstance(model, DINOv2):
         model.head = nn.Identity()
@@ -141,20 +165,20 @@ class DINOv2Depther(Depther):
         return self(img)
 
 
-def head_file(weights: str, released: str, data_sets: dict) -> str:
+def head_file(weights: str | Path, released: str, data_sets: dict) -> str | Path:
     """`released`, the name of Meta's head, where `weights` is one of the data sets; else a file.
 
     ValueError for what is neither.
     """
-    if weights.lower() in data_sets:
+    if str(weights).lower() in data_sets:
         return released
     if not Path(weights).expanduser().is_file():
         choices = ", ".join(name.upper() for name in data_sets)
-        raise ValueError(f"weights={weights!r}: expected {choices}, or the file of a head")
+        raise ValueError(f"weights={str(weights)!r}: expected {choices}, or the file of a head")
     return weights
 
 
-def depther(name: str, kind: str, pretrained: bool = True, weights: str = "NYU",
+def depther(name: str, kind: str, pretrained: bool = True, weights: str | Path = "NYU",
             depth_range: tuple[float, float] | None = None, img_size: int = 0) -> DINOv2Depther:
     """The backbone of a released name with a depth head, of `kind` in depth_heads.DEPTH_HEADS.
 
@@ -165,7 +189,7 @@ def depther(name: str, kind: str, pretrained: bool = True, weights: str = "NYU",
     # Meta's words are those of its file names: NYU with four blocks is NAME_nyu_linear4. The
     # range is no tensor. Our own files have it beside the tensors, Meta's do not.
     state, settings = None, {}
-    data = weights.lower() if pretrained else "nyu"
+    data = str(weights).lower() if pretrained else "nyu"
     if pretrained:
         what = head_file(weights, f"{name}_{data}_{kind}", RANGES)
         state, settings = read_dense_head(what)
@@ -181,7 +205,7 @@ def depther(name: str, kind: str, pretrained: bool = True, weights: str = "NYU",
     return network.eval()
 
 
-def segmenter(name: str, kind: str, pretrained: bool = True, weights: str = "ADE20K",
+def segmenter(name: str, kind: str, pretrained: bool = True, weights: str | Path = "ADE20K",
               img_size: int = 0) -> Segmenter:
     """The backbone of a released name with a segmentation head of one block, or of four.
 
@@ -189,7 +213,7 @@ def segmenter(name: str, kind: str, pretrained: bool = True, weights: str = "ADE
     that data set, or the file of a head, whose classes are its own. ValueError names the first
     tensors that do not fit.
     """
-    data = weights.lower()
+    data = str(weights).lower()
     classes = SEGMENTATION_CLASSES.get(data, 150)
     model = as_official(backbone(name, pretrained, img_size=img_size), name)
     if pretrained:

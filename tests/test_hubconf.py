@@ -187,6 +187,13 @@ DINOV2_SHAPES = {  # name -> feature, registers, patches, as a map, all tokens, 
                           1369)}
 
 
+def block_by_block(model, tokens):
+    """As programs for Meta's networks go through them, tokens of several images in one tensor."""
+    for block in model.blocks:
+        tokens = block(tokens)
+    return model.norm(tokens)
+
+
 def shapes_of(tensors):
     return [tuple(tensor.shape) for tensor in tensors]
 
@@ -211,6 +218,8 @@ def test_methods_of_dino(name):
         torch.testing.assert_close(outs[-1][:, 0], model(images))
         torch.testing.assert_close(outs[-1][:, 1:], inside["x_norm_patchtokens"])
         assert torch.equal(last[0], outs[-1])
+        torch.testing.assert_close(block_by_block(model, model.prepare_tokens(images)),
+                                   outs[-1])
     assert model.num_features == model.embed_dim == feature[1]
     assert model.patch_embed.num_patches == num_patches
 
@@ -237,6 +246,11 @@ def test_methods_of_dinov2(name):
         assert shapes_of(layers(images, [2, 5, 8, 11], reshape=True)) == [as_map] * 4
         for pair in layers(images, n=2, return_class_token=True, norm=False):
             assert shapes_of(pair) == [patches, feature]
+
+        # The first arguments by Meta's names, and the blocks by themselves.
+        assert torch.equal(layers(x=images)[0], layers(images)[0])
+        all_tokens = block_by_block(model, model.prepare_tokens_with_masks(images, mask))
+        torch.testing.assert_close(all_tokens[:, 0], out["x_norm_clstoken"])
 
         # `head` has no tensors; what is put in its place is used.
         feature_of_images = model(images)
@@ -485,7 +499,7 @@ def test_the_range_decides_what_a_linear_head_says(small_vit, monkeypatch, tmp_p
     monkeypatch.setattr(hubconf.hub, "load_backbone", lambda name: model.backbone)
     images = torch.randn(1, 3, 28, 28)
     ours = hubconf.dinov2_vits14_ld(weights=str(tmp_path / "head.pt"))  # a file: as NYU's
-    metas = hubconf.dinov2_vits14_ld(weights=str(tmp_path / "head.pt"), depth_range=(0.001, 80))
+    metas = hubconf.dinov2_vits14_ld(weights=tmp_path / "head.pt", depth_range=(0.001, 80))
     with torch.no_grad():
         assert torch.equal(ours(images), model(images))
         ratio = metas(images) / ours(images)
@@ -511,6 +525,10 @@ def test_misfits_of_heads(small_vit, monkeypatch, tmp_path):
         hubconf.dinov2_vits14_dd(pretrained=False).whole_inference(None, rescale=False)
     with pytest.raises(ValueError, match="weights='nyuu': expected NYU, KITTI, or the file"):
         hubconf.dinov2_vits14_ld(weights="nyuu")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError,
+                       match="list.pt: expected the tensors of a head, found a list"):
+        hubconf.dinov2_vits14_ld(weights=tmp_path / "list.pt")
     with pytest.raises(ValueError, match="weights='ade': expected ADE20K, VOC2012, or the"):
         hubconf.dinov2_vits14_ls(weights="ade")
     with pytest.raises(ValueError, match="img_size=5: smaller than one patch of 14"):
