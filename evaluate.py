@@ -115,7 +115,8 @@ def config_of_all() -> type:
                 hidden.append((field.name, field.type, value))
 
     # Where several tasks have the field, the first one in TASKS gives its value, as Python does
-    # where a class inherits a name twice: in reversed order it is written last.
+    # where a class inherits a name twice. The dictionary is filled from the last task to the
+    # first, so that the value of the first task overwrites the others.
     unique = {name: (name, kind, value) for name, kind, value in reversed(hidden)}
     return dataclasses.make_dataclass("Config", unique.values(), bases=bases)
 
@@ -129,13 +130,16 @@ def write_results(extractor: Extractor, name: str, results: dict, begun: float) 
     # The weights are a file or a run, whose path is kept, or else a name or a URL.
     config = extractor.config
     is_file = os.path.exists(config.weights)
+    flags = [
+        field.name for field in dataclasses.fields(config) if "no_flag" not in field.metadata]
+    images = {flag: getattr(config, flag) for flag in ("data", "val_data") if flag in flags}
     about = {
-        "task": name, "data": config.data, "val_data": getattr(config, "val_data", ""),
-        "weights": os.path.abspath(config.weights) if is_file else config.weights,
+        "task": name,
+        **images, "weights": os.path.abspath(config.weights) if is_file else config.weights,
         "checkpoint_key": config.checkpoint_key, "weights_sha256": extractor.sha256,
         "image_size": extractor.size, "precision": config.precision, "minutes": round(
             (time.time() - begun) / 60, 2)}
-    results = about | results  # a task with an image size of its own has told it
+    results = about | results  # a task has told what it did not take from these flags
 
     # `features` has written its own file by now, and wants a results.json only where --output_dir
     # asks for it.

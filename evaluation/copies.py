@@ -40,6 +40,8 @@ from machinery.flags import UsageError, require
 # ----------------------------------------------------------------------------------------------
 # What describes an image
 
+AT_ONCE = 8192  # rows of features that are whitened at once
+
 
 def gem(patches: Tensor, p: float = 4.0) -> Tensor:
     """Generalised mean over patches: (B, P, D) -> (B, D). Radenovic 2017, eq. 3.
@@ -72,17 +74,26 @@ class Whitening:
     """
 
     def __init__(self, features: Tensor):
-        features = features.double()
-        self.mean = features.mean(0)
+        # Sums are in float64, of some rows at a time: a copy of a million rows would be 3 GB for
+        # a width of 384.
+        self.mean = features.mean(0, dtype=torch.float64)
+        moments = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64,
+                              device=features.device)  # (D, D)
+        for rows in features.split(AT_ONCE):
+            rows = rows.double()
+            moments += rows.T @ rows / len(features)
 
         # A direction in which features hardly vary has an eigenvalue near 0. Dividing by its
         # root would blow up rounding errors: 1e-5 of the largest is the least to be divided by.
-        strength, self.axes = torch.linalg.eigh(features.T @ features / len(features))
+        strength, self.axes = torch.linalg.eigh(moments)
         self.scale = strength.clamp(min=1e-5 * strength.max().item()).rsqrt()
 
     def __call__(self, features: Tensor) -> Tensor:
-        white = (features.double() - self.mean) @ self.axes * self.scale  # (n, D)
-        return F.normalize(white, dim=1).to(features.dtype)
+        whitened = torch.empty_like(features)  # (n, D)
+        for rows, out in zip(features.split(AT_ONCE), whitened.split(AT_ONCE)):
+            white = (rows.double() - self.mean) @ self.axes * self.scale
+            out.copy_(F.normalize(white, dim=1))
+        return whitened
 
 
 # ----------------------------------------------------------------------------------------------
@@ -273,7 +284,8 @@ def run(extractor: Extractor) -> dict:
         headline["copies mAP, strong"] = figures["strong"]
     source = f"Copydays in {config.copydays}" if config.copydays else "made copies"
     whitening = "--whitening_data" if config.whitening_data else "--data"
-    return {
+    judged = {"val_data": "", "copydays": config.copydays} if config.copydays else {}
+    return judged | {
         "copies": figures, "mean": mean, "n_originals": len(originals), "headline": headline,
         "image_size": extractor.size,
         "protocol": f"class token + GeM of patches, PCA whitening on {whitening}, {source}"}

@@ -15,6 +15,7 @@ Tests    pytest tests/evaluation/test_dense.py
 Letters  B images, C channels, K classes or channels of an answer, H W pixels, s side of a crop.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -239,7 +240,7 @@ def resize_short_side(image: Tensor, map: Tensor, side: int) -> tuple[Tensor, Te
 def mean_colour(image: Tensor, stats: ChannelStats) -> Tensor:
     """The mean of each channel in the unit of the image, (C, 1, 1): normalised it becomes 0."""
     # Images of files are bytes from 0 to 255, those of more or fewer than three channels floats
-    # from 0 to 1, and the mean of `pixels` is in the unit of the latter.
+    # from 0 to 1, and the mean of `stats` is in the unit of the latter.
     mean = torch.tensor(stats.mean)
     if image.dtype == torch.uint8:
         mean = (mean * 255).round().byte()
@@ -263,17 +264,17 @@ def fill(image: Tensor, size: int, value) -> Tensor:
 
 def crop_batches(pairs: Pairs, size: int, scale: tuple[float, float], no_answer: float,
                  batch_size: int, steps: int, process: Process, num_workers: int = 0,
-                 seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+                 seed: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's share of each batch: crops (b, C, s, s), normalised, and maps (b, s, s).
 
-    batch_size counts the crops of all processes together, and the batches are the same for any
-    number of processes.
+    From step `start` to step `steps`. batch_size counts the crops of all processes together, and
+    the batches are the same for any number of processes.
     """
 
     # Every process draws the numbers of the whole batches, and reads the images of its share
     # alone. Example of two processes: of the batch (7, 3, 0, 5) the first one reads 7 and 0,
     # the second one 3 and 5.
-    batches = Sampler(len(pairs), min(batch_size, len(pairs)), steps, seed=seed)
+    batches = Sampler(len(pairs), min(batch_size, len(pairs)), steps, start, seed)
     shares = [spread(keys, process) for keys in batches]
     crops = PairCrops(pairs, size, scale, no_answer, seed)
     loader = torch.utils.data.DataLoader(crops, batch_sampler=shares, num_workers=num_workers,
@@ -284,6 +285,16 @@ def crop_batches(pairs: Pairs, size: int, scale: tuple[float, float], no_answer:
             raise ValueError(f"--data {batch}")
         images, maps = batch
         yield normalise(images.to(process.device), pairs.channel_stats), maps.to(process.device)
+
+
+def hash_of_pairs(pairs: Pairs) -> str:
+    """A hash of all names, and of image and map of 16 pairs, to recognise a set again."""
+    names = "\n".join([*pairs.names, *(pairs.classes or [])])
+    digest = hashlib.sha256(names.encode(errors="surrogateescape"))
+    for i in np.linspace(0, len(pairs) - 1, 16).astype(int).tolist():
+        for part in pairs[i]:
+            digest.update(part.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -335,6 +346,20 @@ def over_flips(predict: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
     # The network was trained on crops of both kinds, but answers a little differently for them:
     # for the mean of two answers the errors that they do not share are halved.
     return (predict(image) + predict(image.flip(-1)).flip(-1)) / 2
+
+
+def require_numbers(answer: Tensor, source: str):
+    """UsageError, which names the flags in `source`, for an answer with NaN or infinity in it."""
+    # The largest of several NaN is class 0, so that a table of plausible figures would come of it.
+    if not answer.isfinite().all():
+        raise UsageError(f"{source}: it gives answers that are no numbers")
+
+
+def source_of(config) -> str:
+    """The flags that decide what a head says, for messages."""
+    if config.head:
+        return f"--head {config.head} on --weights {config.weights}"
+    return f"--weights {config.weights}, or a head of --head_lr {config.head_lr:g}"
 
 
 def in_order(own: dict, process: Process) -> list:

@@ -31,12 +31,14 @@ from augment import normalise
 from backbones.dense_heads import at_pixels, read_dense_head
 from backbones.depth_heads import DEPTH_HEADS, Depther, settings_of_released
 from backbones.weights import load_strictly
-from evaluation.dense import (PairsConfig, can_judge, crop_batches, in_order, open_for_patches,
-                              over_flips, page_of_rows, shape_at, side_of_crops, with_protocol)
+from evaluation.dense import (PairsConfig, can_judge, crop_batches, hash_of_pairs, in_order,
+                              open_for_patches, over_flips, page_of_rows, require_numbers,
+                              shape_at, side_of_crops, source_of, with_protocol)
 from evaluation.extract import gather
 from evaluation.protocol import (Extractor, keep_earlier, require_other_images, results_folder)
+from evaluation.unfinished import SAVE_EVERY, Unfinished
 from images.pairs import DEPTHS, Pairs, read_depth
-from machinery.checkpoints import save_tensors
+from machinery.checkpoints import live_state, save_tensors
 from machinery.clock import Progress
 from machinery.flags import UsageError, require
 from machinery.page import picture, save
@@ -184,6 +186,7 @@ class Config(PairsConfig):
     head_lr: float = 1e-3  # peak of the head's learning rate
     warmup: float = 0.1  # share of the steps in which the learning rate rises to its peak
     head: str = ""  # judge this head, a file or a released NAME, and train none
+    resume: bool = True  # continue a training in --output_dir that was stopped before its end
     seed: int = 0  # the seed of the head's first weights, the order of the pairs, and the crops
 
     def check(self):
@@ -223,13 +226,20 @@ def run(extractor: Extractor) -> dict:
     else:
         train = open_for_patches(extractor, DEPTHS, "data", read, size)
         require_other_images(train, val, config.data, config.val_data)
-        train_head(depther, train, size, config, process)
+        settings = {
+            "data": hash_of_pairs(train), "crops": size, "steps": config.steps,
+            "head_batch": config.head_batch, "head_lr": config.head_lr, "warmup": config.warmup,
+            **{name: getattr(config, name)
+               for name in SETTINGS}}
+        unfinished = Unfinished(extractor, "depth", settings, config.resume)
+        train_head(depther, train, size, config, process, unfinished)
         if process.main:
             file = results_folder(config, "depth") / "head.pt"
             settings = {name: getattr(config, name) for name in SETTINGS}
             keep_earlier(file)
             save_tensors(file,
                          {"state_dict": depther.decode_head.state_dict(), "settings": settings})
+        unfinished.remove()
 
     # The mean of the figures over the images: each image counts the same, whatever number of
     # its pixels was measured.
@@ -246,9 +256,10 @@ def run(extractor: Extractor) -> dict:
     process.print(f"depth: {how}, of {config.val_data}\n  {listed} (rmse in metres)")
     if process.main:
         draw_page(shown, results_folder(config, "depth") / "depth.png")
-    return {
-        "depth": figures, "protocol": how, "image_size": size,
-        "headline": {"depth, delta1": figures["delta1"]}}
+    learned_from = {"data": ""} if config.head else {}
+    return learned_from | {
+        "depth": figures, "protocol": how, "image_size": size, "headline": {
+            "depth, delta1": figures["delta1"]}}
 
 
 def judge(depther: Depther, val: Pairs, size: int, config, process: Process) -> tuple:
@@ -275,7 +286,8 @@ def judge(depther: Depther, val: Pairs, size: int, config, process: Process) -> 
     return in_order(own, process), shown
 
 
-def train_head(depther: Depther, train: Pairs, size: int, config, process: Process):
+def train_head(depther: Depther, train: Pairs, size: int, config, process: Process,
+               unfinished: Unfinished | None = None):
     """Train the head on random crops of `size` pixels; the backbone stays as it is."""
     # The head is built anew behind the seed, so that its first weights do not depend on what
     # else has drawn random numbers before.
@@ -287,11 +299,17 @@ def train_head(depther: Depther, train: Pairs, size: int, config, process: Proce
 
     # No random resize: a thing that is drawn larger would have to be nearer.
     batch = min(config.head_batch, len(train))
+    # Pixels with a depth, in all crops.
+    answers = torch.zeros((), dtype=torch.long, device=process.device)
+
+    def state():
+        return {"answers": answers, **live_state({"head": head}, optimizer, of="head")}
+
+    start = unfinished.restore(state) if unfinished else 0
     batches = crop_batches(train, size, (1.0, 1.0), 0.0, batch, config.steps, process,
-                           config.num_workers, config.seed)
-    report = Progress("training the head", config.steps, process)
-    answers = 0  # pixels with a depth, in all crops
-    for step, (images, truth) in enumerate(batches):
+                           config.num_workers, config.seed, start)
+    report = Progress("training the head", config.steps - start, process)
+    for step, (images, truth) in enumerate(batches, start):
         # As in segment.py: each process runs the backbone on its share of the crops, and the
         # head learns from the whole batch on all of them.
         with torch.no_grad(), autocast(config.precision, process.device):
@@ -322,7 +340,10 @@ def train_head(depther: Depther, train: Pairs, size: int, config, process: Proce
         loss.backward()
         torch.nn.utils.clip_grad_norm_(head.parameters(), 35.0)
         optimizer.step()
-        report(step + 1)
+        report(step + 1 - start)
+        done = step + 1
+        if unfinished and done % SAVE_EVERY == 0 and done < config.steps:
+            unfinished.save(done, state())
 
     if not answers:
         raise UsageError(
@@ -381,6 +402,7 @@ def metres_of(depther: Depther, image: Tensor, stats, size: int, config,
     # The answer is enlarged or shrunk to the image itself, at which the depths are given.
     metres = over_flips(predict, scaled) if config.flip else predict(scaled)
     metres = F.interpolate(metres, (height, width), mode="bilinear", align_corners=False)
+    require_numbers(metres, source_of(config))
     return metres[0, 0].cpu()
 
 

@@ -18,6 +18,7 @@ Letters  B images of a batch on all processes, b crops of a group, C classes.
 """
 
 import copy
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,9 +33,10 @@ from evaluation import protocol
 from evaluation.extract import accuracy, best_classes, extract, spread
 from evaluation.protocol import (Extractor, keep_earlier, open_judged, open_labelled,
                                  random_crops, results_folder, training_steps)
+from evaluation.unfinished import Unfinished
 from images.data import Images
 from machinery.batch_norm import synchronise
-from machinery.checkpoints import save_tensors
+from machinery.checkpoints import live_state, save_tensors
 from machinery.clock import Progress
 from machinery.flags import UsageError, require
 from machinery.process import Process, autocast
@@ -103,12 +105,13 @@ def train_network(backbone: nn.Module, images: Images, classes: int, process: Pr
                   weight_decay: float = 0.05, layerwise_decay: float = 0.75,
                   label_smoothing: float = 0.1, mixup: float = 0.8, cutmix: float = 1.0,
                   ema: float = 0.0, precision: str = "fp32", num_workers: int = 0,
-                  seed: int = 0, report=None) -> FinetunedNetwork:
+                  seed: int = 0, unfinished: Unfinished | None = None) -> FinetunedNetwork:
     """Train a copy of the backbone on labelled images; returns the average of its weights.
 
     batch_size is that of all processes together, lr is for 256 images and proportional to the
     batch, with a tenth of the steps as warm-up. ema is the momentum of the average; 0: 0.9998,
-    or less where a run is too short for that.
+    or less where a run is too short for that. unfinished: where the training is kept after each
+    pass over the images, to be continued from there.
     """
     # The student is trained; the average follows it and is what is returned.
     torch.manual_seed(seed)
@@ -145,8 +148,14 @@ def train_network(backbone: nn.Module, images: Images, classes: int, process: Pr
         counts.append(i * process.world_size + process.rank < len(starts))
     weights = torch.tensor(counts).repeat_interleave(torch.tensor(sizes)).to(process.device)
 
-    batches = random_crops(images, size, batch_size, steps, process, num_workers, seed, GROUP)
-    for step, (crops, labels) in enumerate(batches):
+    def state():
+        return live_state({"student": student, "average": average}, optimizer, of="student")
+
+    start = unfinished.restore(state) if unfinished else 0
+    report = Progress("fine-tuning", steps - start, process)
+    batches = random_crops(images, size, batch_size, steps, process, num_workers, seed, GROUP,
+                           start)
+    for step, (crops, labels) in enumerate(batches, start):
         # Mixing: after it a label is a distribution over the classes.
         mixed_crops = []
         mixed_targets = []
@@ -179,8 +188,12 @@ def train_network(backbone: nn.Module, images: Images, classes: int, process: Pr
         ema_update(average, student, min(ema, (1 + step) / (10 + step)))
         for averaged, current in zip(average.buffers(), student.buffers()):
             averaged.copy_(current)
-        if report:
-            report(step + 1)
+        report(step + 1 - start)
+
+        # After each pass over the images but the last.
+        done = step + 1
+        if unfinished and done % (steps // epochs) == 0 and done < steps:
+            unfinished.save(done, state())
     return average.eval()
 
 
@@ -198,6 +211,7 @@ class Config(protocol.Labelled, protocol.NetworkConfig):
     label_smoothing: float = 0.1  # share of each target that is spread over all classes
     mixup: float = 0.8  # a of Beta(a, a), which draws the shares of two blended images; 0: off
     cutmix: float = 1.0  # the same for a rectangle of one image in another; 0: off
+    resume: bool = True  # continue a training in --output_dir that was stopped before its end
     seed: int = 0  # the seed of the head, the order of the images, crops and mixtures
 
     def check(self):
@@ -212,14 +226,20 @@ def run(extractor: Extractor) -> dict:
     val, labels = open_judged(extractor, train)
 
     # The recipe goes into results.json: without it the figure says little.
-    epochs, batch, steps = training_steps(config, train, 10)
+    epochs, batch, _ = training_steps(config, train, 10)
     names = ("lr", "weight_decay", "layerwise_decay", "label_smoothing", "mixup", "cutmix",
              "precision", "num_workers", "seed")
     recipe = {name: getattr(config, name) for name in names}
     recipe["lr"] = config.lr or 5e-4
+    labels_of_train = hashlib.sha256(repr((train.labels, train.classes)).encode()).hexdigest()
+    settings = {
+        "data": extractor.hash_of(train), "labels": labels_of_train, "epochs": epochs,
+        "batch_size": batch, "image_size": extractor.size, **recipe}
+    del settings["num_workers"]  # any number gives the same crops
+    unfinished = Unfinished(extractor, "finetune", settings, config.resume)
     network = train_network(extractor.model, train, 1 + max(train.labels), process,
                             extractor.size, epochs=epochs, batch_size=batch,
-                            report=Progress("fine-tuning", steps, process), **recipe)
+                            unfinished=unfinished, **recipe)
 
     # Judged on centre crops, like frozen features: the network's rows are logits here. A
     # learning rate that is too high shows in logits that are no numbers.
@@ -232,6 +252,7 @@ def run(extractor: Extractor) -> dict:
         file = results_folder(config, "finetune") / "model.pt"
         keep_earlier(file)
         save_tensors(file, network.state_dict())
+    unfinished.remove()
     process.print(
         f"fine-tuning: {epochs} epochs at {extractor.size} px, batch {batch}\n  "
         f"{figures['top1']:.2%}, top-5 {figures['top5']:.2%}, mean per class "

@@ -3,8 +3,8 @@
     bank (n_train, D), labels --> k nearest by cosine --> vote, weight exp(cosine / T) --> class
 
 Idea     If images whose features are close share a label that training never saw, then the
-         network has found the classes by itself. There is no learning rate, no number of epochs
-         and nothing else to choose but k.
+         network has found the classes by itself. There is no learning rate and no number of
+         epochs, only k and the temperature of the vote, which the papers fix at .07.
 Paper    DINO sec. 4.1 and appendix F.1 ("k-NN"); Wu 2018 sec. 3.4 for the weighted vote
 Try      python -m evaluation.knn               the vote on four clouds of points
          python evaluate.py knn --weights RUN
@@ -14,6 +14,7 @@ Tests    pytest tests/evaluation/test_knn.py
 Letters  n images, D width, k neighbours, C classes, b best of them (five).
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,10 +106,19 @@ def knn_accuracy(bank: Tensor, bank_labels, queries: Tensor, query_labels,
 
 def few_of_each(labels: list[int], n: int, seed: int) -> Tensor:
     """The rows of n images of each class, drawn from the seed."""
-    # All rows in a random order; of each class the first n in that order.
+    # All rows in a random order, and then sorted by class, which keeps that order within each
+    # class. Example: the labels 1 0 1 0 1 in the order of the rows 4 3 0 1 2 become the rows
+    # 3 1 of class 0 and 4 0 2 of class 1, which begin at the places 0 and 2.
     labels = torch.tensor(labels)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    return torch.cat([order[labels[order] == c][:n] for c in labels.unique()])
+    by_class = order[labels[order].argsort(stable=True)]
+    counts = labels.bincount()
+    counts = counts[counts > 0]  # (C,)
+    begins = counts.cumsum(0) - counts  # (C,)
+
+    # The first n of each class: at the places 0 1 and 2 3 for n = 2.
+    places = begins[:, None] + torch.arange(n)  # (C, n)
+    return by_class[places.flatten()]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -196,7 +206,7 @@ def check_few_shot(config: Config, labels: list[int]):
     """UsageError if the smallest class has fewer images than --n_per_class asks for."""
     if not config.n_per_class:
         return
-    smallest = min(labels.count(label) for label in set(labels))
+    smallest = min(Counter(labels).values())
     for n in config.n_per_class:
         if not 0 < n <= smallest:
             raise UsageError(

@@ -20,13 +20,11 @@ Letters  B rows of a batch, D width, n blocks, L learning rates, C classes, b be
 import hashlib
 import json
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from backbones.classifier import Blocks, kinds_of_input, read_head, released_head
@@ -34,19 +32,16 @@ from evaluation import protocol
 from evaluation.extract import accuracy, best_classes, gather
 from evaluation.protocol import (Extractor, keep_earlier, open_judged, open_labelled,
                                  random_crops, results_folder, training_steps)
+from evaluation.unfinished import Unfinished
 from images.data import Images, first_line
-from machinery.checkpoints import (Reader, find_checkpoint, quiet, save_checkpoint,
-                                   save_tensors)
+from machinery.checkpoints import save_tensors
 from machinery.clock import Progress
 from machinery.flags import UsageError
-from machinery.process import Process, autocast
+from machinery.process import autocast
 from training.optim import cosine
 
 # The learning rates of DINOv2's code, for a batch of 256 images.
 LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
-
-# The folder in --output_dir with the checkpoint of a training that is not finished.
-UNFINISHED = "linear-checkpoint"
 
 
 class Probes:
@@ -179,7 +174,8 @@ class Probes:
 def real_accuracy(predicted: Tensor, names: list[str], file: str) -> float:
     """ImageNet-ReaL: right is any of an image's labels; images without one do not count.
 
-    predicted (n,) are classes, names (n) the files. Beyer 2020. ValueError for another file.
+    predicted (n,) are classes, numbered in the order of the 1,000 WordNet ids; names (n) the
+    files. Beyer 2020. ValueError for another file.
     """
     # real.json is a list with the labels of each validation image, in the order of their
     # numbers, which begin at 1: the first belongs to ILSVRC2012_val_00000001.
@@ -195,6 +191,18 @@ def real_accuracy(predicted: Tensor, names: list[str], file: str) -> float:
         raise ValueError(f"--real_labels {file}: expected real.json, and images named "
                          f"ILSVRC2012_val_*: {error}") from None
     return sum(right) / len(right)
+
+
+def require_real_numbers(labels: Tensor, names: list[str], file: str):
+    """UsageError where `file` counts the classes otherwise than these labels (n,) do."""
+    # ImageNet's own labels are among those of ReaL for nine images of ten. With fewer classes, or
+    # other names, the same number is another class, and hardly any label is right.
+    right = real_accuracy(labels, names, file)
+    if right < 0.5:
+        raise UsageError(
+            f"--real_labels {file}: {right:.1%} of the images have a label of --val_data in it; it "
+            "counts the 1,000 classes of ImageNet in the order of their WordNet ids, so --data "
+            "has to be all of ImageNet, in folders of these names (n01440764, ...)")
 
 
 def title(kind: tuple[int, bool]) -> str:
@@ -248,7 +256,7 @@ def run(extractor: Extractor) -> dict:
     # refused before it.
     val, labels = open_judged(extractor, train)
     if config.real_labels:
-        real_accuracy(labels, val.names, config.real_labels)
+        require_real_numbers(labels, val.names, config.real_labels)
     if config.test_data:
         open_judged(extractor, train, "test_data")
     blocks, pools, lrs, epochs = grid(config, model)
@@ -258,7 +266,7 @@ def run(extractor: Extractor) -> dict:
     # training images have another random crop in each pass, so theirs cannot be kept.
     read = Blocks(model, max(blocks))
     rows = extractor(val, f"linear{max(blocks)}-val_data", read)
-    probes = sweep(extractor, train, read, kinds, lrs, epochs)
+    probes, unfinished = sweep(extractor, train, read, kinds, lrs, epochs)
 
     # Each process has trained some of the probes: their results are put together. sorted():
     # of several equally good ones every process has to choose the same.
@@ -280,7 +288,7 @@ def run(extractor: Extractor) -> dict:
         folder = results_folder(config, "linear")
         keep_earlier(folder / "head.pt")
         save_tensors(folder / "head.pt", head)
-        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+    unfinished.remove()
 
     # The table: a line for each learning rate, a column for each kind of input.
     epochs, batch, _ = training_steps(config, train, epochs)
@@ -367,8 +375,11 @@ def grid(config: Config, model) -> tuple[tuple, tuple, tuple, int]:
 
 
 def sweep(extractor: Extractor, train: Images, read: Blocks, kinds: dict, lrs,
-          epochs: int) -> Probes:
-    """Train this process's share of the probes; all processes make the features together."""
+          epochs: int) -> tuple[Probes, Unfinished]:
+    """Train this process's share of the probes; all processes make the features together.
+
+    And the checkpoint, which is to be removed once the results are written.
+    """
     config = extractor.config
     process = extractor.process
     epochs, batch, steps = training_steps(config, train, epochs)
@@ -378,17 +389,15 @@ def sweep(extractor: Extractor, train: Images, read: Blocks, kinds: dict, lrs,
     own_lrs = lrs[process.rank::process.world_size]
     probes = Probes(kinds, classes, own_lrs, process.device, seed=config.seed)
 
-    # What the probes become depends on all of this. It is kept in the checkpoint, because the
-    # training of other probes must not be continued.
+    # What the probes become depends on all of this. Each process reads those that it trains,
+    # whichever process wrote them.
     inputs = [title(kind) for kind in kinds]
     labels = hashlib.sha256(repr((train.labels, train.classes)).encode()).hexdigest()
     settings = {
-        "weights": extractor.sha256, "network": extractor.network,
         "data": extractor.hash_of(train), "labels": labels, "inputs": inputs, "lr": list(lrs),
-        "epochs": epochs, "batch_size": batch, "image_size": extractor.size,
-        "precision": config.precision, "seed": config.seed}
-    folder = results_folder(config, "linear") / UNFINISHED
-    start = continue_from(folder, probes, settings, config.resume, process)
+        "epochs": epochs, "batch_size": batch, "image_size": extractor.size}
+    unfinished = Unfinished(extractor, "linear", settings, config.resume)
+    start = unfinished.restore(probes.state, own=True)
 
     # Crops are a function of the seed and the step: a training that is continued gets those
     # that it would have got.
@@ -409,41 +418,8 @@ def sweep(extractor: Extractor, train: Images, read: Blocks, kinds: dict, lrs,
         # After each pass over the images but the last: the probes, and their velocities.
         done = step + 1
         if done % (steps // epochs) == 0 and done < steps:
-            save_checkpoint(folder, done, probes.state(), {"settings": settings}, process, 1)
-    return probes
-
-
-def continue_from(folder: Path, probes: Probes, settings: dict, resume: bool,
-                  process: Process) -> int:
-    """The step to go on from: that of the checkpoint in `folder`, which is loaded, or else 0.
-
-    Without `resume` the checkpoint is removed. UsageError if it has other settings.
-    """
-    # Otherwise an old checkpoint of a later step would be taken for the newest one.
-    if not resume and process.main:
-        shutil.rmtree(folder, ignore_errors=True)
-    checkpoint = find_checkpoint(folder, process, required=True)
-    if not checkpoint:
-        return 0
-
-    # To go on from another training's probes would give figures that belong to neither of the
-    # two, and to overwrite them would lose what may have taken hours: the user has to decide.
-    path, manifest = checkpoint
-    stored = manifest["settings"]
-    different = [name for name in settings if settings[name] != stored.get(name)]
-    if different:
-        name = different[0]
-        raise UsageError(
-            f"{folder} holds an unfinished training with other {name} ({stored.get(name)!s:.40}"
-            f", here {settings[name]!s:.40}); give the same flags, another --output_dir, or "
-            "--no_resume")
-
-    # Each process reads the probes that it trains, whichever process wrote them. They are not
-    # those of the other processes, so load_checkpoint, which reads once for all, would not do.
-    with quiet():
-        dcp.load(probes.state(), storage_reader=Reader(path), no_dist=True)
-    process.print(f"linear: continuing from step {manifest['step']}")
-    return manifest["step"]
+            unfinished.save(done, probes.state())
+    return probes, unfinished
 
 
 def open_head(what: str) -> dict:

@@ -28,6 +28,7 @@ from evaluation.extract import accuracy, best_classes
 from evaluation.protocol import Extractor, open_judged, open_labelled
 from machinery.clock import Progress
 from machinery.process import Process
+from machinery.read_once import wait_for_all
 
 # Values of C, from 1e-6 to 1e5 in equal ratios. C is the inverse of the penalty's strength, as
 # in scikit-learn: a small C is a strong penalty. These are DINOv2's.
@@ -169,12 +170,17 @@ def run(extractor: Extractor) -> dict:
         predicted = best_classes(rows[held_out] @ weight.T + bias)
         own_accuracies[C] = accuracy(predicted, targets[held_out])["top1"]
         report(min(done * process.world_size, len(PENALTIES)))
+
+    # Some strengths take much longer than others, and so do the shares of the processes.
+    wait_for_all(process)
     accuracies = {}
     for part in process.all_gather(own_accuracies):
         accuracies |= part
 
     # `max` takes the first of several equally good ones: the smallest C, the strongest penalty.
-    # With it all images are fitted once more, the held-out tenth included.
+    # With it all images are fitted once more, the held-out tenth included. The problem of nine
+    # tenths is as large as all features, so its memory is given back first.
+    del problem
     best = max(sorted(accuracies), key=accuracies.get)
     weight, bias = Logistic(rows, targets, classes).fit(best)
     figures = accuracy(best_classes(val_rows @ weight.T + bias), labels)

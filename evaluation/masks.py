@@ -26,7 +26,8 @@ from torchvision.transforms.v2 import functional as TF
 from augment import RGB, normalise
 from backbones.weights import architecture, load_backbone
 from evaluation.contours import region_similarity
-from evaluation.dense import (PairsConfig, can_judge, in_order, open_for_patches, side_of_crops)
+from evaluation.dense import (PairsConfig, can_judge, in_order, open_for_patches,
+                              require_numbers, side_of_crops)
 from evaluation.protocol import Extractor
 from images.pairs import IGNORE, MASKS, Pairs, read_mask
 from machinery.clock import Progress
@@ -216,6 +217,7 @@ def attention_at(model: VisionTransformer, image: Tensor, size: int, config,
     scaled = normalise(scaled[None].to(process.device), model.channel_stats)
     with autocast(config.precision, process.device):
         maps = model.get_class_attention(scaled, config.block)
+    require_numbers(maps, f"--weights {config.weights}, or one of --others")
     return maps[0].float().cpu()
 
 

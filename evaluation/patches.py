@@ -25,8 +25,8 @@ from torchvision.transforms.v2 import functional as TF
 
 from augment import normalise
 from backbones.dense_heads import at_pixels, frame, patch_maps
-from evaluation.dense import (PairsConfig, can_judge, in_order, open_for_patches, shape_at,
-                              remedy, side_of_crops, with_common_classes)
+from evaluation.dense import (PairsConfig, can_judge, in_order, open_for_patches, remedy,
+                              require_numbers, shape_at, side_of_crops, with_common_classes)
 from evaluation.knn import top_neighbours
 from evaluation.protocol import Extractor, require_other_images
 from evaluation.segment import confusion, scores
@@ -84,7 +84,9 @@ def patch_tokens(model: nn.Module, pairs: Pairs, i: int, size: int, process: Pro
     scaled = TF.resize(image, list(shape), antialias=True)[None].to(process.device)
     with autocast(precision, process.device):
         maps = patch_maps(model, normalise(scaled, pairs.channel_stats), [model.depth - 1])
-    return maps[0][0][0].float(), mask, shape
+    tokens = maps[0][0][0].float()
+    require_numbers(tokens, "--weights")
+    return tokens, mask, shape
 
 
 def patch_bank(model: nn.Module, train: Pairs, classes: int, size: int, process: Process,
@@ -92,7 +94,7 @@ def patch_bank(model: nn.Module, train: Pairs, classes: int, size: int, process:
     """The patches that vote: tokens (n_bank, D) and classes (n_bank,), on all processes."""
     # Neighbouring patches of an image are nearly the same, so a few of every image say more
     # than all of a few. Example: of 20,000 patches and 500 images each image gives 40 of its
-    # 1,024.
+    # 1,024. No image gives less than one.
     each = max(1, most // len(train))
     own = {}
     for i in range(process.rank, len(train), process.world_size):
@@ -120,8 +122,8 @@ def patch_knn(
     flags: tuple[str, str] = ("--data", "--val_data")) -> dict:
     """The figures of evaluation.segment.scores for the vote of patches, on all processes.
 
-    most: how many patches vote at most; they are drawn evenly from all images. flags: those that
-    named the two sets, for messages.
+    most: how many patches vote; they are drawn evenly from all images, and at least one of each.
+    flags: those that named the two sets, for messages.
     """
     # A training run calls this for its teacher, and gets it back in the mode that it was in.
     was_training = model.training
@@ -156,7 +158,7 @@ class Config(PairsConfig):
     # -- vote of patches
     ignore_label: int = 255  # pairs:PATH: the number in a mask of pixels that have no class
     neighbours: int = 20  # how many of the nearest patches vote
-    most_patches: int = 20_000  # how many patches there are to vote, at most
+    most_patches: int = 20_000  # how many patches there are to vote; at least one of each image
     most: int = 500  # how many images of --data and of --val_data are used, at most
 
     def check(self):

@@ -54,7 +54,7 @@ class WeightsConfig:
                             "student"] = "teacher"  # which network of a training's two
     num_heads: int = 0  # attention heads, for a file that does not tell them; 0: of width 64
     data: str = "shapes"  # images to learn from or to search in: shapes, folder:PATH, CIFAR10
-    image_size: int = 0  # side of the images in pixels; 0: the paper's, or a small training's
+    image_size: int = 0  # side of the images in pixels; 0: the paper's, or of a run its crops'
     # -- machine
     device: str = "auto"  # auto | cpu | cuda | mps
     precision: Precision = "auto"  # of matrix products; auto: tf32 on GPUs that have it

@@ -32,13 +32,15 @@ from torchvision.transforms.v2 import functional as TF
 from augment import normalise
 from backbones.dense_heads import SegmentationHead, Segmenter, at_pixels, read_dense_head
 from backbones.weights import load_strictly
-from evaluation.dense import (PairsConfig, can_judge, crop_batches, in_windows,
-                              open_for_patches, over_flips, page_of_rows, shape_at,
-                              side_of_crops, with_common_classes, with_protocol)
+from evaluation.dense import (PairsConfig, can_judge, crop_batches, hash_of_pairs, in_windows,
+                              open_for_patches, over_flips, page_of_rows, require_numbers,
+                              shape_at, side_of_crops, source_of, with_common_classes,
+                              with_protocol)
 from evaluation.extract import gather
 from evaluation.protocol import (Extractor, keep_earlier, require_other_images, results_folder)
+from evaluation.unfinished import SAVE_EVERY, Unfinished
 from images.pairs import IGNORE, MASKS, Pairs, read_mask
-from machinery.checkpoints import save_tensors
+from machinery.checkpoints import live_state, save_tensors
 from machinery.clock import Progress
 from machinery.flags import UsageError, require
 from machinery.page import picture, pyplot, save
@@ -117,15 +119,16 @@ class Config(PairsConfig):
     protocol: Literal[*PROTOCOLS] = "short"  # whose settings: short, or DINOv2's for a data set
     ignore_label: int = 255  # pairs:PATH: the number in a mask of pixels that have no class
     last_blocks: int = 1  # how many of the last blocks the head reads
-    scales: tuple[float, ...] = (1.0,
-                                 )  # sizes at which an image is judged, their answers averaged
+    scales: tuple[float, ...] = (
+        1.0,)  # sizes at which an image is judged, times --image_size; their mean answers
     flip: bool = False  # judge the mirror image, too
     steps: int = 300  # of training the head
     head_batch: int = 16  # crops of a step, on all processes together
-    resize: tuple[float,
-                  float] = (1.0, 2.0)  # range of the short side, in crops, before cropping
+    resize: tuple[float, float] = (
+        1.0, 2.0)  # range of the short side before cropping, times the side of a crop
     head_lr: float = 1e-3  # peak of the head's learning rate
     head: str = ""  # judge this head, a file or a released NAME, and train none
+    resume: bool = True  # continue a training in --output_dir that was stopped before its end
     seed: int = 0  # the seed of the head's first weights, the order of the pairs, and the crops
 
     def check(self):
@@ -157,11 +160,18 @@ def run(extractor: Extractor) -> dict:
     if config.head:
         segmenter = read_segmenter(config.head, extractor.model, len(classes))
     else:
-        segmenter = train_segmenter(extractor.model, train, len(classes), size, config, process)
+        settings = {
+            "data": hash_of_pairs(train), "ignore_label": config.ignore_label, "crops": size,
+            "last_blocks": config.last_blocks, "steps": config.steps, "resize": config.resize,
+            "head_batch": config.head_batch, "head_lr": config.head_lr}
+        unfinished = Unfinished(extractor, "segment", settings, config.resume)
+        segmenter = train_segmenter(extractor.model, train, len(classes), size, config, process,
+                                    unfinished)
         if process.main:
             file = results_folder(config, "segment") / "head.pt"
             keep_earlier(file)
             save_tensors(file, segmenter.decode_head.state_dict())
+        unfinished.remove()
 
     # The table: one line for each class, and the two figures that papers report.
     counts, shown = judge(segmenter, val, len(classes), size, config, process)
@@ -205,8 +215,8 @@ def judge(segmenter: Segmenter, val: Pairs, classes: int, size: int, config,
     return sum(process.all_gather(counts)), shown
 
 
-def train_segmenter(backbone, train: Pairs, classes: int, size: int, config,
-                    process: Process) -> Segmenter:
+def train_segmenter(backbone, train: Pairs, classes: int, size: int, config, process: Process,
+                    unfinished: Unfinished | None = None) -> Segmenter:
     """A head for this backbone, trained on random crops of `size` pixels."""
     # AdamW, as DINOv2's heads were trained by. The optimizer gets the parameters of the head
     # alone: nothing of the backbone changes.
@@ -222,14 +232,21 @@ def train_segmenter(backbone, train: Pairs, classes: int, size: int, config,
     # 1,500 of 40,000 steps; of the 300 steps of the short protocol it has 30.
     batch = min(config.head_batch, len(train))
     warmup = min(1500, config.steps // 10)
-    batches = crop_batches(train, size, config.resize, IGNORE, batch, config.steps, process,
-                           config.num_workers, config.seed)
-    report = Progress("training the head", config.steps, process)
     answers = torch.zeros(classes, dtype=torch.long,
                           device=process.device)  # pixels of each class
-    for step, (images, masks) in enumerate(batches):
+
+    def state():
+        return {"answers": answers, **live_state({"head": head}, optimizer, of="head")}
+
+    start = unfinished.restore(state) if unfinished else 0
+    batches = crop_batches(train, size, config.resize, IGNORE, batch, config.steps, process,
+                           config.num_workers, config.seed, start)
+    report = Progress("training the head", config.steps - start, process)
+    for step, (images, masks) in enumerate(batches, start):
         # Each process runs the backbone on its share. The head sees the whole batch on all of
-        # them, because its BatchNorm needs all of it; it is so small that this costs little.
+        # them, because its BatchNorm needs all of it. Its work is little, but its logits at all
+        # pixels are large: 16 crops of 512 x 512 pixels and 150 classes are 2.5 GB, and a step
+        # needs about three times as much on each process.
         with torch.no_grad(), autocast(config.precision, process.device):
             features = segmenter.features(images)  # (b, n*D, h, w)
         features = gather(features.float(), batch, process)  # (B, n*D, h, w)
@@ -252,7 +269,10 @@ def train_segmenter(backbone, train: Pairs, classes: int, size: int, config,
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        report(step + 1)
+        report(step + 1 - start)
+        done = step + 1
+        if unfinished and done % SAVE_EVERY == 0 and done < config.steps:
+            unfinished.save(done, state())
 
     if not answers.any():
         raise UsageError(
@@ -298,6 +318,7 @@ def segment(segmenter: Segmenter, image: Tensor, stats, size: int, config,
             return logits.softmax(1)
 
         total = total + (over_flips(answer, scaled) if config.flip else answer(scaled))
+    require_numbers(total, source_of(config))
     return total.argmax(1)[0].cpu()
 
 

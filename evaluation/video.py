@@ -40,6 +40,7 @@ from images.videos import (VOID, Video, first_masks, number_objects, open_videos
 from machinery.clock import Progress
 from machinery.flags import UsageError, require
 from machinery.process import autocast
+from machinery.read_once import wait_for_all
 from vit import VisionTransformer
 
 # ----------------------------------------------------------------------------------------------
@@ -314,6 +315,7 @@ def run(extractor: Extractor) -> dict:
     # The figures of all videos go to all processes, in the order of the videos.
     folder = results_folder(config, "video")
     own_scores = {v.name: segment(v, extractor, folder, report) for v in own_videos}
+    wait_for_all(process)  # one video may take an hour longer than the others
     scores = {}
     for part in process.all_gather(own_scores):
         scores |= part

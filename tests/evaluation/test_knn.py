@@ -59,6 +59,11 @@ def test_few_shot_subsets():
     assert len(set(rows.tolist())) == 12
     assert torch.tensor(labels)[rows].bincount().tolist() == [4, 4, 0, 4]
     assert torch.equal(rows, few_of_each(labels, 4, 0))
+
+    # By the definition: of each class the first four in a random order of all rows.
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()
+    for c, chosen in zip((0, 1, 3), rows.split(4)):
+        assert chosen.tolist() == [row for row in order if labels[row] == c][:4]
     assert not torch.equal(rows, few_of_each(labels, 4, 1))
 
 

@@ -15,7 +15,7 @@
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,8 +24,9 @@ from conftest import Killed, copy_of, finish, run_evaluate, start
 
 from backbones.classifier import Blocks, kinds_of_input
 from evaluation import linear
-from evaluation.linear import LRS, Probes, continue_from, real_accuracy
-from machinery.checkpoints import save_checkpoint
+from evaluation.linear import LRS, Probes, real_accuracy, require_real_numbers
+from evaluation.unfinished import Unfinished
+from machinery.flags import UsageError
 from machinery.process import start_process
 from machinery.read_once import leaves
 
@@ -98,6 +99,15 @@ def test_real_labels(tmp_path):
             real_accuracy(torch.tensor([1, 2, 0]), names, str(tmp_path / "other.json"))
     with pytest.raises(ValueError, match="--real_labels .*none of these images has a label"):
         real_accuracy(torch.tensor([1]), names[2:], str(tmp_path / "real.json"))
+
+
+def test_real_labels_count_otherwise(tmp_path):
+    """Of 4 of the 1,000 classes a folder counts 0 to 3, where real.json has their old numbers."""
+    (tmp_path / "real.json").write_text(json.dumps([[31], [7, 8], [500], [2]]))
+    names = [f"ILSVRC2012_val_{i:08d}.JPEG" for i in (1, 2, 3, 4)]
+    require_real_numbers(torch.tensor([31, 8, 1, 2]), names, str(tmp_path / "real.json"))
+    with pytest.raises(UsageError, match="--real_labels .*25.0% of the images.*WordNet ids"):
+        require_real_numbers(torch.tensor([0, 1, 3, 2]), names, str(tmp_path / "real.json"))
 
 
 def test_real_labels_of_trained_probes(small_backbone, photos, tmp_path, capsys):
@@ -258,8 +268,11 @@ def two_ranks(rank, folder):
     lrs = (0.1, 0.01, 0.001)[rank::2]
     trained, again = Probes(kinds, 3, lrs), Probes(kinds, 3, lrs)
     trained.step(rows, torch.arange(6) % 3)
-    save_checkpoint(Path(folder), 7, trained.state(), {"settings": {}}, process, 1)
-    assert continue_from(Path(folder), again, {}, True, process) == 7
+    config = SimpleNamespace(output_dir=folder, precision="fp32", seed=0)
+    extractor = SimpleNamespace(config=config, process=process, sha256="0" * 64, network="")
+    unfinished = Unfinished(extractor, "linear", {}, True)
+    unfinished.save(7, trained.state())
+    assert unfinished.restore(again.state, own=True) == 7
     old, new = leaves(trained.state()), leaves(again.state())
     assert all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
     assert old[0].abs().sum() > 0
@@ -308,7 +321,7 @@ def test_killed_and_started_again(small_backbone, tmp_path, monkeypatch, capsys)
     assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
 
     # Once it has ended, nothing is left to be continued: the same command starts anew.
-    assert not (tmp_path / "killed/linear-checkpoint").exists()
-    assert (tmp_path / "anew/linear-checkpoint").exists()
+    assert not list(tmp_path.glob("killed/linear-checkpoint-*"))
+    assert len(list(tmp_path.glob("anew/linear-checkpoint-*"))) == 1
     run_evaluate(f"{line} --lr 0.1 --no_resume", output_dir=tmp_path / "anew")
     assert len(steps) == 11 + 4 + 12

@@ -9,8 +9,10 @@
    boxes and at three scales as it was told.
 """
 
+import json
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -138,8 +140,11 @@ def test_damaged_ground_truth(tmp_path):
     file = tmp_path / "gnd.pkl"
     beyond = ground_truth()
     beyond["gnd"][0]["easy"] = [3]
-    for content, words in ((b"no pickle", "--ground_truth"), (pickle.dumps(beyond),
-                                                              "beyond the 3"),
+    short = ground_truth()
+    short["gnd"][0]["bbx"] = np.array([1.0, 2.0])
+    for content, words in ((b"no pickle", "--ground_truth"),
+                           (pickle.dumps(beyond), "beyond the 3"), (pickle.dumps(short),
+                                                                    "a box of 2 numbers"),
                            (pickle.dumps({"imlist": []}), "--ground_truth")):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=words):
@@ -196,9 +201,18 @@ def test_retrieval_by_groups(small_backbone, photos, tmp_path, capsys):
         run_evaluate(f"{line} --crop_queries", groups=tmp_path / "groups.csv")
     assert "--crop_queries cuts queries to the boxes of --ground_truth" in capsys.readouterr(
     ).err
+    with pytest.raises(SystemExit):
+        run_evaluate(line, groups=tmp_path / "groups.csv", ground_truth=tmp_path / "gnd.pkl")
+    assert "--ground_truth and --groups both say what is right" in capsys.readouterr().err
+
+    # A quotation mark that is never closed makes one field of all lines behind it.
+    (tmp_path / "groups.csv").write_text("path,group\n" + 'a.jpg,"x\n' + "b.jpg,y\n" * 20_000)
+    with pytest.raises(SystemExit):
+        run_evaluate(line, groups=tmp_path / "groups.csv")
+    assert "expected a .csv file with the columns path and group" in capsys.readouterr().err
 
 
-def test_retrieval_by_ground_truth(small_backbone, photos, tmp_path):
+def test_retrieval_by_ground_truth(small_backbone, photos, tmp_path, capsys):
     stems = [
         os.path.splitext(os.path.basename(n))[0] for n in open_images(f"folder:{photos}").names]
     about = {
@@ -231,3 +245,14 @@ def test_retrieval_by_ground_truth(small_backbone, photos, tmp_path):
         with torch.no_grad():
             mean = sum(model(view)[0] for view in views) / len(views)
         torch.testing.assert_close(row, mean, rtol=1e-4, atol=1e-5)
+
+    # What was judged by is noted, and not the --val_data that had no part in it.
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["ground_truth"] == str(tmp_path / "gnd.pkl") and written["val_data"] == ""
+
+    # A thumbnail of the same name would be ranked in the place of its photograph.
+    (photos / "thumbs").mkdir()
+    shutil.copy(photos / open_images(f"folder:{photos}").names[0], photos / "thumbs")
+    with pytest.raises(SystemExit):
+        run_evaluate(line, **flags)
+    assert "have the same name, by which --ground_truth" in capsys.readouterr().err
