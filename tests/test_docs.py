@@ -179,7 +179,7 @@ def commands():
     for name in SLOTTED:
         texts[name] = slots_of(name)["Try"]
     for where, text in texts.items():
-        text = re.sub(r"\\\n\s*", " ", text)  # a command over several lines
+        text = re.sub(r" *\\\n\s*", " ", text)  # a command over several lines
         program = r"(?:[A-Z]+=\S+ )*(?:python|torchrun|pytest|pip) "
         lines = re.findall(rf"^\s*({program}.+)$", text, re.M)
         lines += re.findall(rf"`({program}[^`]+)`", text)  # within a sentence
