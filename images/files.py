@@ -84,10 +84,13 @@ def read_file(file: Path | io.BytesIO, channels: int = 3) -> Tensor:
 
 # Numbers of errors that may pass: a network disk that is out of reach, a machine that is short of
 # something. A file that is not there, or that may not be read, will not be there tomorrow.
+# NFS, Lustre, CIFS and FUSE each have their own numbers; not every system knows all of them.
 PASSING = {
-    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENOTCONN,
-    errno.ECONNRESET, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.EMFILE,
-    errno.ENFILE, errno.ENOMEM}
+    getattr(errno, name)
+    for name in ("EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EBUSY", "ENOTCONN", "ECONNRESET",
+                 "ECONNREFUSED", "ECONNABORTED", "ESHUTDOWN", "EHOSTDOWN", "EHOSTUNREACH",
+                 "ENETDOWN", "ENETUNREACH", "EREMOTEIO", "ENOLINK", "ECOMM", "EPIPE", "EMFILE",
+                 "ENFILE", "ENOMEM") if hasattr(errno, name)}
 
 
 def may_pass(error: Exception) -> bool:
