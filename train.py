@@ -559,10 +559,11 @@ def run(config: Config, build=build, move_teacher=ema_update) -> dict:
     move_teacher(teacher, student, momentum, ok) that changes the second one after each step; ok
     is a tensor, and 0 must change nothing. distill.py brings both.
     """
-    # Imported here, because a reader of the algorithm needs neither: read_once is for runs on
+    # Imported here, because a reader of the algorithm needs none of them: read_once is for runs on
     # several processes, and check refuses settings that do not fit together.
     from machinery.read_once import read_once
     from training.check import check, check_stages, warn_of_idle_flags
+    from training.memory import keep_freed_memory
 
     # With --init the weights decide what the network is; `config` has to follow them first.
     if config.init:
@@ -571,7 +572,7 @@ def run(config: Config, build=build, move_teacher=ema_update) -> dict:
         config = config_from_init(config)
     check(config)
     process = start_process(config.device)
-    machine.keep_freed_memory(process)
+    keep_freed_memory(process)
     folder = Path(config.output_dir or f"runs/{config.preset}")
 
     # Whatever can be refused is refused here, before the run directory is written. user_errors:
@@ -598,7 +599,7 @@ def run(config: Config, build=build, move_teacher=ema_update) -> dict:
         checkpoint = None
         if config.resume:
             # A finished run stays as it is, also where its checkpoints were removed to save room.
-            ended = (folder / "summary.json").exists()
+            ended = process.broadcast((folder / "summary.json").exists())
             checkpoint = find_checkpoint(folder / "checkpoint", process, required=not ended)
             unfinished = checkpoint and checkpoint[1]["step"] < config.epochs * epoch_steps
             if ended and not unfinished:
@@ -827,6 +828,8 @@ class Run:
 
     def log(self, schedule: dict):
         """Read the figures of the last steps: between saves, only here does the CPU wait."""
+        from training.memory import peak_memory_gb  # no part of the algorithm
+
         config = self.config
         process = self.process
         batch = config.batch_size_per_gpu * process.world_size
@@ -836,7 +839,7 @@ class Run:
                               teacher_temp=schedule["teacher_temp"],
                               images_per_second=batch / max(self.clock.step_seconds, 1e-9),
                               waiting=self.clock.waiting,
-                              memory_gb=machine.peak_memory_gb(process.device))
+                              memory_gb=peak_memory_gb(process.device))
 
         # The same figures go to the terminal and to metrics.jsonl, which visualize.py draws.
         process.print(log_line(self.last_row, self.total, config, self.clock))
@@ -930,7 +933,7 @@ class Run:
             knn_pixels=figures["pixels"], knn_protocol=self.judge.protocol,
             minutes=(time.time() - self.begun) / 60,
             images_per_second=self.last_row["images_per_second"],
-            peak_memory_gb=machine.peak_memory_gb(self.process.device),
+            peak_memory_gb=self.last_row["memory_gb"],
             collapsed=bool(illness and illness[0] in ("uniform collapse", "one prototype")),
             device=str(self.process.device), precision=config.precision,
             broken_images=figures["broken"])

@@ -37,9 +37,9 @@ from images.data import open_images
 from machinery.clock import FIRST_STEPS
 from machinery.flags import UsageError
 from machinery.page import pyplot
-from machinery.process import Process, keep_freed_memory
+from machinery.process import Process
 from training.config import Config as TrainingConfig
-from training.memory import expected_memory
+from training.memory import expected_memory, keep_freed_memory
 
 # ----------------------------------------------------------------------------------------------
 # How the cost grows: one thing at a time, all else as the preset has it

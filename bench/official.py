@@ -55,7 +55,8 @@ def our_step(precision: str):
     """A function that does one step and returns its loss."""
     sys.path.insert(0, str(ROOT))
     import train
-    from machinery.process import Process, keep_freed_memory, resolve_precision
+    from machinery.process import Process, resolve_precision
+    from training.memory import keep_freed_memory
     from training.config import Config
     from training.optim import OPTIMIZERS, parameter_groups
     from training.recipes import PRESETS

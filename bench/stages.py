@@ -53,7 +53,8 @@ from evaluation.linear import LRS, Probes
 from images.data import Images, Views, cached, open_images
 from machinery.clock import time_when_done
 from machinery.flags import UsageError
-from machinery.process import LOW, Process, autocast, keep_freed_memory
+from machinery.process import LOW, Process, autocast
+from training.memory import keep_freed_memory
 
 WARM_UP = 2  # turns that are not timed, before those that are
 

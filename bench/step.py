@@ -43,8 +43,9 @@ from images.data import Images, cached, open_images
 from images.files import in_channels
 from machinery.clock import FIRST_STEPS, Clock, time_when_done
 from machinery.flags import UsageError
-from machinery.process import Process, keep_freed_memory, peak_memory_gb
+from machinery.process import Process
 from training.config import Config as TrainingConfig
+from training.memory import keep_freed_memory, peak_memory_gb
 from training.optim import OPTIMIZERS, LossScale, parameter_groups
 
 # ----------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ Idea     Heads of the papers' protocols learn for 40,000 steps, and whole networ
          one that nobody has stopped, bit for bit on a CPU.
 Paper    none
 Try      pytest tests/evaluation/test_unfinished.py
-Change   what has to be the same for a training to go on: the settings that each task gives
+Change   how often a head is kept: SAVE_EVERY; what has to be the same for a training to go on:
+         the settings that each task gives to Unfinished
 Tests    pytest tests/evaluation/test_unfinished.py
 """
 

@@ -40,6 +40,7 @@ from torch import Tensor
 
 from augment import RGB, ChannelStats, Masking, MultiCrop, collate
 from machinery.flags import UsageError, command, user_errors
+from machinery.process import STOPPING
 
 # ----------------------------------------------------------------------------------------------
 # A set of images
@@ -476,9 +477,10 @@ def begin_worker(worker: int):
     # threads as there are cores, they would hinder one another.
     torch.set_num_threads(1)
 
-    # Ctrl-C in a terminal reaches the workers, too, and they ignore it: the training process may
-    # need their batches for its last step, and ends them afterwards.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C in a terminal, or its closing, reaches the workers, too, and they ignore it: the
+    # training process may need their batches for its last step, and ends them afterwards.
+    for number in set(STOPPING) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
 
     # So it is with SIGTERM, which torchrun, systemd and others send to every process of a job.
     # But it is also the way in which the training process ends a worker, so it matters who sent
@@ -517,7 +519,7 @@ def training_loader(views: Views, sampler: Sampler, num_workers: int, pin_memory
 
 @command
 def main(argv):
-    """What the named sets hold, and how two processes share them."""
+    """What the named sets hold."""
     for spec in argv or ["shapes:100", "shapes:100:val"]:
         with user_errors():
             images = open_images(spec)
@@ -527,11 +529,6 @@ def main(argv):
         by_name = sum(map(held_out, images.names))
         print(f"{spec}: {len(images):,d} images, {kinds}, one of {tuple(image.shape)}, "
               f"{by_name:,d} of them held out by name")
-    of_two = [next(iter(Sampler(100, 3, 9, rank=rank, world_size=2))) for rank in (0, 1)]
-    of_one = next(iter(Sampler(100, 6, 9)))
-    print("step 0 of two processes with batch 3:",
-          *([i for _, _, i in keys] for keys in of_two))
-    print("step 0 of one process with batch 6:  ", [i for _, _, i in of_one])
 
 
 if __name__ == "__main__":

@@ -14,14 +14,12 @@ Tests    pytest tests/machinery/test_process.py
 """
 
 import contextlib
-import ctypes
 import dataclasses
+import errno
 import functools
-import math
 import os
 import shutil
 import signal
-import sys
 import threading
 
 import torch
@@ -55,8 +53,13 @@ class Process:
 
     def print(self, *words):
         """print, from the main process only, and at once even into a file."""
-        if self.main:
+        if not self.main:
+            return
+        try:
             print(*words, flush=True)
+        except OSError as error:  # EIO: the terminal was closed; nobody can read it any more
+            if error.errno != errno.EIO:
+                raise
 
     def barrier(self):
         """Wait until all processes have come here."""
@@ -152,30 +155,17 @@ def spare_cores() -> int:
     return min(max(cores // processes - 1, 2), 16)
 
 
-def keep_freed_memory(process: Process):
-    """On a CPU: keep the memory that one training step frees for the next one.
-
-    By default the C library (glibc) gives a freed block of many megabytes back to the system.
-    The next step needs a block of the same size, and the system has to find it and fill it with
-    zeros again. That takes about a tenth of a step. With another C library nothing is done.
-    """
-    if process.device.type != "cpu":
-        return
-
-    # See the manual page mallopt(3). M_MMAP_MAX (-4) is how many blocks may come directly from
-    # the system: none. M_TRIM_THRESHOLD (-1) is how much may be kept unused: -1 is no limit.
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)
-        mallopt(-1, -1)
+# What asks a program to end. Windows has no SIGHUP.
+STOPPING = [
+    getattr(signal, f"SIG{n}") for n in ("TERM", "INT", "HUP") if hasattr(signal, f"SIG{n}")]
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGINT inside its `with` block instead of dying of them.
+    """Notes SIGTERM, SIGINT and SIGHUP inside its `with` block instead of dying of them.
 
-    A cluster sends SIGTERM to a job when it wants its machine back; Ctrl-C sends SIGINT. The
-    loop asks `agreed` after every step. If the answer is not 0 it saves, and leaves with the
-    exit code 128 + signal: 143 for SIGTERM, 130 for SIGINT.
+    A cluster sends SIGTERM to a job when it wants its machine back; Ctrl-C sends SIGINT, and a
+    terminal that is closed SIGHUP. The loop asks `agreed` after every step. If the answer is not
+    0 it saves, and leaves with the exit code 128 + signal: 143 for SIGTERM, 130 for SIGINT.
 
     With several processes a signal may reach one during step 100 and another during step 101,
     or only one at all. If each obeyed its own, they would stop at different steps, and those
@@ -196,10 +186,12 @@ class StopSignal:
             self.store = dist.distributed_c10d._get_default_store()
 
     def __enter__(self):
-        # Python lets only the main thread of a program set handlers.
+        # Python lets only the main thread of a program set handlers. A signal that is ignored
+        # stays so: `nohup` ignores SIGHUP, that the program may outlive its terminal.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.before[number] = signal.signal(number, self.note)
+            for number in STOPPING:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self.note)
         return self
 
     def __exit__(self, *_):
@@ -284,7 +276,7 @@ def has_compiler() -> bool:
 
 
 # ----------------------------------------------------------------------------------------------
-# Precision and memory
+# Precision
 
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}  # precisions below float32
 
@@ -336,25 +328,6 @@ def autocast(precision: str, device: torch.device):
     """
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     return torch.autocast(device.type, LOW.get(precision), enabled=precision in LOW)
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """The most memory held at once so far, in units of 2**30 bytes.
-
-    On a GPU that of all tensors together; else that of this process, and of its largest worker
-    process among those that have ended. NaN: not known.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    if not hasattr(os, "sysconf"):  # Windows
-        return math.nan
-    import resource  # which Windows does not have
-
-    # The system counts in bytes on a Mac and in kilobytes elsewhere.
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    largest_child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return (own + largest_child) / unit
 
 
 if __name__ == "__main__":

@@ -324,7 +324,8 @@ def test_resumed_across_a_switch(tmp_path, monkeypatch):
 
 
 # After step 8, the last one of the first epoch, the judge would be asked.
-@pytest.mark.parametrize("number, step", [(signal.SIGTERM, 11), (signal.SIGINT, 8)])
+@pytest.mark.parametrize("number, step", [(signal.SIGTERM, 11), (signal.SIGINT, 8),
+                                          (signal.SIGHUP, 3)])
 def test_asked_to_stop_it_saves_and_goes(number, step, whole, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     config = tiny_config(run, "--num_workers", "1")
@@ -390,6 +391,12 @@ def test_a_step_that_is_not_finite(tmp_path, monkeypatch):
         train.run(tiny_config(tmp_path / "run"))
     step, state = saved(tmp_path / "run/checkpoint")
     assert step == 8 and all(value.isfinite().all() for value in state.values())
+
+    # The same run goes on without that step: the third call of it is step 10 again.
+    del calls[:8]
+    train.run(tiny_config(tmp_path / "run", "--nonfinite_steps", "1"))
+    step, state = saved(tmp_path / "run/checkpoint")
+    assert step == 16 and all(value.isfinite().all() for value in state.values())
 
 
 def test_fp16_leaves_out_what_overflows(tmp_path, monkeypatch):

@@ -124,6 +124,7 @@ class Config:
     weight_decay_end: float = 0.4  # weight decay at the end
     layerwise_decay: float = 1.0  # factor on the learning rate from each block to the one below
     patch_embed_lr_mult: float = 1.0  # further factor on the patch embedding's learning rate
+    nonfinite_steps: int = 0  # steps of NaN or infinity to leave out, before one ends the run
     clip_grad: float = 3.0  # largest norm of a gradient; 0: no clipping
     clip_mode: ClipMode = "parameter"  # whose norm is clipped: each tensor's, or each network's
     freeze_last_layer_epochs: int = 1  # epochs in which the prototypes stay as they are
@@ -247,4 +248,5 @@ CROPS = ("in_chans", "mean", "std", "global_crops_size", "local_crops_size",
 NEUTRAL = {
     "output_dir", "given", "taken_over", "resume", "save_every", "log_every", "knn_every",
     "num_workers", "device", "data_root", "download", "compile", "parallel", "keep",
-    "activation_checkpointing", "profile", "dense_every", "dense_data", "dense_val_data"}
+    "activation_checkpointing", "profile", "dense_every", "dense_data", "dense_val_data",
+    "nonfinite_steps"}

@@ -141,8 +141,8 @@ class LogWindow:
     def read(self, totals: dict, images_seen: int) -> dict:
         """Means over the window, which is empty afterwards.
 
-        UsageError over a step that was not finite, or too many images that do not decode;
-        totals ["broken"] counts the latter over the whole run.
+        UsageError over more steps that were not finite than --nonfinite_steps, or too many images
+        that do not decode; totals ["nonfinite"] and ["broken"] count them over the whole run.
         """
         # One transfer for all figures of all steps: here the CPU waits for the GPU.
         names = list(self.steps[-1][-1])
@@ -150,38 +150,44 @@ class LogWindow:
             torch.stack([figures[name].float() for name in names])
             for *_, figures in self.steps]).tolist()
 
-        # A step that was not finite ends the run. It is noticed here, some steps late, but
-        # nothing is lost: train_step has kept all weights as they were since.
-        for (step, index, _, _), values in zip(self.steps, table):
-            row = dict(zip(names, values))
+        # A step that was not finite has changed nothing, which train_step has seen to. It is
+        # noticed here, some steps later, and the means are those of the others.
+        rows = [dict(zip(names, values)) for values in table]
+        for (step, index, _, _), row in zip(self.steps, rows):
             if not row["ok"]:
-                self.refuse(step, index, row)
+                self.leave_out(step, index, row, totals)
+        finite = [row for row in rows if row["ok"]] or rows
 
         # A cross-entropy is H + KL: what the teacher leaves open, and what is still to be
         # learned. exp(entropy of the mean target) is the number of prototypes in use, as if all
         # of them were used equally.
-        means = {name: sum(column) / len(table) for name, column in zip(names, zip(*table))}
+        means = {name: sum(row[name] for row in finite) / len(finite) for name in names}
         for term in self.config.objectives:
             means[f"{term}_kl"] = means[term] - means[f"{term}_entropy"]
             means[f"{term}_in_use"] = math.exp(means[f"{term}_mean_entropy"])
-        means["rank"] = effective_rank(self.features).item()
+        means["rank"] = effective_rank(self.features.nan_to_num()).item()
         del means["ok"]
 
         self.count_broken(totals, images_seen, self.features.device)
         self.steps.clear()
         return means
 
-    def refuse(self, step: int, index: Tensor, row: dict):
-        """UsageError with the step, the loss and the images of a step that was not finite."""
+    def leave_out(self, step: int, index: Tensor, row: dict, totals: dict):
+        """Name the loss and the images of a step that was not finite; too many end the run."""
         # Where all losses are finite, a gradient was not: it overflowed in the backward pass.
         losses = [name for name in row if hasattr(self.config, f"{name}_weight")] + ["loss"]
         ill = [name for name in losses if not math.isfinite(row[name])]
         what = f"the loss ({ill[0]})" if ill else "a gradient"
         images = ", ".join(self.images.names[i] for i in index[:8].tolist())
+        found = f"step {step}: {what} is not finite. Images of this process: {images}, ..."
+        totals["nonfinite"] = totals.get("nonfinite", 0) + 1
+        if totals["nonfinite"] <= self.config.nonfinite_steps:
+            print(f"{found} The step is left out", flush=True)
+            return
         raise UsageError(
-            f"step {step}: {what} is not finite; the weights are as before it. Images of this "
-            f"process: {images}, ... The same command would come to the same step: start anew "
-            "with --no_resume and a lower --lr, or with --precision fp32")
+            f"{found} The same command would come to the same step from the last checkpoint: "
+            "leave such steps out with --nonfinite_steps 3, or start anew with --no_resume and a "
+            "lower --lr, or with --precision fp32")
 
     def count_broken(self, totals: dict, images_seen: int, device: torch.device):
         """Name the images that were replaced; more than one in a hundred end the run."""

@@ -14,9 +14,12 @@ Tests    pytest tests/training/test_memory.py
 Letters  G global crops of an image, B images of a process, M masked patches, K prototypes.
 """
 
+import contextlib
+import ctypes
 import math
 import os
 import shutil
+import sys
 from pathlib import Path
 from unittest.mock import patch
 
@@ -200,6 +203,25 @@ def memory_gb(device: torch.device) -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory held at once so far, in units of 2**30 bytes.
+
+    On a GPU that of all tensors together; else that of this process, and of its largest worker
+    process among those that have ended. NaN: not known.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if not hasattr(os, "sysconf"):  # Windows
+        return math.nan
+    import resource  # which Windows does not have
+
+    # The system counts in bytes on a Mac and in kilobytes elsewhere.
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    largest_child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return (own + largest_child) / unit
+
+
 def memory_report(student: nn.Module, config: Config, process: Process,
                   frozen: list[nn.Module]) -> list[str]:
     """The lines about memory at the start of a run: what it needs, and whether that fits.
@@ -222,3 +244,21 @@ def memory_report(student: nn.Module, config: Config, process: Process,
     # The memory that the loader's workers share is another one than that of the networks.
     warning = shared_memory_warning(config, process)
     return lines + [warning] if warning else lines
+
+
+def keep_freed_memory(process: Process):
+    """On a CPU: keep the memory that one training step frees for the next one.
+
+    By default the C library (glibc) gives a freed block of many megabytes back to the system.
+    The next step needs a block of the same size, and the system has to find it and fill it with
+    zeros again. That takes about a tenth of a step. With another C library nothing is done.
+    """
+    if process.device.type != "cpu":
+        return
+
+    # See the manual page mallopt(3). M_MMAP_MAX (-4) is how many blocks may come directly from
+    # the system: none. M_TRIM_THRESHOLD (-1) is how much may be kept unused: -1 is no limit.
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)
+        mallopt(-1, -1)

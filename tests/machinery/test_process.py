@@ -3,29 +3,25 @@
    has the GPU of its flag as the current one.
 2. --precision auto is bf16 where the hardware multiplies matrices in it, fp16 on GPUs that have
    nothing better, and tf32 for frozen networks; what a GPU does not have is refused by its flag.
-3. SIGTERM is noted, however often it comes, and so is a first Ctrl-C; a second one interrupts.
-   Afterwards the handlers are as before.
-4. Freed memory is kept on a CPU: the same block, needed again, is not mapped anew.
-5. A GPU that PyTorch cannot use is mentioned once, by the main process.
-6. Where the system does not say how much memory there is (Windows), the figure is NaN.
-7. Each process gets its share of the usable cores, less one, from 2 to 16.
+3. SIGTERM and SIGHUP are noted, however often they come, and so is a first Ctrl-C; a second one
+   interrupts. What is ignored stays ignored; afterwards the handlers are as before. A terminal
+   that is gone is no reason to fail.
+4. A GPU that PyTorch cannot use is mentioned once, by the main process.
+5. Each process gets its share of the usable cores, less one, from 2 to 16.
 
 What several processes tell each other is checked in tests/test_distributed.py.
 """
 
-import ctypes
-import math
+import errno
 import os
 import signal
-import sys
 
 import pytest
 import torch
 
 from machinery.flags import UsageError
-from machinery.process import (Process, StopSignal, autocast, keep_freed_memory, peak_memory_gb,
-                               resolve_precision, spare_cores, start_process,
-                               warn_of_unused_gpu)
+from machinery.process import (Process, StopSignal, autocast, resolve_precision, spare_cores,
+                               start_process, warn_of_unused_gpu)
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -158,7 +154,7 @@ def test_stop_signal():
     before = signal.getsignal(signal.SIGTERM)
     with StopSignal(Process(CPU)) as stop_signal:
         assert stop_signal.agreed() == 0
-        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             os.kill(os.getpid(), number)
             assert stop_signal.agreed() == number
         with pytest.raises(KeyboardInterrupt):  # Ctrl-C twice: do not wait for the save
@@ -166,11 +162,30 @@ def test_stop_signal():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_memory_that_is_not_known(monkeypatch):
-    assert peak_memory_gb(CPU) > 0
-    monkeypatch.delattr(os, "sysconf")
-    monkeypatch.setitem(sys.modules, "resource", None)  # so that importing it fails
-    assert math.isnan(peak_memory_gb(CPU))
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal(Process(CPU)) as stop_signal:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop_signal.agreed() == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_is_gone(monkeypatch):
+    """The save that SIGHUP asks for must not fail because nobody can read its line."""
+
+    def gone(*args, **kwargs):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("builtins.print", gone)
+    Process(CPU).print("saved")
+    monkeypatch.setattr(
+        "builtins.print", lambda *args, **kwargs:
+        (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        Process(CPU).print("saved")
 
 
 @pytest.mark.parametrize("cores, processes, spare", [(1, 1, 2), (2, 1, 2), (8, 1, 7),
@@ -179,15 +194,3 @@ def test_spare_cores(cores, processes, spare, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert spare_cores() == spare
-
-
-def test_freed_memory_is_kept():
-    resource = pytest.importorskip("resource")
-    if not hasattr(ctypes.CDLL(None), "mallopt"):
-        pytest.skip("another C library than glibc")
-    keep_freed_memory(start_process("cpu"))
-    mapped = []  # pages, up to now
-    for _ in range(40):  # after some of these the heap has a block that is large enough
-        torch.ones(10_000_000)  # 40 MB, some 10,000 pages
-        mapped.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-    assert mapped[-1] - mapped[-6] < 1000, mapped  # the last five found their pages there

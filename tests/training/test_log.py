@@ -2,7 +2,8 @@
 1. Warnings name the illness and the term; what is healthy, or lasts for a single line, is not
    warned of.
 2. A log line is the mean over its steps, and splits a cross-entropy into H and KL.
-3. A step that was not finite is refused with its number, its loss and its images.
+3. A step that was not finite is refused with its number, its loss and its images; as many as
+   --nonfinite_steps are left out instead.
 4. Images that do not decode are named; more than one in a hundred end the run.
 """
 
@@ -126,6 +127,24 @@ def test_a_step_that_is_not_finite_is_refused(loss, words):
     window.add(9, batch_of(0, 2), figures_of(float("nan"), ok=False))
     with pytest.raises(UsageError, match=f"{words}.*Images of this process: c.png, d.png"):
         window.read({"broken": 0}, images_seen=24)
+
+
+def test_some_steps_may_be_left_out(capsys):
+    """--nonfinite_steps of the whole run; the means are those of the other steps."""
+    window = LogWindow(four_images(), Config(nonfinite_steps=2))
+    totals = {"broken": 0}
+    window.add(7, batch_of(0, 1), figures_of(3.0))
+    window.add(8, batch_of(2, 3), figures_of(float("nan"), ok=False))
+    row = window.read(totals, images_seen=16)
+    assert row["loss"] == 3.0 and totals["nonfinite"] == 1
+    assert "step 8: the loss (dino) is not finite. Images" in capsys.readouterr().out
+
+    # A window of one such step has nothing else to tell.
+    window.add(9, batch_of(2, 3), figures_of(float("nan"), ok=False))
+    assert math.isnan(window.read(totals, images_seen=24)["loss"])
+    window.add(10, batch_of(2, 3), figures_of(float("inf"), ok=False))
+    with pytest.raises(UsageError, match="step 10.*--nonfinite_steps 3"):
+        window.read(totals, images_seen=32)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -9,13 +9,16 @@
 5. A system that cannot tell how much memory it has is no reason to fail.
 6. Batches of the workers that do not fit into shared memory are named, with the flags.
 7. The frozen teacher of a distillation is counted beside the two networks.
+8. Freed memory is kept on a CPU: the same block, needed again, is not mapped anew.
 
 That it is what autograd really keeps is checked in tests/bench/test_count.py.
 """
 
+import ctypes
 import math
 import os
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +28,8 @@ from conftest import same_tensors, tiny_config
 import train
 from bench.plain import without
 from machinery.process import Process, start_process
-from training.memory import (expected_memory, memory_gb, memory_report, shared_memory_warning)
+from training.memory import (expected_memory, keep_freed_memory, memory_gb, memory_report,
+                             peak_memory_gb, shared_memory_warning)
 
 
 def test_expected_memory(tmp_path):
@@ -138,3 +142,22 @@ def test_a_frozen_teacher_counts(tmp_path):
     alone = sum(expected_memory(student, config, process).values())
     line = memory_report(student, config, process, [frozen])[0]
     assert line.startswith(f"expects {alone + 0.5:.2f} of") and "frozen teacher 0.50" in line
+
+
+def test_peak_that_is_not_known(monkeypatch):
+    assert peak_memory_gb(torch.device("cpu")) > 0
+    monkeypatch.delattr(os, "sysconf")
+    monkeypatch.setitem(sys.modules, "resource", None)  # so that importing it fails
+    assert math.isnan(peak_memory_gb(torch.device("cpu")))
+
+
+def test_freed_memory_is_kept():
+    resource = pytest.importorskip("resource")
+    if not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("another C library than glibc")
+    keep_freed_memory(start_process("cpu"))
+    mapped = []  # pages, up to now
+    for _ in range(40):  # after some of these the heap has a block that is large enough
+        torch.ones(10_000_000)  # 40 MB, some 10,000 pages
+        mapped.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    assert mapped[-1] - mapped[-6] < 1000, mapped  # the last five found their pages there
