@@ -27,10 +27,9 @@ from torch import Tensor
 from augment import normalise
 from evaluation.masks import top_mass
 from figures import inputs
-from figures.inputs import (about, enlarge, fit, mark, networks, patch_at, photographs, read,
-                            short)
+from figures.inputs import (about, enlarge, fit, mark, networks, patch_at, photographs, read)
 from machinery.flags import UsageError, require
-from machinery.page import MAPS, name_row, picture, pyplot, rows_of_pictures, save, show
+from machinery.page import MAPS, fitting, name_row, picture, pyplot, rows_of_pictures, save, show
 from vit import VisionTransformer
 
 OUTLINE = (1.0, 0.85, 0.2)  # red, green and blue of the line around a mask
@@ -159,7 +158,7 @@ class View:
         return self.image.shape[2] / self.image.shape[1]
 
     def show_photograph(self, axis):
-        show(axis, picture(self.image), self.title)
+        show(axis, picture(self.image), fitting(self.title, axis))
         if self.query:
             mark(axis, *patch_at(self.query, self.heads.shape[1:]), self.patch)
 
@@ -265,7 +264,7 @@ def draw(arguments: list[str], config: Config) -> Path:
             image = fit(read(file, model), config.image_size, model.patch_size)
             maps = attention_maps(model, image, config.block, config.query)
             for query, heads in zip(config.query or ("",), maps):
-                views.append(View(image, heads, model.patch_size, name, query, short(file)))
+                views.append(View(image, heads, model.patch_size, name, query, file.stem))
 
     # One view has a page on which it is shown in full, several share a sheet.
     path = Path(config.output or "attention.png")

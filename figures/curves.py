@@ -305,24 +305,32 @@ def draw_curves(runs: list[Path], path: Path) -> Path:
         for history, run in zip(histories, runs):
             history.name = str(run)
 
-    # A run alone has a colour for each curve of a panel, several have one each.
-    if len(histories) > 1:
+    # A run alone has a colour for each curve of a panel, several have one each. matplotlib has ten
+    # that are told apart easily; more runs go through the rainbow, in the order in which they
+    # were named.
+    plt = pyplot()
+    if len(histories) > 10:
+        rainbow = plt.get_cmap("turbo")
+        for i, history in enumerate(histories):
+            history.colour = rainbow(i / (len(histories) - 1))
+    elif len(histories) > 1:
         for i, history in enumerate(histories):
             history.colour = f"C{i}"
 
     # Four panels side by side at most, and as many in each row. Example: five make rows of three
     # and two.
-    plt = pyplot()
     drawn = list(panels(histories).values())
     rows = math.ceil(len(drawn) / 4)
     columns = math.ceil(len(drawn) / rows)
 
     # In inches: a panel is 2.5 wide and 1.9 high. To its left stands a scale, below it a legend.
+    # Above all stands the name of the run, or a legend of four names in each row.
+    head = 0.45 + 0.25 * math.ceil(len(histories) / 4)
     width = 3.3 * columns
-    height = 3.4 * rows + 0.2
+    height = 3.4 * rows + head - 0.5
     fig = plt.figure(figsize=(width, height))
     grid = fig.add_gridspec(rows, columns, left=0.7 / width, right=1 - 0.1 / width,
-                            top=1 - 0.7 / height, bottom=1 / height, wspace=0.8 / 2.5,
+                            top=1 - head / height, bottom=1 / height, wspace=0.8 / 2.5,
                             hspace=1.5 / 1.9)
     for draw_panel, place in zip(drawn, grid):
         axis = fig.add_subplot(place)

@@ -143,14 +143,16 @@ def draw_embedding(images: Images, places: Tensor):
     fig.subplots_adjust(0, 0, 1, 1)
     inches = to_page(places)
 
-    # Every image is a dot in the colour of its class, if it has one.
-    labels = torch.tensor(images.labels or [0] * len(images))
+    # Every image is a dot in the colour of its class. There are twenty colours: if there are more
+    # classes, none has one, because those that shared it would be taken for the same.
+    coloured = images.labels and max(images.labels) < 20
+    labels = torch.tensor(images.labels if coloured else [0] * len(images))
     count = int(labels.max()) + 1
     palette = plt.get_cmap("tab10" if count <= 10 else "tab20")
     for label in labels.unique().tolist():
         x, y = inches[labels == label].T.numpy()
-        name = images.classes[label] if images.labels and images.classes else None
-        axis.plot(x, y, "o", markersize=4, color=palette(label % palette.N), label=name)
+        name = images.classes[label] if coloured and images.classes else None
+        axis.plot(x, y, "o", markersize=4, color=palette(label), label=name)
 
     # Dots that are covered by a picture are in it: the picture stands at its own dot.
     half = THUMBNAIL / 2
@@ -159,14 +161,14 @@ def draw_embedding(images: Images, places: Tensor):
         axis.imshow(
             picture(shown(images, i)).numpy(), extent=(x - half, x + half, y - half, y + half),
             zorder=2)
-        if images.labels:
-            colour = palette(int(labels[i]) % palette.N)
+        if coloured:
+            colour = palette(int(labels[i]))
             axis.add_patch(
                 Rectangle((x - half, y - half), THUMBNAIL, THUMBNAIL, fill=False, ec=colour,
                           lw=2, zorder=3))
     axis.set(xlim=(-0.05, SIDE + 0.05), ylim=(-0.05, SIDE + 0.05), aspect="equal")
     axis.axis("off")
-    if images.labels and images.classes and count <= 20:
+    if coloured and images.classes:
         axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(count, 5),
                     frameon=False, markerscale=2)
     return fig

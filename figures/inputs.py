@@ -27,7 +27,7 @@ from evaluation.masks import untrained_like
 from images.files import EXTENSIONS, read_file
 from images.names import list_images
 from machinery.flags import UsageError, near_path, require
-from machinery.page import GAP, PAGE, name_row, picture, rows_of_pictures, show
+from machinery.page import GAP, PAGE, fitting, name_row, picture, rows_of_pictures, show
 from vit import VisionTransformer
 
 COLUMNS = 8  # photographs side by side on a sheet, at most
@@ -75,8 +75,13 @@ def read(file: Path, model: VisionTransformer) -> Tensor:
     try:
         return read_file(file, model.channel_stats.channels)
     except Exception as error:  # decoders raise exceptions of many kinds
-        hint = "" if file.exists() else near_path(file)
-        raise UsageError(f"{file}: not a readable image ({error}){hint}") from None
+        raise unreadable(file, error) from None
+
+
+def unreadable(file: Path, error: Exception) -> UsageError:
+    """What is said of a photograph that cannot be read, with a name that may have been meant."""
+    hint = "" if file.exists() else near_path(file)
+    return UsageError(f"{file}: not a readable image ({error}){hint}")
 
 
 def short(file: Path, most: int = 20) -> str:
@@ -219,7 +224,7 @@ def sheet(images: list[Tensor], files: list[Path], rows: int) -> tuple:
     shapes = [image.shape[2] / image.shape[1] for image in images]
     if len(files) == 1:
         figure, [[photo, *maps]] = rows_of_pictures([shapes * (1 + rows)])
-        show(photo, picture(images[0]), short(files[0]))
+        show(photo, picture(images[0]), fitting(files[0].stem, photo))
         return figure, [[axis] for axis in maps]
 
     # The pictures of the last band are as large as those of the others, though it has fewer.
@@ -231,7 +236,7 @@ def sheet(images: list[Tensor], files: list[Path], rows: int) -> tuple:
     # Of each band the first row is for the photographs, the others for the maps.
     photos, *maps = [sum(axes[i::1 + rows], []) for i in range(1 + rows)]
     for axis, image, file in zip(photos, images, files):
-        show(axis, picture(image), short(file))
+        show(axis, picture(image), fitting(file.stem, axis))
     return figure, maps
 
 

@@ -542,6 +542,7 @@ def teacher():
                10000) for x in share.tolist()]
     axis = figure.add_axes((0.71, 0.15, 0.27, 0.58))
     axis.semilogy(100 * share, [1 / (1 - m) for m in momenta], color=PURPLE, linewidth=4)
+    axis.yaxis.set_major_formatter("{x:,.0f}")  # 1,000, not a power of ten
     axis.set(xlabel="% of the training", ylabel="steps averaged over")
     axis.set_title(
         f"m from {settings.momentum_teacher} to {settings.final_momentum_teacher:.0f}",
@@ -589,7 +590,7 @@ SLIDES = {
     "collapse": collapse, "teacher": teacher, "masks": masks, "packing": packing,
     "schedules": schedules}
 
-ARGUMENTS = "SLIDE ... | all"
+ARGUMENTS = f"all | {' | '.join(SLIDES)} ..."
 
 
 @dataclass

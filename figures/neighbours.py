@@ -34,6 +34,7 @@ from images.data import Images, open_images
 from images.files import read_file
 from images.names import beside_validation
 from machinery.flags import UsageError, near_path, require
+from figures.inputs import short
 from machinery.page import draw_frame, picture, pyplot, rows_of_pictures, save, show
 from machinery.process import start_process
 
@@ -139,10 +140,10 @@ def nearest(features: Tensor, bank_features: Tensor, queries: Images, bank: Imag
 
 
 def class_name(images: Images, i: int) -> str:
-    """What a picture is called on the page: its class, or else its file, cut to 16 letters."""
+    """What a picture is called on the page, in 16 letters: its class, or else its file."""
     if images.labels and images.classes:
         return images.classes[images.labels[i]][:16]
-    return Path(images.names[i]).stem[:16]
+    return short(Path(images.names[i]), 15)
 
 
 def draw_neighbours(queries: Images, bank: Images, found: list[list[Neighbour]]):

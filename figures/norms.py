@@ -101,6 +101,7 @@ def draw_distribution(axis, norms: Norms, block: int):
         axis.axvline(norm, color="C2", ls=":", label="registers" if i == 0 else "_")
     axis.set_xlim(left=0)
     axis.yaxis.set_major_formatter("{x:g}")  # 10 and 100, not powers of ten
+    axis.yaxis.set_minor_formatter("")  # nothing at the ticks between them
     axis.set_xlabel("norm")
     axis.set_ylabel("patches")
 

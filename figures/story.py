@@ -58,9 +58,12 @@ def in_words(history: History) -> str:
     if config["dino_weight"]:
         crops += f", {config['local_crops_number']} of {config['local_crops_size']} pixels"
 
+    # Of the path of a folder the last two parts, which tell it from others.
+    kind, colon, path = config["data"].partition(":")
+    data = kind + colon + "/".join(Path(path).parts[-2:])
     peak = peak_lr(config["lr"], config["lr_scaling"], config["global_batch"])
     return (
-        f"{config['arch']}{patches}, on {config['data']}, without labels: "
+        f"{config['arch']}{patches}, on {data[:60]}, without labels: "
         f"{history.steps[-1]['step']:,d} steps of {config['global_batch']} images, crops of "
         f"an image: {crops}, seed {config['seed']}\n"
         f"losses and weights: {', '.join(losses)}; {numbers or 'no'} prototypes, centering "

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from augment import COLUMNS, MultiCrop, crop_box, photometry
-from figures.inputs import enlarge
+from figures.inputs import enlarge, unreadable
 from images.files import read_file
 from machinery.flags import UsageError, require
 from machinery.page import COLOURS, picture, pyplot, save
@@ -226,8 +226,8 @@ def draw(arguments: list[str], config: Config) -> Path:
     require(config, lambda x: x >= 1, "at least 1", "images")
     try:
         image = read_file(Path(arguments[0]))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{arguments[0]}: not a readable image ({error})") from None
+    except Exception as error:  # decoders raise exceptions of many kinds
+        raise unreadable(Path(arguments[0]), error) from None
 
     # Small recipes choose the size of the local crops by the number of images.
     settings = TrainingConfig(**PRESETS[config.preset] | {"seed": config.seed})

@@ -93,6 +93,14 @@ def show(axis, picture: Tensor, title: str = "", **options):
     axis.axis("off")
 
 
+def fitting(name: str, axis) -> str:
+    """A name as far as there is room above the axis: of a long one the end, which differs."""
+    # A letter of 9 points is some 1/13 of an inch wide.
+    inches = axis.get_position().width * axis.figure.get_figwidth()
+    most = max(4, int(13 * inches))
+    return name if len(name) <= most else "…" + name[1 - most:]
+
+
 def rows_of_pictures(rows: list[list[float]], tallest: float = 3.2, titled: range = range(99)):
     """A page on which each row of pictures fills the width: (figure, axes of each row).
 
@@ -101,8 +109,8 @@ def rows_of_pictures(rows: list[list[float]], tallest: float = 3.2, titled: rang
     titles.
     Example: [[1, 1], [1, 1, 1, 1]] has two large squares above four small ones.
     """
-    # A very narrow picture gets a wider place, in whose middle it stands, so that titles beside
-    # each other do not overlap; a very wide one a higher place, for the name of the row.
+    # A very narrow picture gets a wider place, in whose middle it stands, so that there is room
+    # for a title (fitting); a very wide one a higher place, for the name of the row.
     rows = [[min(max(shape, 0.7), 3.0) for shape in shapes] for shapes in rows]
 
     # The page is as wide as its fullest row needs, and PAGE at most. Sizes are in inches.

@@ -123,6 +123,18 @@ def test_several_runs(tmp_path, panels_of):
     assert [line.get_color() for line in panels["gram"].get_lines()] == ["C1"]
 
 
+def test_many_runs(tmp_path, panels_of):
+    """The legend has rows enough, above the panels, and no two runs share a colour."""
+    runs = [write_run(tmp_path / f"run-{i}") for i in range(14)]
+    figure, panels = panels_of(*runs)
+    figure.canvas.draw()
+    [legend] = figure.legends
+    assert len({line.get_color() for line in legend.get_lines()}) == 14
+    box = legend.get_window_extent()
+    for axis in panels.values():
+        assert not box.overlaps(axis.get_tightbbox())
+
+
 def test_nothing_is_covered_and_all_is_named(tmp_path, panels_of):
     ill = dict(dino_mean_entropy=0.01)
     figure, panels = panels_of(write_run(tmp_path / "run", changes={2: ill}, koleo=1.0))

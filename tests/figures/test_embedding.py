@@ -5,6 +5,8 @@
 4. A page is drawn with and without labels; what cannot be drawn is refused in one line.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -72,6 +74,20 @@ def test_the_page():
     distance = (middles[:, None] - middles).abs().amax(2) + 9 * torch.eye(len(chosen))
     assert distance.min() >= THUMBNAIL and len(chosen) > 10
     pyplot().close(fig)
+
+
+def test_more_classes_than_colours():
+    """Two classes in one colour would be taken for one, so none has a colour."""
+    images = open_images("shapes:40")
+    places = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    for classes, colours in ((20, 20), (21, 1)):
+        many = replace(images, labels=[i % classes for i in range(40)],
+                       classes=[f"class {c}" for c in range(classes)])
+        fig = draw_embedding(many, places)
+        [axis] = fig.axes
+        assert len({line.get_color() for line in axis.get_lines()}) == colours
+        assert bool(axis.get_legend()) == (colours > 1)
+        pyplot().close(fig)
 
 
 def test_a_folder_without_labels(photos, small_backbone, tmp_path):

@@ -209,3 +209,16 @@ def test_many_photographs_stand_in_bands():
     # The first map of a band is below the first photograph of it.
     assert maps[0][COLUMNS].get_position().y1 < figure.axes[3 * COLUMNS].get_position().y0
     pyplot().close(figure)
+
+
+def test_names_of_photographs_do_not_overlap():
+    """Upright photographs among others have the narrowest places."""
+    images = [torch.zeros(3, 60, 100), torch.zeros(3, 100, 60)] * 3
+    files = [Path(f"n0251{i}455_giant_panda_of_{i}.jpg") for i in range(6)]
+    figure, _ = sheet(images, files, 1)
+    figure.canvas.draw()
+    titles = [axis.title for axis in figure.axes if axis.get_title()]
+    boxes = sorted((title.get_window_extent() for title in titles), key=lambda box: box.x0)
+    assert len(boxes) == 6 and all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:]))
+    assert all(title.get_text().endswith(f"of_{i}") for i, title in enumerate(titles))
+    pyplot().close(figure)

@@ -61,6 +61,8 @@ def test_the_page_shows_the_numbers(model):
     [rings] = shown.get_lines()
     assert rings.get_xydata().tolist() == [[3.5 * 8 - 0.5, 1.5 * 8 - 0.5]]
     assert sum(bar.get_height() for bar in histogram.patches) == 15
+    labels = [label.get_text() for label in histogram.get_yticklabels(which="both")]
+    assert any(labels) and not any("$" in label for label in labels)  # few patches: short scale
     longest = blocks.get_lines()[0].get_ydata()
     assert longest.tolist() == norms.patches.flatten(1).amax(1).tolist()
     pyplot().close(fig)

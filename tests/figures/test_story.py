@@ -152,6 +152,11 @@ def test_in_words(run):
                  "dino 1;", "32 prototypes", "centering ema", "2 of 24 pixels, 2 of 16"):
         assert part in words
 
+    # The path of a folder may be long; its last parts tell it from others.
+    history = read_history(run)
+    history.config["data"] = "folder:/home/someone/Pictures/2026/holidays/norway/originals"
+    assert "on folder:norway/originals, without labels" in in_words(history)
+
 
 def test_the_maps_of_the_snapshots_differ(run):
     images = tensors(run / "snapshots/images.pt")["images"][:2]
