@@ -134,8 +134,9 @@ def draw_photometry(kind: str, view: int, rng: np.random.Generator) -> np.ndarra
     brightness, contrast, saturation, hue = chances["strength"]
     # The same number of draws every time: changing one chance leaves the other draws as they
     # were. u[0] to u[7] belong to the columns, in their order; u[8] and u[9] decide on jitter
-    # and blur. u[10] is not used; without it every seed would give other colours than before.
-    u = rng.random(len(COLUMNS) + 3)
+    # and blur. u[10] is free for a new operation; with more than 11 draws every seed would give
+    # other crops and colours than before.
+    u = rng.random(11)
 
     def around(strength, draw, centre=1.0):
         """Uniform in centre - strength to centre + strength."""
@@ -204,9 +205,9 @@ class MultiCrop:
 
 
 def center_crop(image: Tensor, size: int, short: int = 0) -> Tensor:
-    """How features are judged: short side to 8/7 of size (256), then the centre (224). uint8.
+    """How features are judged: short side to 8/7 of size (256), then the centre (224).
 
-    short: another length for the short side.
+    short: another length for the short side. Bytes stay bytes, and floats floats.
     """
     height, width = image.shape[-2:]
     short = short or round(size * 8 / 7)
@@ -245,9 +246,10 @@ def block_mask(grid: tuple[int, int], target: int, min_patches: int,
     """Rectangles on an (h, w) grid until `target` patches are masked, never more. BEiT Alg. 1.
 
     Rectangles, because a single hidden patch could be guessed from its neighbours. Each aims at
-    min_patches or more (rounding may make it a little smaller), with an aspect ratio log-uniform
-    in (.3, 1/.3), and is lower and narrower than the grid. Where fewer than min_patches are
-    missing most tries fail; after ten in vain the mask is left a little too small. A shape must
+    min_patches to as many as are missing (rounding may make it a little smaller), with an aspect
+    ratio log-uniform in (.3, 1/.3), and is lower and narrower than the grid. Where fewer than
+    min_patches are missing it aims in between, and most tries fail; after ten in vain the mask
+    is left a little too small. A shape must
     never mask more than `target`: the lists of masked patches have a fixed length.
     """
     height, width = grid
@@ -256,8 +258,8 @@ def block_mask(grid: tuple[int, int], target: int, min_patches: int,
         room = min(missing, height * width // 2)
 
         # Ten tries for the next rectangle. It is refused if it does not fit into the grid, if
-        # it would mask more than is missing or half of the grid, or if everything in it is
-        # masked already.
+        # it would mask more than is missing or more than half of the grid, or if everything in
+        # it is masked already.
         for area, ratio, y, x in rng.random((10, 4)):
             area = min_patches + (room - min_patches) * area
             ratio = math.exp((2 * ratio - 1) * math.log(1 / 0.3))
@@ -294,8 +296,8 @@ def mask_tensors(masks: Tensor, most: int) -> dict:
     """masks (crops, P) bool -> the three mask tensors of a batch.
 
     masks: the same; mask_indices (M,): which of all crops*P patches are masked; mask_weights
-    (M,): 1 / (masked patches of that crop). Both end in zeros, because M is always `most`: a
-    length that changes from step to step would compile the training step again and again.
+    (M,): 1 / (masked patches of that crop). Both end in zeros, because M is always `most`: for
+    lengths that change, PyTorch compiles the passes of losses.py for any length, and slower.
     """
     # Example: two crops of 4 patches, [0 1 0 1] and [0 0 1 0], most = 5.
     #   mask_indices  [1, 3, 6, 0, 0]      patch 2 of crop 1 is number 4 + 2
@@ -509,7 +511,8 @@ def rotate_hue(images: Tensor, shift: Tensor) -> Tensor:
     # The hue in sixths of a turn, counted from red: positive towards green, negative towards
     # blue. Red alone would be 0. One sum serves for all three cases:
     #     r is the largest:  r and value cancel; low is g or b, so g + b - 2 low = |g - b|
-    #     g is the largest:  2 (g - low) + b - r, which is two sixths, and from there towards blue
+    #     g is the largest:  2 (g - low) + b - r. Divided by the spread it is 2, two sixths of the
+    #                        turn, which is green, and from there towards blue
     #     b is the largest:  2 (b - low) + g - r, the same seen from blue, with a minus in front
     # Three examples:
     #     r  orange (1, .5, 0):      +(.5 + 0 - 1 + 1 - 0) / 1 = .5, half of the way to yellow
@@ -594,7 +597,7 @@ def jitter(images: Tensor, params: Tensor) -> Tensor:
     on_device = send(torch.stack([factors, is_contrast, is_saturation]),
                      images.device)  # (3, n, 6)
 
-    # On a GPU each of the 34 operations of rotate_hue would read and write the whole images;
+    # On a GPU each of some 35 operations of rotate_hue would read and write a whole channel;
     # compiled they are one kernel. It is compiled for any number of images ("dynamic"), because
     # that changes from batch to batch.
     turn_colours = compiled(rotate_hue) if COMPILE else rotate_hue

@@ -48,8 +48,8 @@ from training.recipes import DISTILLATION
 from training.warmstart import read_heads
 from vit import ARCHS
 
-# A term of the loss -> the output of the networks that it compares. These terms are for
-# teachers without heads, and ours: the paper compares answers over prototypes alone.
+# A term of the loss -> the output of the networks that it compares. These terms are our own
+# addition, for teachers without heads: the paper compares answers over prototypes alone.
 FEATURES = {"class_feature": "features", "patch_feature": "patches"}
 
 # How far apart two features are: the mean over all of them, 0 where they are equal.
@@ -69,9 +69,9 @@ class Config(TrainingConfig):
     patch_tokens: Literal["all", "sampled"] = "all"  # compare all patches, or those under masks
     class_feature_weight: float = 0.0  # weight of matching the teacher's class token (ours)
     patch_feature_weight: float = 0.0  # weight of matching the teacher's patch tokens (ours)
-    # The names become the choices of a flag. training/config.py puts a star before such a table
-    # for the same, which Python 3.10 cannot read. This file is started by the user, so it has to
-    # be read up to the line that says that this Python is too old.
+    # The names of the table become the choices of a flag. training/config.py puts a star before
+    # such a table for the same, which is a syntax error in Python 3.10. This file is started by
+    # the user, so it has to compile there up to the line that asks for Python 3.11.
     feature_distance: Literal[tuple(DISTANCES)] = "cosine"  # how far apart two features are
 
     # In train.py masks hide patches from the student. Here they only say which patches are
@@ -149,7 +149,8 @@ class Teacher(nn.Module):
     def __init__(self, average: Network, frozen: Network):
         super().__init__()
         # The parts of the average become parts of this module under their own names. So its
-        # parameters are those of a Network, in the order of the student's.
+        # parameters are those of a Network, in the order of the student's, by which ema_update
+        # pairs them.
         for name, part in average.named_children():
             self.add_module(name, part)
 
@@ -274,9 +275,10 @@ def train_heads(config: Config, backbone: nn.Module) -> Path:
     """Train heads on a frozen backbone, for a teacher that came without; returns their run.
 
     This is a run of train.py in RUN/teacher_heads, which is continued or found finished like
-    any other. Its student and its teacher have this same backbone, and see different crops. So
-    the heads learn to give all crops of an image the same answer over the prototypes. (DINOv2's
-    own heads were not released.)
+    any other. Its student and its teacher have this same backbone. For class tokens they see
+    different crops, so the head learns to give all crops of an image the same answer over the
+    prototypes. Patches are compared with themselves, as nothing is hidden here: their head learns
+    from centering and sharpening alone. (DINOv2's own heads were not released.)
     """
     if isinstance(backbone, ConvNet):
         raise UsageError(

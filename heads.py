@@ -38,7 +38,8 @@ class Prototypes(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(n_prototypes, dim))
 
         # Uniform in +-1/sqrt(dim), as a freshly made nn.Linear, which the official head wraps.
-        # Only the direction matters for the logits.
+        # For the logits only the direction matters; the length decides how fast it turns, see
+        # `weight`.
         bound = dim**-0.5
         nn.init.uniform_(self.weight_v, -bound, bound)
 
@@ -47,7 +48,9 @@ class Prototypes(nn.Module):
         # It is computed at every step, because v changes at every step. The result does not
         # depend on the length of v, so the gradient of v is at a right angle to v. A step of SGD
         # then makes v a little longer (Pythagoras), and a longer v turns more slowly; weight
-        # decay makes it shorter again. With AdamW this holds roughly.
+        # decay makes it shorter again. With AdamW this holds roughly. Example: v is 5 long, and
+        # a step of SGD .5, at a right angle: v is then 5.02 long and has turned by 5.7 degrees.
+        # With a v of 10 the gradient is half as large, the step .25, and v turns by 1.4 degrees.
         lengths = self.weight_v.norm(dim=1, keepdim=True)  # (K, 1)
         return self.weight_v * (self.weight_g / lengths)  # (K, d)
 
@@ -63,8 +66,8 @@ class DINOHead(nn.Module):
 
     norm_last_layer=True freezes the gains g at 1 (logits stay in [-1, 1]): steadier, and
     slightly worse for small networks trained long (DINO's README). DINOv2 trains them. nlayers
-    counts the linear layers of the MLP (>= 1). use_bn puts BatchNorm before each GELU, for
-    convnets.
+    counts the linear layers of the MLP (>= 1). use_bn puts BatchNorm before each GELU: for
+    convnets, and in the presets for few images (training/recipes.py, SMALL).
     """
 
     def __init__(self, in_dim: int, n_prototypes: int = 65536, hidden_dim: int = 2048,
@@ -85,7 +88,7 @@ class DINOHead(nn.Module):
                 layers += [nn.BatchNorm1d(b), nn.GELU()] if use_bn else [nn.GELU()]
 
         # A single layer is called `mlp` itself in the official keys, several are mlp.0, mlp.2,
-        # ...
+        # ..., and with BatchNorm mlp.0, mlp.3, ...
         self.mlp = nn.Sequential(*layers) if nlayers > 1 else layers[0]
 
         # This comes before the prototypes are made, which keep an initialisation of their own.
@@ -112,8 +115,11 @@ if __name__ == "__main__":
     print(
         f"{sum(p.numel() for p in head.parameters()):,d} parameters, of which frozen: weight_g")
     with torch.no_grad():
-        x = torch.randn(4, 384)
-        small, large = head(x), head(100 * x)
-    print(f"\nlogits {tuple(small.shape)} are cosines: largest {small.abs().max():.3f}, "
-          f"and {large.abs().max():.3f} for features 100 times as long")
-    print(f"their spread is 1/sqrt(d): {small.std():.4f} against {256**-0.5:.4f}")
+        bottleneck = head.mlp(torch.randn(4, 384))
+        logits = head.last_layer(F.normalize(bottleneck))
+        longer = head.last_layer(F.normalize(100 * bottleneck))
+        unbounded = head.last_layer(100 * bottleneck)
+    print(f"\nlogits {tuple(logits.shape)} are cosines: largest {logits.abs().max():.3f}, and "
+          f"{longer.abs().max():.3f} where the bottleneck is 100 times as long")
+    print(f"without its normalisation the largest would then be {unbounded.abs().max():.1f}")
+    print(f"their spread is 1/sqrt(d): {logits.std():.4f} against {256**-0.5:.4f}")

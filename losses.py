@@ -69,8 +69,11 @@ class EMACenter(NoCenter):
     advantage.
 
     Example: two images have the logits (.9, .1) and (.7, .3), so the first prototype wins for
-    both. The centre is (.8, .2), and what is left is (.1, -.1) and (-.1, .1): at a temperature
-    of 0.1 the targets are (.88, .12) and (.12, .88).
+    both. If the batches stay like this one, the centre approaches their mean, (.8, .2), and what
+    is left approaches (.1, -.1) and (-.1, .1): at a temperature of 0.1 the targets are then (.88,
+    .12) and (.12, .88). It begins at zero. With a momentum of .9 it is (.08, .02) after one
+    update, where the first prototype still wins for both; the second image turns at the eleventh,
+    with a centre of (.55, .14) and the target (.47, .53).
     """
 
     def __init__(self, n_prototypes: int, momentum: float = 0.9):
@@ -115,8 +118,9 @@ class SinkhornKnopp(NoCenter):
         mean of a column     .68  .32     .46  .54     .49  .51     .50  .50
         second bias less first     0      1.25         1.09         1.05
 
-    Only the difference of two biases matters: softmax ignores what is added to all of them.
-    DINOv2's recipe for a million images, without its large pool, keeps the centre of DINO.
+    Only the difference of two biases matters: softmax ignores what is added to all of them. (.875
+    is printed as .87, so that the rows add up to one.) DINOv2's published recipe for ImageNet-1k
+    has EMACenter; only those for larger sets of images have this class.
     """
 
     def __init__(self, n_prototypes: int, momentum: float = 0.9, iterations: int = 3):
@@ -130,10 +134,10 @@ class SinkhornKnopp(NoCenter):
         # The first sweep divides each column by its mean. It sees the rows before any of them
         # is normalised, so that a row of large logits weighs more, as in the official code. The
         # exponential of large logits would overflow, so one number is subtracted from all of
-        # them, on all processes: the mean of the largest logits of the rows. (The largest of all
-        # would do, too, but the mean is one more sum over the processes, as the other steps.) It
-        # makes all column means smaller by the same factor. So it adds the same number to all
-        # biases, which softmax ignores.
+        # them, on all processes: the mean of the largest logits of the rows. It makes all column
+        # means smaller by the same factor. So it adds the same number to all biases, which
+        # softmax ignores. (The largest logit of all would do as well, but a maximum over the
+        # processes is another kind of exchange than the sums of the other steps.)
         shift = column_mean(rows.amax(1, keepdim=True), real) / temp  # (1,)
         share = column_mean(rows, real, lambda x: exponentials(x, temp, shift))  # (K,)
         bias = -share.clamp(min=1e-38).log()  # (K,)
@@ -193,6 +197,11 @@ def view_pair_loss(targets: Tensor, student_logits: Tensor,
              a               b               q_b                   1 = G - 1
              b               a               q_a                   1
              c             a and b         q_a + q_b               2 = G
+
+    In numbers, with one image and two prototypes: q_a = (.9, .1) and q_b = (.6, .4) are the
+    targets, p_a = (.5, .5), p_b = (.8, .2) and p_c = (.7, .3) the answers. The four pairs cost
+    H(q_b, p_a) = .693, H(q_a, p_b) = .362, H(q_a, p_c) = .441 and H(q_b, p_c) = .696, so the loss
+    is their mean, .548. The targets' own entropies have the mean H = .499; KL is the rest, .049.
     """
     G = len(targets)
     V = len(student_logits)
@@ -222,6 +231,11 @@ def patch_loss(targets: Tensor, student_logits: Tensor, weights: Tensor, crops: 
     patches of that crop), so that crops count alike whatever the size of their mask, and 0 for
     padding. The sum is divided by `crops`, the number of global crops, also those without a
     mask, as in DINOv2's code.
+
+    Example: of four crops, one has two masked patches, whose cross-entropies are 3 and 5, and
+    one has a single one, of 2. The weights are .5, .5 and 1, the loss is (.5 * 3 + .5 * 5 + 1 *
+    2) / 4 = 1.5. The log shows 1.5 * 4 / 2 = 3, the mean over the two masked crops, because that
+    can be compared with H and with ln K.
     """
     each = CrossEntropies.apply(targets, student_logits, student_temp)  # (M,)
     return (weights * each).sum() / crops
@@ -236,6 +250,10 @@ def koleo_loss(features: Tensor) -> Tensor:
     and Leonenko's estimate of entropy, with its sign turned, on the unit sphere: features that
     are spread evenly over the sphere have the lowest loss. Neighbours are searched among the
     images of this process only. ValueError for a single image.
+
+    Example: features at 0, 60 and 180 degrees of a circle have their nearest neighbours at the
+    distances 1, 1 and 1.73, so the loss is -(0 + 0 + .55) / 3 = -.18. It is below 0 where most
+    neighbours are more than 1 apart; two opposite features have -ln 2 = -.69.
     """
     if len(features) < 2:
         raise ValueError(f"KoLeo of {len(features)} image has no neighbour to keep away from: "
@@ -253,7 +271,7 @@ def koleo_loss(features: Tensor) -> Tensor:
             nearest = (x @ x.T).fill_diagonal_(-2).argmax(1)  # (B,)
 
         # The small constants bound the loss. pairwise_distance adds its eps to each of the D
-        # coordinates, so two equal features are 1e-8 * sqrt(D) apart: about 15 nats, not
+        # coordinates, so two equal features are 1e-8 * sqrt(D) apart: 15 to 16 nats, not
         # infinity.
         distance = F.pairwise_distance(x, x[nearest], eps=1e-8)  # (B,)
         return -(distance + 1e-8).log().mean()

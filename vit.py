@@ -60,11 +60,12 @@ class PatchEmbed(nn.Module):
 # F.interpolate. Two rules exist because two generations of released weights were trained with
 # them, and they differ visibly.
 #   offset     DINO, and DINOv2 without registers: bicubic by the *scale* (h + 0.1) / S.
-#              PyTorch computes the size as floor(S * scale): without the 0.1 a rounding error
-#              could make 16 patches 15. It also samples at that scale, so the positions are a
-#              little shifted, and the released weights were trained with them. Example, a side
-#              of 14 positions for 6 patches: patch i takes what is at (i + 0.5) * 14 / 6.1 - 0.5
-#              in the table, so the last one (i = 5) at 12.12. By the size it would be 12.33.
+#              PyTorch computes the size as floor(S * scale). Without the 0.1 a rounding error
+#              makes 38 patches of 39 where the table has a side of 37 positions. It also samples
+#              at that scale, so the positions are a little shifted, and the released weights
+#              were trained with them. Example, a side of 14 positions for 6 patches: patch i
+#              takes what is at (i + 0.5) * 14 / 6.1 - 0.5 in the table, so the last one (i = 5)
+#              at 12.12. By the size it would be 12.33.
 #   antialias  DINOv2 with registers: bicubic to the *size* (h, w), with antialiasing.
 POS_EMBED_RESIZE = {
     "offset": lambda grid, side: dict(scale_factor=tuple((n + 0.1) / side for n in grid)),

@@ -75,7 +75,7 @@ class Config:
     head_hidden_dim: int = 2048  # width of the hidden layers of the heads
     head_bottleneck_dim: int = 256  # width before the prototypes in the class-token head
     head_nlayers: int = 3  # number of linear layers before the prototypes in the heads
-    use_bn_in_head: bool = False  # BatchNorm in the hidden layers of the heads (convnets)
+    use_bn_in_head: bool = False  # BatchNorm in the heads: for convnets, and for few images
     norm_last_layer: bool = True  # keep the gain of each prototype at 1; False: it is learned
     separate_head: bool = False  # give the patches a head of their own
     ibot_n_prototypes: int = 65536  # K of the patch head (with --separate_head)
