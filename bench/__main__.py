@@ -85,6 +85,8 @@ def read_flags(name: str, argv: list[str]) -> Config:
     # measured by then would be lost.
     if config.json and not Path(config.json).parent.is_dir():
         raise UsageError(f"--json {config.json}: there is no folder {Path(config.json).parent}")
+    if Path(config.json or "x").is_dir():
+        raise UsageError(f"--json {config.json}: it is a folder; give the name of a file")
     check(config, is_plan=name == "plan")
     return config
 
@@ -109,6 +111,9 @@ def main(argv):
     # fastest in: plan decides that for the machine that it is about.
     is_plan = name == "plan"
     process = start_process("cpu" if is_plan else config.device)
+    if process.world_size > 1 and name not in ("speedrun", "ablate"):
+        raise UsageError(f"{name} times one process, and torchrun has started "
+                         f"{process.world_size}: start it with python; growth times several")
     if not is_plan:
         config.precision = resolve_precision(config.precision, process.device)
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from bench.speedrun import MeasuredRun, open_run
 from bench.step import Config
 from machinery.flags import UsageError
-from machinery.page import pyplot, save
+from machinery.page import pyplot, require_kind, save
 from machinery.process import Process
 from training.check import check
 from training.log import diagnose
@@ -154,6 +154,7 @@ def ablate(config: AblateConfig, process: Process) -> dict:
     path = Path(config.output)
     if not path.parent.is_dir():
         raise UsageError(f"--output {path}: there is no folder {path.parent}")
+    require_kind(path)
 
     rows = []
     curves = {}  # name of the run -> its rows of the log

@@ -85,13 +85,21 @@ def growth(config: Config, process: Process) -> dict:
         for name in GROWTH:
             points[name] = []
             for value in values_of(name, config):
-                row = pool.submit(point, config, process, name, value).result()
+                # One point that is too large leaves the others as they are.
+                try:
+                    row = pool.submit(point, config, process, name, value).result()
+                except torch.OutOfMemoryError:
+                    print(f"{name:20s} {value:8,d} out of memory", flush=True)
+                    continue
                 points[name].append(row)
                 print(
                     f"{name:20s} {value:8,d} {row['step_seconds']:8.3f} "
                     f"{1e3 * row['seconds_per_image']:9.1f} {row['peak_memory_gb']:8.2f}",
                     flush=True)
 
+    # What was measured is drawn before whole runs are started, which may fail.
+    points = {name: rows for name, rows in points.items() if rows}
+    draw_growth(points, Path("growth.png"))
     points["processes"] = rates_of_processes(config, process)
     print(f"wrote {draw_growth(points, Path('growth.png'))}")
     return {"growth": points}
@@ -150,8 +158,9 @@ def rates_of_processes(config: Config, process: Process) -> list[dict]:
         most = os.cpu_count()
     B = config.batch_size_per_gpu
 
-    # What was asked of bench is asked of train.py, as far as train.py knows the flag.
-    flags = []
+    # What was asked of bench is asked of train.py, as far as train.py knows the flag. On a CPU
+    # each process draws its own images, because workers would take the cores of the others.
+    flags = ["--num_workers", "0"] if process.device.type == "cpu" else []
     for name in set(config.given) & set(TrainingConfig.__dataclass_fields__):
         value = getattr(config, name)
         values = value if isinstance(value, tuple) else [value]
@@ -268,6 +277,10 @@ def draw_rates(axis, x: list[int], rates: list[float]):
 GPUS = {
     "a100": (312e12, 2.04e12, 80), "h100": (989e12, 3.35e12, 80), "h200": (989e12, 4.8e12, 141),
     "v100": (125e12, 0.9e12, 32), "t4": (65e12, 0.32e12, 16)}
+# Of other precisions the operations a second, from the same sheets. V100 and T4 have no TF32.
+SLOWER = {
+    "fp32": {"a100": 19.5e12, "h100": 67e12, "h200": 67e12, "v100": 15.7e12, "t4": 8.1e12},
+    "tf32": {"a100": 156e12, "h100": 495e12, "h200": 495e12}}
 NODE = 8  # how many of them one machine usually has
 
 # What a step takes of that. A GPU either multiplies matrices, which is limited by its units, or
@@ -304,6 +317,17 @@ def images_of(config: Config) -> int:
     return len(open_images(config.data, config.data_root, config.download))
 
 
+def peak_of(config) -> float:
+    """Operations a second of --kind in --precision; UsageError where it has none."""
+    rates = SLOWER.get(config.precision)
+    if rates is None:
+        return GPUS[config.kind][0]
+    if config.kind not in rates:
+        raise UsageError(f"--precision {config.precision}: --kind {config.kind} has no such "
+                         "products; give bf16, fp16 or fp32")
+    return rates[config.kind]
+
+
 @dataclass
 class PlanConfig(Config):
     # -- plan
@@ -321,8 +345,8 @@ def plan(config: PlanConfig, process: Process) -> dict:
     peak. A step takes at least as long as Python needs to start its kernels. What GPUs send to
     each other, and waiting for images, is not counted.
     """
-    # "auto" would look at this machine; the GPUs of the table multiply in 16 bits. Whether they
-    # are those of bfloat16 or of float16 makes no difference to memory or time.
+    # "auto" would look at this machine; the GPUs of the table multiply fastest in 16 bits. Whether
+    # they are those of bfloat16 or of float16 makes no difference to memory or time.
     precision = "bf16" if config.precision == "auto" else config.precision
     config = replace(config, precision=precision)
     B = config.batch_size_per_gpu
@@ -354,7 +378,7 @@ def plan(config: PlanConfig, process: Process) -> dict:
     days = sum(cost["days"] for cost in stages)
     rate = steps * batch / days / 86400
     gflop = sum(cost["gflop_per_image"] * cost["steps"] for cost in stages) / steps
-    utilisation = rate * gflop * 1e9 / config.gpus / GPUS[config.kind][0]
+    utilisation = rate * gflop * 1e9 / config.gpus / peak_of(config)
 
     # The assumptions are printed beside what follows from them.
     print(f"{config.preset} on {config.gpus} {config.kind}, {B} images each: an estimate, "
@@ -377,7 +401,8 @@ def plan(config: PlanConfig, process: Process) -> dict:
 def cost_of_stage(config: PlanConfig) -> dict:
     """Operations, seconds, rate and memory of steps with the crop sizes of `config`."""
     B = config.batch_size_per_gpu
-    peak, bandwidth, _ = GPUS[config.kind]
+    peak = peak_of(config)
+    bandwidth = GPUS[config.kind][1]
 
     # What a process of the planned run holds; one of several, since FSDP splits the weights
     # over all of them, and HSDP over those of a node.
@@ -391,8 +416,11 @@ def cost_of_stage(config: PlanConfig) -> dict:
     # The seconds of one step, by the estimate or by the share of the peak that was given.
     work = count_work(config)
     operations = sum(work.values())
-    seconds = {"products": operations / (SHARE_OF_PEAK * peak)}
-    seconds["memory"] = traffic(parts, config) / (SHARE_OF_BANDWIDTH * bandwidth)
+    # Checkpointing computes the student's blocks a second time, which has not to be done, but
+    # takes as long.
+    again = work["student"] if config.activation_checkpointing else 0
+    seconds = {"products": (operations + again) / (SHARE_OF_PEAK * peak)}
+    seconds["memory"] = traffic(config) / (SHARE_OF_BANDWIDTH * bandwidth)
     blocks = 0 if config.convnet else vit.ARCHS[config.arch]["depth"]  # no convnet was timed
     seconds["start"] = START_OF_A_STEP + START_OF_A_BLOCK * blocks
     longest = max(seconds["products"] + seconds["memory"], seconds["start"])
@@ -406,7 +434,8 @@ def cost_of_stage(config: PlanConfig) -> dict:
 
 def print_cost(cost: dict, config: PlanConfig):
     """What a step of a stage is made of, and the assumptions behind its seconds."""
-    peak, bandwidth, _ = GPUS[config.kind]
+    peak = peak_of(config)
+    bandwidth = GPUS[config.kind][1]
     for name, count in cost["work"].items():
         print(f"{name:20s} {count / config.batch_size_per_gpu / 1e9:9.1f} GFLOP an image")
     if not config.utilisation:
@@ -418,6 +447,7 @@ def print_cost(cost: dict, config: PlanConfig):
               "at least, while the other two go on")
     print(f"{'peak':20s} {peak / 1e12:9.0f} TFLOP/s, of which {cost['utilisation']:.0%} are "
           "reached, by these assumptions (--utilisation: by yours)")
+    print("not counted         what the GPUs send to each other, and waiting for images")
 
 
 def print_memory(parts: dict[str, float], config: PlanConfig):
@@ -445,17 +475,18 @@ def print_stages(stages: list[dict]):
               f"{cost['images_per_second']:10.0f} {cost['days']:9.2f} {memory:9.2f}")
 
 
-def traffic(parts: dict[str, float], config: PlanConfig) -> float:
+def traffic(config: PlanConfig) -> float:
     """The bytes that a step reads from the GPU's memory and writes to it, beside its products.
 
-    parts: what expected_memory returns. Each tensor that is kept for the backward pass is the
-    result of one small operation and the input of others, forward and backward.
+    Each tensor that is kept for the backward pass is the result of one small operation and the
+    input of others, forward and backward.
     """
-    kept = parts["kept for backward"]
-    if config.activation_checkpointing:
-        # Fewer tensors are kept, but all of them are still computed and used.
-        full = replace(config, activation_checkpointing=False)
-        kept = expected_memory(meta_student(full), full, Process(torch.device("cpu")),
-                               on_gpu=True)["kept for backward"]
+    # As if nothing were saved: with checkpointing fewer tensors are kept, but all of them are
+    # still computed and used. With FSDP a process holds a part of the weights, and has its share
+    # of their traffic; but it receives the others, which takes longer than reading its own.
+    # So that a plan does not look better by it, its traffic is that of DDP.
+    full = replace(config, activation_checkpointing=False, parallel="ddp")
+    parts = expected_memory(meta_student(full), full, Process(torch.device("cpu")), on_gpu=True)
     of_weights = parts["two networks"] + parts["gradients"] + parts["moments"]
-    return (PASSES_OF_KEPT * kept + PASSES_OF_WEIGHTS * of_weights) * 2**30
+    return (PASSES_OF_KEPT * parts["kept for backward"]
+            + PASSES_OF_WEIGHTS * of_weights) * 2**30

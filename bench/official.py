@@ -175,7 +175,10 @@ def side(name: str, args) -> dict:
 def ask(name: str) -> dict:
     """Run `side` in a new process with the flags of this one, and return what it measured."""
     command = [sys.executable, __file__, *sys.argv[1:], "--side", name]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)  # its errors are seen
+    if done.returncode:
+        sys.exit(f"the side {name} has failed, as it says above")
+    out = done.stdout
     return json.loads(out.splitlines()[-1])  # the official code prints lines of its own before
 
 

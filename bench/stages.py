@@ -222,7 +222,9 @@ def input_stages(images: Images, multi_crop: Callable, collate: Callable,
 def time_photometry(config: Config, process: Process) -> dict:
     """Seconds to colour the crops of a batch, beside a loop over torchvision's functions."""
     # The crops of all views. What is drawn for them does not depend on what they show.
-    keep_freed_memory(process)  # as in training
+    # As in training, which also compiles the turn of colours where it compiles the networks.
+    keep_freed_memory(process)
+    train.compile_blocks((), config, process)
     rng = np.random.default_rng(config.seed)
     views = [(config.global_crops_size, min(i, 1)) for i in range(config.global_crops_number)]
     views += [(config.local_crops_size, 2)] * config.local_crops_number
@@ -366,10 +368,12 @@ def time_search(config: SearchConfig, process: Process) -> dict:
     step_seconds = median(spent)
     product = min(products) * len(table) / len(chunk)
     hours = step_seconds * len(table) / config.queries / 3600
-    print(f"search       {config.queries / step_seconds:10.1f} queries/s against "
-          f"{len(table):,d} x {config.width}: {step_seconds:.2f} s for {config.queries:,d}, "
-          f"{step_seconds / product:.2f} times the product; all of them {hours:.2f} h; the "
-          f"process held {peak:.2f} GB at most, with the pages of the files in it")
+    core = " of one core" if process.device.type == "cpu" else ""
+    print(
+        f"search       {config.queries / step_seconds:10.1f} queries/s against "
+        f"{len(table):,d} x {config.width}: {step_seconds:.2f} s for {config.queries:,d}, "
+        f"{step_seconds / product:.2f} times the product; all of them {hours:.2f} h{core}; the "
+        f"process held {peak:.2f} GB at most, with the pages of the files in it")
     return {
         "search_seconds": step_seconds, "product_seconds": product, "hours": hours,
         "peak_gb": peak}

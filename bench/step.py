@@ -330,6 +330,9 @@ def time_step(config: StepConfig, process: Process) -> dict:
     if "data" in config.given:
         images = open_images(config.data, config.data_root, config.download, "--data",
                              config.channel_stats)
+        if len(images) < config.batch_size_per_gpu:
+            raise UsageError(f"--data {config.data} has {len(images)} images, fewer than "
+                             f"--batch_size_per_gpu {config.batch_size_per_gpu}")
         images = cached(images, config.cache, config.cache_side, config.num_workers)
 
     # How long one waits for a first step: building the networks, and compiling them.
@@ -554,12 +557,16 @@ def from_files(version: Step, images: Images, config: Config, process: Process) 
     total = config.steps + FIRST_STEPS
     clock = Clock(0, total)
     batches = iter(train.stage_loader(0, total, images, config, process))
-    for _ in range(total):
+    # As in training nobody waits for the device between two steps, so that the next batch is
+    # copied and coloured beside the present one.
+    for step in range(total):
+        if step == FIRST_STEPS:
+            begun = time_when_done(process)
         version.run(clock.wait(batches))
-        time_when_done(process)
         clock.tick()
+    seconds = (time_when_done(process) - begun) / config.steps
 
-    rate = config.batch_size_per_gpu / clock.step_seconds
+    rate = config.batch_size_per_gpu / seconds
     print(f"\nfrom {config.data}, {config.num_workers} workers: {rate:.1f} images/s, "
           f"{clock.waiting:.0%} of the time spent waiting for them")
     return {"images_per_second": rate, "waiting": clock.waiting}

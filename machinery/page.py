@@ -151,6 +151,17 @@ def draw_frame(axis, colour: str):
               scaley=False)
 
 
+def require_kind(path: Path):
+    """UsageError for the ending of a file that matplotlib does not write."""
+    pyplot(
+    )  # sets up matplotlib, which is slow to import: here, as everywhere, when it is needed
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in known:
+        raise UsageError(f"--output {path}: expected a file of the kind {', '.join(known)}")
+
+
 def save(figure, path: Path, caption: str = "", colours: int = 0) -> Path:
     """Write the figure, with a caption below it, and close it; returns its path.
 
@@ -168,9 +179,7 @@ def save(figure, path: Path, caption: str = "", colours: int = 0) -> Path:
     path = Path(path)
     if not path.suffix:
         path = path.with_suffix(".png")
-    known = figure.canvas.get_supported_filetypes()
-    if path.suffix[1:].lower() not in known:
-        raise UsageError(f"--output {path}: expected a file of the kind {', '.join(known)}")
+    require_kind(path)
 
     # The name of a file may have bytes that are no letters, which no font can draw.
     for text in figure.findobj(lambda part: hasattr(part, "set_text")):

@@ -153,6 +153,7 @@ def test_panels(tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags, words", [
     ("--without center", "--without center: choose from centering, sharpening"),
     ("--output no/folder/a.png", "--output no/folder/a.png: there is no folder"),
+    ("--output a.pgn", "--output a.pgn: expected a file of the kind"),
     ("--without multicrop --global_crops_number 1", "at least two crops")])
 def test_misuse(flags, words, capsys):
     with pytest.raises(SystemExit) as stop:

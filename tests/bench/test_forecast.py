@@ -84,7 +84,8 @@ def test_a_plan_refuses_what_torchrun_would(monkeypatch, capsys):
                          "whole nodes"), ("plan shapes_dino --gpus 1000",
                                           "larger than the data set"),
                         ("plan shapes_dino --parallel fsdp", "BatchNorm"),
-                        ("step shapes --parallel fsdp --no_use_bn_in_head", "torchrun")):
+                        ("step shapes --parallel fsdp --no_use_bn_in_head",
+                         "torchrun"), ("plan shapes --json .", "it is a folder")):
         with pytest.raises(SystemExit) as stop:
             main(flags.split())
         printed = capsys.readouterr().err
@@ -154,11 +155,40 @@ def test_a_gpu_holds_80e9_bytes(capsys, monkeypatch):
         assert ("too much" in printed) == too_much
 
 
-def test_checkpointing_moves_as_many_bytes():
-    """Fewer tensors are kept, but all of them are computed; the plan is not faster for it."""
-    _, usual = days_of("shapes --drop_path_rate 0")
-    _, checkpointed = days_of("shapes --drop_path_rate 0 --activation_checkpointing")
-    assert checkpointed == pytest.approx(usual)
+def test_checkpointing_takes_the_students_forward_pass_once_more():
+    """By products alone it is that much slower; traffic is that of all tensors, kept or not."""
+    flags = "plan dinov2_vitl14 --gpus 1 --batch_size_per_gpu 64"
+    usual, checkpointed = (main(f"{flags} {more}".split())["stages"][0]
+                           for more in ("", "--activation_checkpointing"))
+    work = usual["work"]
+    more = 1 + work["student"] / sum(work.values())
+    for name, factor in (("products", more), ("memory", 1), ("start", 1)):
+        assert checkpointed["seconds"][name] == pytest.approx(factor * usual["seconds"][name])
+    assert checkpointed["images_per_second"] < usual["images_per_second"]
+    assert sum(checkpointed["memory_parts"].values()) < sum(usual["memory_parts"].values())
+
+
+def test_a_plan_of_split_weights_is_not_faster(monkeypatch, capsys):
+    """What FSDP exchanges is not counted, so what it saves of the traffic is not counted either."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    days = [
+        days_of(f"shapes --no_use_bn_in_head --gpus 16 --parallel {name}")[0]
+        for name in ("ddp", "fsdp", "hsdp")]
+    assert days[0] == days[1] == days[2]
+    assert "not counted         what the GPUs send to each other" in capsys.readouterr().out
+
+
+def test_a_plan_in_other_precisions(capsys):
+    """An A100 multiplies 16 times as fast in bf16 as in fp32; a V100 has no TF32."""
+    flags = "plan dinov2_vitl14 --gpus 1 --kind a100 --precision"
+    products = [
+        main([*flags.split(), name])["stages"][0]["seconds"]["products"]
+        for name in ("auto", "fp32", "tf32")]
+    assert products[1] == pytest.approx(16 * products[0])
+    assert products[2] == pytest.approx(2 * products[0])
+    with pytest.raises(SystemExit):
+        main("plan dino_vits16 --kind v100 --precision tf32".split())
+    assert "--kind v100 has no such products" in capsys.readouterr().err
 
 
 # -- 2
@@ -247,6 +277,45 @@ def torchrun_here(command, env, **_):
     return subprocess.CompletedProcess(command, 0)
 
 
+class FullPool:
+    """In the place of a pool of processes: points of a large batch do not fit."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, point, config, process, name, value):
+        if value > 2:
+            result = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
+        else:
+            row = {
+                "value": value, "step_seconds": 1.0, "seconds_per_image": 1.0,
+                "peak_memory_gb": 1.0}
+            result = Mock(return_value=row)
+        return SimpleNamespace(result=result)
+
+
+def test_a_point_that_does_not_fit_is_left_out(tmp_path, monkeypatch, capsys):
+    """So is a thing of which none fits; all else is drawn, also where train.py fails afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        bench.forecast, "GROWTH",
+        {"batch_size_per_gpu": (0.25, 1), "depth": (2,), "local_crops_number": (0,)})
+    monkeypatch.setattr(bench.forecast, "ProcessPoolExecutor", FullPool)
+    monkeypatch.setattr(bench.forecast.subprocess, "run",
+                        lambda command, **_: subprocess.CompletedProcess(command, 1))
+    with pytest.raises(UsageError, match="with 1 processes failed"):
+        growth(config_of([*TINY], Config), CPU)
+    printed = capsys.readouterr().out
+    assert "batch_size_per_gpu          8 out of memory" in printed
+    assert (tmp_path / "growth.png").exists()
+
+
 def test_growth_is_of_a_vit():
     config = config_of(["shapes_dino", "--arch", "resnet18"], Config)
     with pytest.raises(UsageError, match="growth is of a ViT"):
@@ -271,6 +340,7 @@ def test_growth_of_processes_trains_what_was_asked(monkeypatch):
     line = " ".join(commands[0])
     assert "--arch vit_pico" in line
     assert "--mask_ratio 0.2 0.4" in line
+    assert "--num_workers 0" in line  # workers would take the cores of the other processes
     assert "--steps" not in line  # that is a flag of bench, not of train.py
 
     # train.py takes it, although this preset has 30 epochs of a rising temperature.

@@ -104,6 +104,23 @@ def test_stopped_it_keeps_nothing(monkeypatch, capsys):
     assert "saved" not in printed
 
 
+def test_seeds_that_have_ended_are_told(monkeypatch, capsys):
+    train_step, calls = train.train_step, []
+
+    def signalled(*args):
+        calls.append(1)
+        if len(calls) == 3:  # the first step of the second seed
+            os.kill(os.getpid(), signal.SIGINT)
+        return train_step(*args)
+
+    monkeypatch.setattr(train, "train_step", signalled)
+    flags = "--seeds 5 6 --epochs 1 --epoch_length 2 --warmup_epochs 0 --target 100"
+    with pytest.raises(SystemExit):
+        main(["speedrun", *TINY, *flags.split()])
+    printed = capsys.readouterr().out
+    assert "0 of 1 seeds reached it" in printed and "     5       no        2" in printed
+
+
 @pytest.mark.parametrize("flags, words", [
     ("--target 101", "--target 101"), ("--seeds a", "--seeds"), ("--every -1", "--every"),
     ("--val_data shapes:1:val", "--val_data: there are no images to judge with")])

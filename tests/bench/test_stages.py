@@ -17,7 +17,9 @@ import torch
 from bench_helpers import FakeClock
 from conftest import TINY
 
+import augment
 import bench.stages
+import losses
 import train
 from augment import MultiCrop
 from bench.__main__ import main
@@ -126,6 +128,21 @@ def test_photometry_beside_a_loop(capsys, monkeypatch):
     # TINY has two global and two local crops, each of which is coloured by one call.
     assert (result["batch_seconds"], result["loop_seconds"], result["ratio"]) == (4, 12, 3)
     assert "3.00 times" in capsys.readouterr().out
+
+
+def test_photometry_is_compiled_where_training_compiles_it(monkeypatch):
+    seen = []
+
+    def note(crops, params):
+        seen.append(augment.COMPILE)
+
+    monkeypatch.setattr(augment, "COMPILE", False)
+    monkeypatch.setattr(losses, "COMPILE", False)
+    monkeypatch.setattr(bench.stages, "photometry", note)
+    for flag, expected in (("--compile", True), ("--no_compile", False)):
+        seen.clear()
+        main(["photometry", *TINY, "--steps", "1", flag])
+        assert set(seen) == {expected}
 
 
 # -- 3

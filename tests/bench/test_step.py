@@ -158,6 +158,22 @@ def test_wrong_data_is_said_before_anything_is_timed(tmp_path, monkeypatch, caps
     assert "--data" in error and "missing" in error
 
 
+def test_too_few_images_are_said_before_anything_is_timed(photos, monkeypatch, capsys):
+    monkeypatch.setattr(bench.step, "build_versions", lambda *_: pytest.fail("was built"))
+    with pytest.raises(SystemExit):
+        main(["step", *TINY, "--data", f"folder:{photos}", "--batch_size_per_gpu", "1000"])
+    assert "fewer than --batch_size_per_gpu 1000" in capsys.readouterr().err
+
+
+def test_one_process_is_timed(monkeypatch, capsys):
+    """Under torchrun each process would time itself, and no gradient would be exchanged."""
+    monkeypatch.setattr("bench.__main__.start_process",
+                        lambda device: Process(torch.device("cpu"), 0, 2))
+    with pytest.raises(SystemExit):
+        main(["step", *TINY])
+    assert "step times one process, and torchrun has started 2" in capsys.readouterr().err
+
+
 def waits_a_second(clock):
     """machinery.clock.Clock.wait for batches that come after one second each."""
     wait = machinery.clock.Clock.wait
