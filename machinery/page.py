@@ -153,11 +153,7 @@ def draw_frame(axis, colour: str):
 
 def require_kind(path: Path):
     """UsageError for the ending of a file that matplotlib does not write."""
-    pyplot(
-    )  # sets up matplotlib, which is slow to import: here, as everywhere, when it is needed
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    known = FigureCanvasBase.get_supported_filetypes()
+    known = pyplot().matplotlib.backend_bases.FigureCanvasBase.get_supported_filetypes()
     if path.suffix and path.suffix[1:].lower() not in known:
         raise UsageError(f"--output {path}: expected a file of the kind {', '.join(known)}")
 
