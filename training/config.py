@@ -90,7 +90,7 @@ class Config:
     photometry: Literal[*PHOTOMETRY] = "dino"  # table of colour changes for the crops
     # Small crops first: pairs of a share of the steps and a factor on both crop sizes. With 0.75
     # 0.5 the first three quarters of the steps have crops of half the size; the rest, as always,
-    # of the whole size. A smaller local crop covers less of the image: see `stages`, below.
+    # of the whole size. Smaller crops show as much of an image as the whole ones: see `stages`.
     curriculum: tuple[float, ...] = ()  # share and crop factor of each early stage; empty: none
     # -- masks
     mask_probability: float = 0.5  # share of the global crops with a mask (if --ibot_weight)
@@ -192,14 +192,12 @@ class Config:
     def stages(self, total: int) -> list[tuple[int, "Config"]]:
         """(step at which it ends, its Config) of each stage of a run of `total` steps, in order.
 
-        Stages differ in the sizes of their crops, which are whole numbers of patches, and in the
-        share of an image that a local crop covers; without --curriculum there is one stage.
-        FastDINOv2 (Zhang 2025) fig. 1; that local crops cover less is our addition.
+        Stages differ in the sizes of their crops alone, which are whole numbers of patches;
+        without --curriculum there is one stage. FastDINOv2 (Zhang 2025) fig. 1.
 
         Example: with 0.75 0.65, patches of 5 pixels and 2,500 steps, crops of 40 and 25 pixels
         are of 25 and 20 pixels until step 1,875: 40 * 0.65 = 26 pixels are 5.2 patches, made 5,
-        and 25 * 0.65 = 16.25 pixels are 3.25 patches, made 4. Local crops of 0.1 to 0.4 of an
-        image cover 0.064 to 0.256 of it until then, because (20 / 25)^2 = 0.64.
+        and 25 * 0.65 = 16.25 pixels are 3.25 patches, made 4.
         """
         # A convnet has no patches: its crops are whole numbers of pixels.
         p = 1 if self.convnet else self.patch_size
@@ -211,15 +209,10 @@ class Config:
             done += share
             size = max(int(self.global_crops_size * factor / p + 0.5), 1) * p
 
-            # A local crop is rounded up, because it has few patches to begin with. It covers
-            # less of the image, so that its pixels are as large as those of the whole size: it
-            # shows the texture that a smaller picture of the same part would lose.
+            # A local crop is rounded up, because it has few patches to begin with.
             local = math.ceil(round(self.local_crops_size * factor / p, 6)) * p
-            less = (local / max(self.local_crops_size, 1))**2
-            covered = tuple(less * part for part in self.local_crops_scale)
             stages.append((round(done * total),
-                           replace(self, global_crops_size=size, local_crops_size=local,
-                                   local_crops_scale=covered)))
+                           replace(self, global_crops_size=size, local_crops_size=local)))
         return [*stages, (total, self)]
 
     def masking(self, rank: int = 0) -> Masking | None:
