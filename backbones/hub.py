@@ -44,6 +44,8 @@ class OfficialBlock(Block):
 
         With `groups` they are packed, (T, D): so the network itself calls its blocks.
         """
+        # The network knows how many images and tokens lie end to end in a packed sequence, and says
+        # so. Of a tensor with a dimension for the images it can be read off.
         if groups is not None:
             return super().forward(x, groups, keep)
         b, n = x.shape[:2]
@@ -77,6 +79,8 @@ class DINOv2(VisionTransformer):
             return self.forward_features(x, masks)
         tokens = super().forward(x, masks)
         return [self.head(t) for t in tokens] if isinstance(tokens, list) else self.head(tokens)
+
+    # What follows has Meta's names for the same methods, and for the first of their arguments.
 
     def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """What goes into the first block: (B, 1 + R + P, D)."""

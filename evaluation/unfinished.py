@@ -24,7 +24,9 @@ from evaluation.protocol import Extractor, results_folder
 from machinery.checkpoints import Reader, find_checkpoint, load_checkpoint, quiet, save_checkpoint
 from machinery.flags import UsageError
 
-SAVE_EVERY = 1000  # steps of a head
+# Steps of a head between two checkpoints: some minutes of work, and a small file. Probes and whole
+# networks are kept after each pass over the images instead.
+SAVE_EVERY = 1000
 
 
 class Unfinished:
@@ -44,6 +46,9 @@ class Unfinished:
         self.process = extractor.process
         self.resume = resume
         self.task = task
+
+        # What every task depends on, and then its own settings. They stand in the manifest of each
+        # checkpoint, with which they are compared.
         settings = {
             "network": extractor.network, "precision": config.precision, "seed": config.seed,
             **settings}
@@ -75,6 +80,9 @@ class Unfinished:
                 f"({stored.get(key)!s:.40}, here {self.settings[key]!s:.40}); give the same "
                 "flags, another --output_dir, or --no_resume")
 
+        # Linear probes are shared among the processes, in another way if there are more or fewer of
+        # them than before: each reads those that it trains now, whoever wrote them. A head is the
+        # same on all processes, so that one of them reads it and sends it to the others.
         if own:
             with quiet():
                 dcp.load(state(), storage_reader=Reader(path), no_dist=True)
