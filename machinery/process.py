@@ -186,11 +186,12 @@ class StopSignal:
             self.store = dist.distributed_c10d._get_default_store()
 
     def __enter__(self):
-        # Python lets only the main thread of a program set handlers. A signal that is ignored
-        # stays so: `nohup` ignores SIGHUP, that the program may outlive its terminal.
+        # Python lets only the main thread of a program set handlers. `nohup` ignores SIGHUP, so
+        # that a program outlives its terminal, and so it stays. SIGINT is noted in any case: a
+        # shell ignores it for what runs in the background, where `kill -INT` is meant.
         if threading.current_thread() is threading.main_thread():
             for number in STOPPING:
-                if signal.getsignal(number) is not signal.SIG_IGN:
+                if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
                     self.before[number] = signal.signal(number, self.note)
         return self
 

@@ -15,6 +15,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import shutil
+import signal
 import socket
 import sys
 from unittest.mock import patch
@@ -332,6 +333,14 @@ def copy_of(folder):
 
 # ----------------------------------------------------------------------------------------------
 # Evaluations
+
+
+@pytest.fixture
+def terminal():
+    """As if the tests had been started in a terminal: under nohup SIGHUP would be ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="session")

@@ -326,7 +326,8 @@ def test_resumed_across_a_switch(tmp_path, monkeypatch):
 # After step 8, the last one of the first epoch, the judge would be asked.
 @pytest.mark.parametrize("number, step", [(signal.SIGTERM, 11), (signal.SIGINT, 8),
                                           (signal.SIGHUP, 3)])
-def test_asked_to_stop_it_saves_and_goes(number, step, whole, tmp_path, monkeypatch, capsys):
+def test_asked_to_stop_it_saves_and_goes(number, step, whole, terminal, tmp_path, monkeypatch,
+                                         capsys):
     run = tmp_path / "run"
     config = tiny_config(run, "--num_workers", "1")
     train_step, calls = train.train_step, []

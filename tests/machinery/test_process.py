@@ -150,7 +150,7 @@ def test_products_have_the_precision(precision, dtype):
     assert matrix.dtype == torch.float32
 
 
-def test_stop_signal():
+def test_stop_signal(terminal):
     before = signal.getsignal(signal.SIGTERM)
     with StopSignal(Process(CPU)) as stop_signal:
         assert stop_signal.agreed() == 0
