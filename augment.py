@@ -249,8 +249,8 @@ def block_mask(grid: tuple[int, int], target: int, min_patches: int,
     min_patches to as many as are missing (rounding may make it a little smaller), with an aspect
     ratio log-uniform in (.3, 1/.3), and is lower and narrower than the grid. Where fewer than
     min_patches are missing it aims in between, and most tries fail; after ten in vain the mask
-    is left a little too small. A shape must
-    never mask more than `target`: the lists of masked patches have a fixed length.
+    is left a little too small. A shape must never mask more than `target`: the lists of masked
+    patches have a fixed length.
     """
     height, width = grid
     mask = np.zeros(grid, dtype=bool)

@@ -73,6 +73,7 @@ class LinearDepth(nn.Module):
         parts = []
         for patches, cls in maps:
             parts += [patches, cls[:, :, None, None].expand_as(patches)]
+
         # Under autocast the layer answers in bfloat16, whose eight bits tell depths of 32 to 64
         # metres apart in steps of 25 cm only. So from here on all is in the type of the weights.
         weight = self.conv_depth.weight
@@ -87,8 +88,9 @@ class LinearDepth(nn.Module):
         shares = shares_of(scores)
         depths = torch.linspace(self.nearest, self.farthest, BINS, device=weight.device,
                                 dtype=weight.dtype)
-        with torch.autocast(weight.device.type,
-                            enabled=False):  # a sum is a matrix product, too
+
+        # The sum is a matrix product, which autocast would make in bfloat16 again.
+        with torch.autocast(weight.device.type, enabled=False):
             return torch.einsum("bkhw,k->bhw", shares, depths)[:, None]
 
 

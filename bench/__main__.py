@@ -85,7 +85,7 @@ def read_flags(name: str, argv: list[str]) -> Config:
     # measured by then would be lost.
     if config.json and not Path(config.json).parent.is_dir():
         raise UsageError(f"--json {config.json}: there is no folder {Path(config.json).parent}")
-    if Path(config.json or "x").is_dir():
+    if config.json and Path(config.json).is_dir():
         raise UsageError(f"--json {config.json}: it is a folder; give the name of a file")
     check(config, is_plan=name == "plan")
     return config

@@ -18,7 +18,6 @@ Letters  B images of a batch on all processes, b crops of a group, C classes.
 """
 
 import copy
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,8 +30,8 @@ from torchvision.transforms import v2
 
 from evaluation import protocol
 from evaluation.extract import accuracy, best_classes, extract, spread
-from evaluation.protocol import (Extractor, keep_earlier, open_judged, open_labelled,
-                                 random_crops, results_folder, training_steps)
+from evaluation.protocol import (Extractor, hash_of_labels, keep_earlier, open_judged,
+                                 open_labelled, random_crops, results_folder, training_steps)
 from evaluation.unfinished import Unfinished
 from images.data import Images
 from machinery.batch_norm import synchronise
@@ -231,9 +230,8 @@ def run(extractor: Extractor) -> dict:
              "precision", "num_workers", "seed")
     recipe = {name: getattr(config, name) for name in names}
     recipe["lr"] = config.lr or 5e-4
-    labels_of_train = hashlib.sha256(repr((train.labels, train.classes)).encode()).hexdigest()
     settings = {
-        "data": extractor.hash_of(train), "labels": labels_of_train, "epochs": epochs,
+        "data": extractor.hash_of(train), "labels": hash_of_labels(train), "epochs": epochs,
         "batch_size": batch, "image_size": extractor.size, **recipe}
     del settings["num_workers"]  # any number gives the same crops
     unfinished = Unfinished(extractor, "finetune", settings, config.resume)

@@ -17,7 +17,6 @@ Letters  B rows of a batch, D width, n blocks, L learning rates, C classes, b be
          (five), w columns of one kind of input.
 """
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -30,8 +29,8 @@ from torch import Tensor
 from backbones.classifier import Blocks, kinds_of_input, read_head, released_head
 from evaluation import protocol
 from evaluation.extract import accuracy, best_classes, gather
-from evaluation.protocol import (Extractor, keep_earlier, open_judged, open_labelled,
-                                 random_crops, results_folder, training_steps)
+from evaluation.protocol import (Extractor, hash_of_labels, keep_earlier, open_judged,
+                                 open_labelled, random_crops, results_folder, training_steps)
 from evaluation.unfinished import Unfinished
 from images.data import Images, first_line
 from machinery.checkpoints import save_tensors
@@ -392,10 +391,9 @@ def sweep(extractor: Extractor, train: Images, read: Blocks, kinds: dict, lrs,
     # What the probes become depends on all of this. Each process reads those that it trains,
     # whichever process wrote them.
     inputs = [title(kind) for kind in kinds]
-    labels = hashlib.sha256(repr((train.labels, train.classes)).encode()).hexdigest()
     settings = {
-        "data": extractor.hash_of(train), "labels": labels, "inputs": inputs, "lr": list(lrs),
-        "epochs": epochs, "batch_size": batch, "image_size": extractor.size}
+        "data": extractor.hash_of(train), "labels": hash_of_labels(train), "inputs": inputs,
+        "lr": list(lrs), "epochs": epochs, "batch_size": batch, "image_size": extractor.size}
     unfinished = Unfinished(extractor, "linear", settings, config.resume)
     start = unfinished.restore(probes.state, own=True)
 

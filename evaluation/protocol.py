@@ -54,7 +54,7 @@ class WeightsConfig:
                             "student"] = "teacher"  # which network of a training's two
     num_heads: int = 0  # attention heads, for a file that does not tell them; 0: of width 64
     data: str = "shapes"  # images to learn from or to search in: shapes, folder:PATH, CIFAR10
-    image_size: int = 0  # side of the images in pixels; 0: the paper's, or of a run its crops'
+    image_size: int = 0  # side of the images in pixels; 0: the paper's, or a run's crops if smaller
     # -- machine
     device: str = "auto"  # auto | cpu | cuda | mps
     precision: Precision = "auto"  # of matrix products; auto: tf32 on GPUs that have it
@@ -407,6 +407,11 @@ def mapped_classes(file: str, flag: str, images: Images,
 
 # ----------------------------------------------------------------------------------------------
 # For protocols that learn from the images
+
+
+def hash_of_labels(images: Images) -> str:
+    """A hash of all labels and of the names of the classes: what a classifier would learn."""
+    return hashlib.sha256(repr((images.labels, images.classes)).encode()).hexdigest()
 
 
 def training_steps(config, images: Images, default_epochs: int) -> tuple[int, int, int]:

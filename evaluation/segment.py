@@ -246,7 +246,7 @@ def train_segmenter(backbone, train: Pairs, classes: int, size: int, config, pro
         # Each process runs the backbone on its share. The head sees the whole batch on all of
         # them, because its BatchNorm needs all of it. Its work is little, but its logits at all
         # pixels are large: 16 crops of 512 x 512 pixels and 150 classes are 2.5 GB, and a step
-        # needs about three times as much on each process.
+        # needs more than three times as much on each process.
         with torch.no_grad(), autocast(config.precision, process.device):
             features = segmenter.features(images)  # (b, n*D, h, w)
         features = gather(features.float(), batch, process)  # (B, n*D, h, w)

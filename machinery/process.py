@@ -165,7 +165,8 @@ class StopSignal:
 
     A cluster sends SIGTERM to a job when it wants its machine back; Ctrl-C sends SIGINT, and a
     terminal that is closed SIGHUP. The loop asks `agreed` after every step. If the answer is not
-    0 it saves, and leaves with the exit code 128 + signal: 143 for SIGTERM, 130 for SIGINT.
+    0 it saves, and leaves with the exit code 128 + signal: 143 for SIGTERM, 130 for SIGINT, 129
+    for SIGHUP.
 
     With several processes a signal may reach one during step 100 and another during step 101,
     or only one at all. If each obeyed its own, they would stop at different steps, and those

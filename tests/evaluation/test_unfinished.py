@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import Killed, run_evaluate
 
-from evaluation import unfinished
 from evaluation.unfinished import Unfinished
 
 PIXELS = "--data shapes:8 --val_data shapes:3:val --image_size 16"
@@ -28,7 +27,6 @@ def tensors(path):
 
 @pytest.mark.parametrize("task", LINES)
 def test_killed_and_started_again(task, small_backbone, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(unfinished, "SAVE_EVERY", 2)
     for module in ("segment", "depth"):
         monkeypatch.setattr(f"evaluation.{module}.SAVE_EVERY", 2)
     line = f"{LINES[task]} --weights {small_backbone} --num_workers 0"
@@ -77,10 +75,9 @@ def test_no_resume(small_backbone, tmp_path, monkeypatch, capsys):
     line = f"{LINES['segment']} --weights {small_backbone} --num_workers 0"
     monkeypatch.setattr("evaluation.segment.SAVE_EVERY", 2)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        remove = Unfinished.remove
-        patch.setattr(Unfinished, "remove", lambda self: raises(Killed))
+        patch.setattr(Unfinished, "remove", lambda self: raises(Killed))  # after the last step
         run_evaluate(line, output_dir=tmp_path)
-    assert remove and len(list(tmp_path.glob("segment-checkpoint-*/step-4"))) == 1
+    assert len(list(tmp_path.glob("segment-checkpoint-*/step-4"))) == 1
     run_evaluate(f"{line} --head_lr 0.5 --no_resume", output_dir=tmp_path)
     assert "continuing" not in capsys.readouterr().out
     assert not list(tmp_path.glob("segment-checkpoint-*"))
